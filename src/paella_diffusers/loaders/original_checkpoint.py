@@ -1,0 +1,268 @@
+"""The published layout of Paella's checkpoints, in and out: a pickled flat state dict for each model."""
+
+import pickle
+import re
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import unquote
+
+import safetensors.torch
+import torch
+from accelerate import init_empty_weights
+from huggingface_hub import hf_hub_download
+
+HUB_URL = re.compile(r"(?:https?://[^/]+/|hf\.co/)([^/]+/[^/]+)/(?:resolve|blob)/([^/]+)/([^?]+)")
+
+
+class OriginalCheckpointMixin:
+    """For a model that has a published layout: `from_single_file` reads it, `to_original_state_dict` writes it."""
+
+    _original_checkpoint: str  # the published file's name, which selects the layout
+
+    @classmethod
+    def from_single_file(
+        cls,
+        path_or_hub_url: str | Path,
+        original_config: dict | None = None,
+        dtype: torch.dtype | None = None,
+        **hub_kwargs,
+    ):
+        """
+        Load a checkpoint in the published layout.
+
+        Args:
+            path_or_hub_url (`str` or `Path`):
+                A `.pt` or `.safetensors` file, or its address on the Hub, such as
+                `https://huggingface.co/dome272/Paella/resolve/main/paella_v3.pt`. Training checkpoints, which nest the
+                weights under `ema_state_dict` (preferred) or `state_dict`, are read too. Pickles are opened with
+                `weights_only=True`, memory-mapped.
+            original_config (`dict`, *optional*):
+                The published constructor's keyword arguments, where they differ from the released model's.
+            dtype (`torch.dtype`, *optional*): Of the model's weights; float32 unless given.
+            hub_kwargs: `cache_dir`, `token`, `local_files_only`, `revision`, … for `huggingface_hub.hf_hub_download`.
+
+        Raises:
+            ValueError: If the file is no state dict, or a key is missing, unexpected or of the wrong shape.
+        """
+        path = _resolve(path_or_hub_url, hub_kwargs)
+        original = read_state_dict(path)
+        with init_empty_weights():
+            model = cls(**_translate_config(cls._original_checkpoint, original_config or {}))
+        state_dict = _from_original(model, original, path)
+        state_dict = {
+            key: tensor.to(dtype or torch.float32) if tensor.is_floating_point() else tensor
+            for key, tensor in state_dict.items()
+        }
+        model.load_state_dict(state_dict, assign=True)
+        model.requires_grad_(True)  # assigned tensors bring their own flag
+        return model.eval()
+
+    def to_original_state_dict(self) -> dict[str, torch.Tensor]:
+        """The weights under the published names and shapes, as the published code loads them strictly."""
+        state_dict = self.state_dict()
+        original = {}
+        for key, (original_key, part, is_conv) in _original_keys(self).items():
+            tensor = state_dict[key]
+            if is_conv:
+                tensor = tensor[:, :, None, None]
+            original[original_key] = torch.cat([original[original_key], tensor]) if part else tensor
+        return original
+
+
+def read_state_dict(path: str | Path) -> dict[str, torch.Tensor]:
+    """
+    The flat state dict in a `.pt` or `.safetensors` file, memory-mapped and without executing anything from a pickle.
+
+    Raises:
+        ValueError: If the file holds anything but a state dict.
+    """
+    if str(path).endswith(".safetensors"):
+        return safetensors.torch.load_file(path)
+    try:
+        # only zip archives, torch's format since 1.6, can be mapped
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
+        raise ValueError(
+            f"{path} is not a state dict that can be loaded safely. Nothing in it was executed. If it is a checkpoint that "
+            f"you trust, save its state dict alone with `torch.save(model.state_dict(), path)`. ({error})"
+        ) from error
+    for name in ("ema_state_dict", "state_dict"):
+        if isinstance(content, dict) and isinstance(content.get(name), dict):
+            content = content[name]
+            break
+    if not isinstance(content, dict) or not content or not all(isinstance(v, torch.Tensor) for v in content.values()):
+        raise ValueError(f"{path} holds no state dict, that is, no dictionary from names to tensors.")
+    return content
+
+
+def _resolve(path_or_hub_url, hub_kwargs) -> str:
+    """A local path for a path or a Hub address."""
+    url = HUB_URL.fullmatch(str(path_or_hub_url))
+    if url is None:
+        if not Path(path_or_hub_url).is_file():
+            raise FileNotFoundError(
+                f"{path_or_hub_url} is neither a file nor an address like https://huggingface.co/OWNER/NAME/resolve/main/FILE."
+            )
+        return str(path_or_hub_url)
+    repo_id, revision, filename = url.groups()
+    return hf_hub_download(repo_id, unquote(filename), **{"revision": unquote(revision), **hub_kwargs})
+
+
+def _from_original(model, original, path) -> dict[str, torch.Tensor]:
+    """The published state dict under our names and shapes; views, not copies."""
+    keys = _original_keys(model)
+    missing = {key for key, _, _ in keys.values()} - original.keys()
+    unexpected = original.keys() - {key for key, _, _ in keys.values()}
+    if missing or unexpected:
+        raise ValueError(
+            f"{path} is not a checkpoint of {type(model).__name__} in the given configuration: missing keys "
+            f"{_shorten(missing)}, unexpected keys {_shorten(unexpected)}. `original_config` takes the published "
+            "constructor's arguments where they differ from the released model's."
+        )
+    state_dict, misshapen = {}, []
+    for key, expected in model.state_dict().items():
+        original_key, part, is_conv = keys[key]
+        tensor = original[original_key]
+        shape = list(expected.shape) + [1, 1] * is_conv
+        if part is not None:
+            shape[0] *= 3
+        if list(tensor.shape) != shape:
+            misshapen.append(f"{original_key} {list(tensor.shape)} instead of {shape}")
+            continue
+        tensor = tensor if part is None else tensor.chunk(3)[part]
+        state_dict[key] = tensor.flatten(1) if is_conv else tensor
+    if misshapen:
+        raise ValueError(
+            f"{path} does not fit {type(model).__name__} in the given configuration: {_shorten(misshapen)}. "
+            "`original_config` takes the published constructor's arguments where they differ from the released model's."
+        )
+    return state_dict
+
+
+def _shorten(names) -> str:
+    names = sorted(names)
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "") if names else "none"
+
+
+# ------------------------------------------------------------------------------------------------ published names
+
+CONFIG_NAMES = {
+    "paella_v3.pt": {
+        "c_in": "token_embed_dim",
+        "num_labels": "num_vq_embeddings",
+        "c_r": "time_embed_dim",
+        "patch_size": "patch_size",
+        "c_cond": "cross_attention_dim",
+        "c_hidden": "block_out_channels",
+        "nhead": "num_attention_heads",
+        "blocks": "layers_per_block",
+        "level_config": "block_types",
+        "clip_embd": "clip_embed_dim",
+        "byt5_embd": "text_embed_dim",
+        "clip_seq_len": "clip_seq_len",
+        "kernel_size": "kernel_size",
+        "dropout": "dropout",
+        "self_attn": "self_attention",
+    },
+    "vqgan_f4.pt": {
+        "levels": "levels",
+        "bottleneck_blocks": "bottleneck_blocks",
+        "c_hidden": "embed_dim",
+        "c_latent": "latent_channels",
+        "codebook_size": "num_vq_embeddings",
+        "scale_factor": "scale_factor",
+    },
+    "prior_v1.pt": {
+        "clip_r": "embedding_dim",
+        "c_hidden": "hidden_dim",
+        "c_r": "time_embed_dim",
+        "num_blocks": "num_layers",
+    },
+}
+
+
+def _translate_config(checkpoint: str, original_config: dict) -> dict:
+    original_config = dict(original_config)
+    if checkpoint == "paella_v3.pt" and "c_out" in original_config:
+        c_in, c_out = original_config.get("c_in", 256), original_config.pop("c_out")
+        if c_in != c_out:
+            raise ValueError(f"`original_config` must have c_in equal to c_out, got {c_in} and {c_out}.")
+    names = CONFIG_NAMES[checkpoint]
+    unknown = original_config.keys() - names.keys()
+    if unknown:
+        raise ValueError(f"`original_config` has unknown arguments {sorted(unknown)}; known are {sorted(names)}.")
+    return {names[name]: value for name, value in original_config.items()}
+
+
+def _original_keys(model) -> dict[str, tuple[str, int | None, bool]]:
+    """For each of our keys: the published one, which third of it (None: all), and whether it is a 1×1 convolution."""
+    prefixes = list(PREFIXES[model._original_checkpoint](model.config))
+    keys = {}
+    for key in model.state_dict():
+        # the longest prefix, so that "proj_in" does not take "blocks.0.proj_in"
+        ours, original = max((p for p in prefixes if key.startswith(p[0])), key=lambda p: len(p[0]))
+        part = next((i for i, name in enumerate(("to_q.", "to_k.", "to_v.")) if name in key), None)
+        is_conv = original in ("embedding.1.", "clf.1.", "out_mapper.1.") and key.endswith("weight")
+        keys[key] = (original + key.removeprefix(ours), part, is_conv)
+    return keys
+
+
+def _unet_prefixes(config) -> Iterator[tuple[str, str]]:
+    yield from [
+        ("text_proj.", "byt5_mapper."),
+        ("clip_text_proj.", "clip_mapper."),
+        ("clip_image_proj.", "clip_image_mapper."),
+        ("token_embedding.", "in_mapper.0."),
+        ("proj_in.", "embedding.1."),
+        ("proj_out.", "clf.1."),
+        ("head.", "out_mapper.1."),
+    ]
+    inside = {
+        "depthwise.": "depthwise.",
+        "proj_in.": "channelwise.0.",
+        "grn.": "channelwise.2.",
+        "proj_out.": "channelwise.4.",
+        "proj.": "mapper.",
+        "cond_proj.": "kv_mapper.1.",
+        "attention.to_q.": "attention.attn.in_proj_",
+        "attention.to_k.": "attention.attn.in_proj_",
+        "attention.to_v.": "attention.attn.in_proj_",
+        "attention.to_out.0.": "attention.attn.out_proj.",
+    }
+    levels = len(config.block_out_channels)
+    for direction in ("down", "up"):
+        index = 0  # of our flat list; the published lists count anew in each level
+        for level in range(levels):
+            config_level = level if direction == "down" else levels - 1 - level
+            position = 0
+            if direction == "down" and level > 0:
+                yield f"down_blocks.{index}.conv.", f"down_blocks.{level}.0.1."
+                index, position = index + 1, 1
+            for _ in range(config.layers_per_block[config_level]):
+                for layer in range(len(config.block_types[config_level])):
+                    for ours, original in inside.items():
+                        yield (
+                            f"{direction}_blocks.{index}.layers.{layer}.{ours}",
+                            f"{direction}_blocks.{level}.{position}.{original}",
+                        )
+                    position += 1
+                index += 1
+            if direction == "up" and level < levels - 1:
+                yield f"up_blocks.{index}.conv.", f"up_blocks.{level}.{position}.1."
+                index += 1
+
+
+def _vqgan_prefixes(config) -> Iterator[tuple[str, str]]:
+    yield from [("", ""), ("vquantizer.embedding.", "vquantizer.codebook.")]
+
+
+def _prior_prefixes(config) -> Iterator[tuple[str, str]]:
+    yield "proj_in.", "blocks.0."
+    for block in range(config.num_layers):
+        for ours, original in {"proj_in.": "0.", "norm_in.": "1.", "proj_out.": "3.", "norm_out.": "4."}.items():
+            yield f"blocks.{block}.{ours}", f"blocks.{block + 1}.{original}"
+    yield "proj_out.", f"blocks.{config.num_layers + 1}."
+
+
+PREFIXES = {"paella_v3.pt": _unet_prefixes, "vqgan_f4.pt": _vqgan_prefixes, "prior_v1.pt": _prior_prefixes}

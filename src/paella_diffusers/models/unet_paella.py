@@ -1,0 +1,536 @@
+"""Paella's denoising U-Net: noisy tokens in, logits over all tokens at every position out."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.loaders import PeftAdapterMixin
+from diffusers.models.attention import AttentionMixin, AttentionModuleMixin
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils import BaseOutput, apply_lora_scale
+from torch import nn
+
+from ..loaders.original_checkpoint import OriginalCheckpointMixin
+
+
+@dataclass
+class PaellaUNetOutput(BaseOutput):
+    """
+    Output of [`PaellaUNet`].
+
+    Args:
+        sample (`torch.Tensor` of shape `(batch_size, num_vq_embeddings, height, width)`):
+            Logits for the clean token at every position; channels-last in memory.
+    """
+
+    sample: torch.Tensor
+
+
+def sinusoidal_embedding(timestep: torch.Tensor, dim: int) -> torch.Tensor:
+    """Sines, then cosines, of times in [0, 1]: `(batch_size,)` to `(batch_size, dim)`, float32; a last zero if dim is odd."""
+    half = dim // 2
+    frequencies = torch.arange(half, device=timestep.device).float().mul(-math.log(10000) / (half - 1)).exp()
+    angles = (timestep * 10000)[:, None] * frequencies
+    return F.pad(torch.cat([angles.sin(), angles.cos()], dim=1), (0, dim % 2))
+
+
+# Inside the U-Net, hidden states are (batch, height, width, channels): norms, linears and attention then need no
+# permutes, and the (batch, channels, height, width) views given to convolutions are what they call channels-last.
+
+
+class LayerNorm(nn.LayerNorm):
+    """Every norm of the U-Net: over channels, not affine, eps 1e-6."""
+
+    def __init__(self, channels: int):
+        super().__init__(channels, eps=1e-6, elementwise_affine=False)
+
+
+class GlobalResponseNorm(nn.Module):
+    """Lets channels compete by their norm over the whole image (ConvNeXt V2, https://huggingface.co/papers/2301.00808)."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.zeros(1, 1, 1, channels))
+        self.beta = nn.Parameter(torch.zeros(1, 1, 1, channels))
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        response = torch.linalg.vector_norm(hidden_states, dim=(1, 2), keepdim=True)
+        response = response / (response.mean(dim=-1, keepdim=True) + 1e-6)
+        return hidden_states * (1 + self.gamma * response) + self.beta
+
+
+class PaellaFeedForward(nn.Module):
+    """Block "F": pixelwise MLP with a global response norm."""
+
+    def __init__(self, channels: int, dropout: float):
+        super().__init__()
+        self.norm = LayerNorm(channels)
+        self.proj_in = nn.Linear(channels, channels * 4)
+        self.grn = GlobalResponseNorm(channels * 4)
+        self.dropout = nn.Dropout(dropout)
+        self.proj_out = nn.Linear(channels * 4, channels)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        inner = F.gelu(self.proj_in(self.norm(hidden_states)))
+        return hidden_states + self.proj_out(self.dropout(self.grn(inner)))
+
+
+class PaellaResBlock(PaellaFeedForward):
+    """
+    Block "C": the feed-forward block behind a depthwise convolution, which also takes in the skip connection: of
+    `cat([hidden_states, skip])`, channels 2k and 2k + 1 make output channel k.
+    """
+
+    def __init__(self, channels: int, kernel_size: int, dropout: float, has_skip: bool):
+        super().__init__(channels, dropout)
+        self.depthwise = nn.Conv2d(
+            channels * (1 + has_skip), channels, kernel_size, padding=kernel_size // 2, groups=channels
+        )
+
+    def forward(self, hidden_states: torch.Tensor, skip: torch.Tensor | None = None) -> torch.Tensor:
+        inner = hidden_states if skip is None else torch.cat([hidden_states, skip], dim=-1)
+        inner = self.depthwise(inner.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        inner = F.gelu(self.proj_in(self.norm(inner)))
+        return hidden_states + self.proj_out(self.dropout(self.grn(inner)))
+
+
+class PaellaTimestepBlock(nn.Module):
+    """Block "T": scale and shift by the time embedding."""
+
+    def __init__(self, channels: int, time_embed_dim: int):
+        super().__init__()
+        self.proj = nn.Linear(time_embed_dim, channels * 2)
+
+    def forward(self, hidden_states: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
+        scale, shift = self.proj(temb)[:, None, None].chunk(2, dim=-1)
+        return hidden_states * (1 + scale) + shift
+
+
+class PaellaAttnProcessor:
+    """Attention from image tokens to image tokens (with `self_attention`) and conditioning tokens."""
+
+    _attention_backend = None
+    _parallel_config = None
+
+    def __call__(
+        self,
+        attn: "PaellaAttention",
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        conditioning_weights: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        query = attn.to_q(hidden_states)
+        key = attn.to_k(encoder_hidden_states)
+        value = attn.to_v(encoder_hidden_states)
+        if conditioning_weights is not None:
+            # a weight on a key's attention probability, after the softmax, is a weight on its value
+            value = value * conditioning_weights[..., None]
+        if attn.self_attention:
+            key = torch.cat([attn.to_k(hidden_states), key], dim=1)
+            value = torch.cat([attn.to_v(hidden_states), value], dim=1)
+            if attention_mask is not None:
+                attention_mask = F.pad(attention_mask, (hidden_states.shape[1], 0), value=True)
+        hidden_states = dispatch_attention_fn(
+            query.unflatten(-1, (attn.heads, -1)),
+            key.unflatten(-1, (attn.heads, -1)),
+            value.unflatten(-1, (attn.heads, -1)),
+            attn_mask=None if attention_mask is None else attention_mask[:, None, None],
+            dropout_p=attn.dropout if attn.training else 0.0,
+            backend=self._attention_backend,
+            parallel_config=self._parallel_config,
+        )
+        return attn.to_out[0](hidden_states.flatten(2))
+
+
+class PaellaAttention(nn.Module, AttentionModuleMixin):
+    _default_processor_cls = PaellaAttnProcessor
+    _available_processors = [PaellaAttnProcessor]
+    _supports_qkv_fusion = False  # queries come from the image, keys and values from two sources
+
+    def __init__(self, channels: int, heads: int, dropout: float, self_attention: bool):
+        super().__init__()
+        self.heads = heads
+        self.dropout = dropout
+        self.self_attention = self_attention
+        self.to_q = nn.Linear(channels, channels)
+        self.to_k = nn.Linear(channels, channels)
+        self.to_v = nn.Linear(channels, channels)
+        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
+        self.set_processor(self._default_processor_cls())
+
+    def forward(self, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
+        return self.processor(self, hidden_states, encoder_hidden_states, **kwargs)
+
+
+class PaellaAttnBlock(nn.Module):
+    """Block "A": attention to the conditioning and, with `self_attention`, to the image itself."""
+
+    def __init__(self, channels: int, cross_attention_dim: int, heads: int, dropout: float, self_attention: bool):
+        super().__init__()
+        self.norm = LayerNorm(channels)
+        self.cond_proj = nn.Linear(cross_attention_dim, channels)
+        self.attention = PaellaAttention(channels, heads, dropout, self_attention)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        conditioning_weights: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        attended = self.attention(
+            self.norm(hidden_states).flatten(1, 2),
+            self.cond_proj(F.silu(encoder_hidden_states)),
+            attention_mask=attention_mask,
+            conditioning_weights=conditioning_weights,
+        )
+        return hidden_states + attended.view_as(hidden_states)
+
+
+class PaellaBlock(nn.Module):
+    """One repeat of a level's block letters, such as "CTA"."""
+
+    def __init__(
+        self,
+        block_types: str,
+        channels: int,
+        heads: int,
+        cross_attention_dim: int,
+        time_embed_dim: int,
+        kernel_size: int,
+        dropout: float,
+        self_attention: bool,
+        has_skip: bool,
+    ):
+        super().__init__()
+        self.block_types = block_types
+        self.layers = nn.ModuleList()
+        for index, block_type in enumerate(block_types):
+            if block_type == "C":
+                layer = PaellaResBlock(channels, kernel_size, dropout, has_skip=has_skip and index == 0)
+            elif block_type == "T":
+                layer = PaellaTimestepBlock(channels, time_embed_dim)
+            elif block_type == "A":
+                layer = PaellaAttnBlock(channels, cross_attention_dim, heads, dropout, self_attention)
+            else:
+                layer = PaellaFeedForward(channels, dropout)
+            self.layers.append(layer)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        temb: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        conditioning_weights: torch.Tensor | None = None,
+        skip: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        for index, (block_type, layer) in enumerate(zip(self.block_types, self.layers)):
+            if block_type == "C":
+                hidden_states = layer(hidden_states, skip if index == 0 else None)
+            elif block_type == "T":
+                hidden_states = layer(hidden_states, temb)
+            elif block_type == "A":
+                hidden_states = layer(hidden_states, encoder_hidden_states, attention_mask, conditioning_weights)
+            else:
+                hidden_states = layer(hidden_states)
+        return hidden_states
+
+
+class PaellaDownsample(nn.Module):
+    """Norm, then a 2×2 convolution with stride 2: to the next lower level."""
+
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__()
+        self.norm = LayerNorm(in_channels)
+        self.conv = nn.Conv2d(in_channels, out_channels, kernel_size=2, stride=2)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.conv(self.norm(hidden_states).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+class PaellaUpsample(nn.Module):
+    """Norm, then a 2×2 transposed convolution with stride 2: to the next higher level."""
+
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__()
+        self.norm = LayerNorm(in_channels)
+        self.conv = nn.ConvTranspose2d(in_channels, out_channels, kernel_size=2, stride=2)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.conv(self.norm(hidden_states).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+class PaellaUNet(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin, OriginalCheckpointMixin):
+    r"""
+    The denoiser of Paella (https://huggingface.co/papers/2211.07292, section 3.2; released version 3). The defaults are
+    the released sizes: 1008 M parameters.
+
+    Parameters:
+        sample_size (`int`, defaults to 64): Tokens a side that pipelines generate unless told otherwise.
+        num_vq_embeddings (`int`, defaults to 8192): Number of different tokens.
+        token_embed_dim (`int`, defaults to 256): Channels of the token embedding and of the head's last layer.
+        patch_size (`int`, defaults to 2): Side of the token patches folded into channels at both ends.
+        time_embed_dim (`int`, defaults to 64): Channels of the time embedding.
+        text_embed_dim (`int`, defaults to 2560): Channels of the text encoder's output (ByT5-XL: 2560).
+        clip_embed_dim (`int`, defaults to 1024): Channels of CLIP text and image embeddings (ViT-H/14: 1024).
+        clip_seq_len (`int`, defaults to 4): Conditioning tokens that one CLIP embedding becomes.
+        cross_attention_dim (`int`, defaults to 1024): Channels of the conditioning sequence.
+        block_out_channels (`tuple[int]`, defaults to `(640, 1280, 1280)`): Channels of each level, highest resolution first.
+        layers_per_block (`tuple[int]`, defaults to `(6, 16, 6)`): Repeats of each level's block letters, on the way down and up.
+        block_types (`tuple[str]`, defaults to `("CT", "CTA", "CTA")`):
+            Each level's block letters: C, a depthwise residual block; T, time modulation; A, attention; F, feed-forward. They
+            begin with C.
+        num_attention_heads (`tuple[int]`, defaults to `(-1, 16, 16)`): Heads of each level; ignored in levels without A.
+        kernel_size (`int`, defaults to 3): Kernel of the depthwise convolutions, odd.
+        dropout (`float` or `tuple[float]`, defaults to 0.1): Dropout in C, F and A blocks, one number or one a level.
+        self_attention (`bool`, defaults to `True`): Whether attention sees the image's own tokens beside the conditioning.
+    """
+
+    _original_checkpoint = "paella_v3.pt"
+    _supports_gradient_checkpointing = True
+    _supports_group_offloading = True
+    _no_split_modules = ["PaellaBlock"]
+    _repeated_blocks = ["PaellaBlock"]
+    _skip_layerwise_casting_patterns = ["token_embedding", "grn", "norm"]
+
+    @register_to_config
+    def __init__(
+        self,
+        sample_size: int = 64,
+        num_vq_embeddings: int = 8192,
+        token_embed_dim: int = 256,
+        patch_size: int = 2,
+        time_embed_dim: int = 64,
+        text_embed_dim: int = 2560,
+        clip_embed_dim: int = 1024,
+        clip_seq_len: int = 4,
+        cross_attention_dim: int = 1024,
+        block_out_channels: tuple[int, ...] = (640, 1280, 1280),
+        layers_per_block: tuple[int, ...] = (6, 16, 6),
+        block_types: tuple[str, ...] = ("CT", "CTA", "CTA"),
+        num_attention_heads: tuple[int, ...] = (-1, 16, 16),
+        kernel_size: int = 3,
+        dropout: float | tuple[float, ...] = 0.1,
+        self_attention: bool = True,
+    ):
+        super().__init__()
+        levels = len(block_out_channels)
+        dropout = [dropout] * levels if isinstance(dropout, int | float) else dropout
+        for name, value in {
+            "layers_per_block": layers_per_block,
+            "block_types": block_types,
+            "num_attention_heads": num_attention_heads,
+            "dropout": dropout,
+        }.items():
+            if len(value) != levels:
+                raise ValueError(f"`{name}` must have one entry a level, {levels} as `block_out_channels`: got {value}.")
+        for letters in block_types:
+            if not letters.startswith("C") or set(letters) - set("CTAF"):
+                raise ValueError(f"`block_types` must begin with C and use only C, T, A and F, got {letters!r}.")
+        if time_embed_dim < 4:
+            raise ValueError(f"`time_embed_dim` must be at least 4, got {time_embed_dim}.")
+
+        def make_block(level: int, has_skip: bool = False) -> PaellaBlock:
+            return PaellaBlock(
+                block_types[level],
+                block_out_channels[level],
+                num_attention_heads[level],
+                cross_attention_dim,
+                time_embed_dim,
+                kernel_size,
+                dropout[level],
+                self_attention,
+                has_skip,
+            )
+
+        # conditioning
+        self.text_proj = nn.Linear(text_embed_dim, cross_attention_dim)
+        self.clip_text_proj = nn.Linear(clip_embed_dim, cross_attention_dim * clip_seq_len)
+        self.clip_image_proj = nn.Linear(clip_embed_dim, cross_attention_dim * clip_seq_len)
+        self.cond_norm = LayerNorm(cross_attention_dim)
+
+        # tokens in
+        self.token_embedding = nn.Embedding(num_vq_embeddings, token_embed_dim)
+        self.token_norm = LayerNorm(token_embed_dim)
+        self.proj_in = nn.Linear(token_embed_dim * patch_size**2, block_out_channels[0])
+        self.norm_in = LayerNorm(block_out_channels[0])
+
+        # down, then up: the first block of a level on the way up takes the skip, but at the lowest there is none
+        self.down_blocks = nn.ModuleList()
+        for level in range(levels):
+            if level > 0:
+                self.down_blocks.append(PaellaDownsample(block_out_channels[level - 1], block_out_channels[level]))
+            self.down_blocks.extend(make_block(level) for _ in range(layers_per_block[level]))
+        self.up_blocks = nn.ModuleList()
+        for level in reversed(range(levels)):
+            has_skip = level < levels - 1
+            self.up_blocks.extend(make_block(level, has_skip and i == 0) for i in range(layers_per_block[level]))
+            if level > 0:
+                self.up_blocks.append(PaellaUpsample(block_out_channels[level], block_out_channels[level - 1]))
+
+        # logits out
+        self.norm_out = LayerNorm(block_out_channels[0])
+        self.proj_out = nn.Linear(block_out_channels[0], token_embed_dim * patch_size**2)
+        self.head_norm = LayerNorm(token_embed_dim)
+        self.head = nn.Linear(token_embed_dim, num_vq_embeddings, bias=False)
+
+        self.gradient_checkpointing = False
+        self.init_weights()
+
+    def init_weights(self):
+        """Initialise as published."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Conv2d):  # transposed convolutions keep torch's own
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        for module in self.modules():
+            if isinstance(module, PaellaFeedForward):  # keep the variance of the residual stream near one
+                module.proj_out.weight.data *= (1 / sum(self.config.layers_per_block)) ** 0.5
+            elif isinstance(module, PaellaTimestepBlock):  # start without time modulation
+                nn.init.zeros_(module.proj.weight)
+            elif isinstance(module, PaellaAttention):  # as torch does for the three packed in one (3c, c) matrix
+                for projection in (module.to_q, module.to_k, module.to_v):
+                    nn.init.xavier_uniform_(projection.weight, gain=0.5**0.5)
+        for projection in (self.text_proj, self.clip_text_proj, self.clip_image_proj):
+            nn.init.normal_(projection.weight, std=0.02)
+        # small inputs and zero outputs: the first predictions are uniform
+        nn.init.xavier_uniform_(self.proj_in.weight, gain=0.02)
+        nn.init.zeros_(self.proj_out.weight)
+        # the head starts as a copy of the embedding
+        nn.init.normal_(self.token_embedding.weight, std=(1 / self.config.num_vq_embeddings) ** 0.5)
+        self.head.weight.data.copy_(self.token_embedding.weight.data)
+
+    @property
+    def sample_multiple(self) -> int:
+        """Token grids must be divisible by this on both sides: 8 in the released model."""
+        return self.config.patch_size * 2 ** (len(self.config.block_out_channels) - 1)
+
+    @apply_lora_scale("cross_attention_kwargs")
+    def forward(
+        self,
+        sample: torch.LongTensor,
+        timestep: torch.Tensor | float,
+        encoder_hidden_states: torch.Tensor,
+        clip_text_embeds: torch.Tensor | None = None,
+        clip_image_embeds: torch.Tensor | None = None,
+        encoder_attention_mask: torch.Tensor | None = None,
+        conditioning_weights: torch.Tensor | None = None,
+        cross_attention_kwargs: dict | None = None,
+        return_dict: bool = True,
+    ) -> PaellaUNetOutput | tuple[torch.Tensor]:
+        """
+        Args:
+            sample (`torch.LongTensor` of shape `(batch_size, height, width)`):
+                Noisy tokens in `[0, num_vq_embeddings)`; both sides divisible by `sample_multiple`.
+            timestep (`torch.Tensor` of shape `(batch_size,)`, or a scalar):
+                The noise level in [0, 1]: the fraction of tokens that are noise.
+            encoder_hidden_states (`torch.Tensor` of shape `(batch_size, length, text_embed_dim)`):
+                The text encoder's output (ByT5).
+            clip_text_embeds (`torch.Tensor` of shape `(batch_size, clip_embed_dim)`, *optional*):
+                CLIP text embeddings, not normalised. Without them, their tokens are left out of the conditioning.
+            clip_image_embeds (`torch.Tensor` of shape `(batch_size, [num_images,] clip_embed_dim)`, *optional*):
+                CLIP image embeddings of one or several images, not normalised; likewise.
+            encoder_attention_mask (`torch.Tensor` of shape `(batch_size, length)`, *optional*):
+                0 where `encoder_hidden_states` is padding; or `(batch_size, sequence_length)` over the conditioning sequence:
+                text, then `clip_seq_len` tokens for the CLIP text, then as many for each image.
+            conditioning_weights (`torch.Tensor` of shape `(n,)` or `(batch_size, n)`, *optional*):
+                Factors on the attention probabilities of each row's last n attended conditioning tokens.
+            cross_attention_kwargs (`dict`, *optional*): `{"scale": s}` scales LoRA adapters in this call.
+
+        Raises:
+            ValueError: If the token grid is not divisible by `sample_multiple`, or the mask or the weights do not fit the
+                conditioning sequence.
+        """
+        batch_size, height, width = sample.shape
+        if height % self.sample_multiple or width % self.sample_multiple:
+            raise ValueError(
+                f"`sample` is a token grid of {height}×{width}, but both sides must be divisible by {self.sample_multiple}."
+            )
+
+        # 1. time and conditioning
+        timestep = torch.as_tensor(timestep, dtype=torch.float32, device=sample.device).expand(batch_size)
+        temb = sinusoidal_embedding(timestep, self.config.time_embed_dim).to(encoder_hidden_states.dtype)
+
+        sequence = [self.text_proj(encoder_hidden_states)]
+        if clip_text_embeds is not None:
+            tokens = self.clip_text_proj(clip_text_embeds)
+            sequence.append(tokens.view(batch_size, -1, self.config.cross_attention_dim))
+        if clip_image_embeds is not None:
+            tokens = self.clip_image_proj(clip_image_embeds)
+            sequence.append(tokens.view(batch_size, -1, self.config.cross_attention_dim))
+        encoder_hidden_states = self.cond_norm(torch.cat(sequence, dim=1))
+        attention_mask = self._expand_mask(encoder_attention_mask, sequence)
+        conditioning_weights = self._align_weights(conditioning_weights, attention_mask, encoder_hidden_states)
+
+        # 2. tokens in
+        hidden_states = self.token_norm(self.token_embedding(sample)).permute(0, 3, 1, 2)
+        hidden_states = F.pixel_unshuffle(hidden_states, self.config.patch_size).permute(0, 2, 3, 1)
+        hidden_states = self.norm_in(self.proj_in(hidden_states))
+
+        # 3. down and up
+        def run(block, *args):
+            if torch.is_grad_enabled() and self.gradient_checkpointing:
+                return self._gradient_checkpointing_func(block, *args)
+            return block(*args)
+
+        conditioning = (temb, encoder_hidden_states, attention_mask, conditioning_weights)
+        skips = []
+        for block in self.down_blocks:
+            if isinstance(block, PaellaDownsample):
+                skips.append(hidden_states)
+                hidden_states = block(hidden_states)
+            else:
+                hidden_states = run(block, hidden_states, *conditioning)
+        skip = None
+        for block in self.up_blocks:
+            if isinstance(block, PaellaUpsample):
+                hidden_states = block(hidden_states)
+                skip = skips.pop()
+            else:
+                hidden_states = run(block, hidden_states, *conditioning, skip)
+                skip = None
+
+        # 4. logits out
+        hidden_states = self.proj_out(self.norm_out(hidden_states)).permute(0, 3, 1, 2)
+        hidden_states = F.pixel_shuffle(hidden_states, self.config.patch_size).permute(0, 2, 3, 1)
+        logits = self.head(self.head_norm(hidden_states)).permute(0, 3, 1, 2)
+
+        if not return_dict:
+            return (logits,)
+        return PaellaUNetOutput(sample=logits)
+
+    @staticmethod
+    def _expand_mask(mask: torch.Tensor | None, sequence: list[torch.Tensor]) -> torch.Tensor | None:
+        """A mask over the text or over the whole conditioning sequence, as booleans over the whole sequence."""
+        if mask is None:
+            return None
+        text_length, length = sequence[0].shape[1], sum(part.shape[1] for part in sequence)
+        if mask.shape[1] not in (text_length, length):
+            raise ValueError(
+                f"`encoder_attention_mask` has {mask.shape[1]} columns, but the text has {text_length} tokens and the whole "
+                f"conditioning sequence {length}."
+            )
+        return F.pad(mask.bool(), (0, length - mask.shape[1]), value=True)
+
+    @staticmethod
+    def _align_weights(weights: torch.Tensor | None, mask: torch.Tensor | None, sequence: torch.Tensor):
+        """Weights for a row's last n attended tokens, as weights for the whole sequence: 1 elsewhere."""
+        if weights is None:
+            return None
+        batch_size, length = sequence.shape[:2]
+        if weights.shape[-1] > length:
+            raise ValueError(
+                f"`conditioning_weights` has {weights.shape[-1]} entries, but the conditioning sequence only {length} tokens."
+            )
+        weights = weights.to(sequence).expand(batch_size, -1)
+        if mask is None:
+            return F.pad(weights, (length - weights.shape[1], 0), value=1.0)
+        from_end = mask.long().flip(1).cumsum(1).flip(1)  # 1 at the last attended token, 2 at the one before
+        index = weights.shape[1] - from_end
+        return torch.where(mask & (index >= 0), weights.gather(1, index.clamp(0, weights.shape[1] - 1)), 1.0)
