@@ -1,0 +1,30 @@
+"""Paella, text to image by renoising discrete tokens (https://huggingface.co/papers/2211.07292), for diffusers."""
+
+import importlib
+from pathlib import Path
+
+__version__ = "0.1.0"
+
+# Each name is imported when it is first used: importing the package costs next to nothing.
+_MODULES = {
+    "PaellaVQModel": "models.vq_model",
+    "VQModel": "models.vq_model",
+    "PaellaUNet": "models.unet_paella",
+    "PaellaPrior": "models.prior_paella",
+    "PaellaScheduler": "schedulers.scheduling_paella",
+    "PaellaPipeline": "pipelines.pipeline_paella",
+}
+
+EMOJI_MODEL = str(Path(__file__).parent / "pretrained" / "emoji")  # the embedded model, in diffusers' layout
+
+__all__ = ["EMOJI_MODEL", *_MODULES]
+
+
+def __getattr__(name: str):
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
+
+
+def __dir__():
+    return sorted([*globals(), *_MODULES])

@@ -1,0 +1,141 @@
+"""`dome272/Paella` as its authors published it: three pickled state dicts, and the encoders in repositories of their own."""
+
+import json
+from pathlib import Path
+
+import torch
+from diffusers import DDPMWuerstchenScheduler
+from diffusers.utils import logging
+from huggingface_hub import file_exists, hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from transformers import (
+    AutoTokenizer,
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPTextModelWithProjection,
+    CLIPVisionModelWithProjection,
+    T5EncoderModel,
+)
+
+from ..models.prior_paella import PaellaPrior
+from ..models.unet_paella import PaellaUNet
+from ..models.vq_model import PaellaVQModel
+from ..schedulers.scheduling_paella import PaellaScheduler
+
+logger = logging.get_logger(__name__)
+
+BYT5_REPO = "google/byt5-xl"
+CLIP_REPO = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+HUB_OPTIONS = ("cache_dir", "force_download", "token", "local_files_only")
+
+
+def has_original_layout(path: str | Path, revision: str | None = None, **kwargs) -> bool:
+    """
+    Whether a folder or Hub repository is in the published layout rather than in diffusers'.
+
+    Raises:
+        ValueError: If it is in neither.
+    """
+    options = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs and name != "force_download"}
+    checkpoint = PaellaUNet._original_checkpoint
+    if Path(path).is_dir():
+        if (Path(path) / "model_index.json").is_file():
+            return False
+        found = (Path(path) / checkpoint).is_file()
+    else:
+        path = str(path)
+        try:
+            hf_hub_download(path, "model_index.json", revision=revision, **options)
+            return False
+        except LocalEntryNotFoundError:  # offline
+            found = isinstance(try_to_load_from_cache(path, checkpoint, options.get("cache_dir"), revision), str)
+            if not found:
+                raise
+        except EntryNotFoundError:
+            found = file_exists(path, checkpoint, revision=revision, token=options.get("token"))
+    if not found:
+        raise ValueError(
+            f"{path} is in neither layout that can be loaded: it has no `model_index.json`, as `save_pretrained` writes, "
+            f"and no `{checkpoint}`, as `dome272/Paella` has."
+        )
+    return True
+
+
+def load_original_components(
+    path: str | Path,
+    names: list[str],
+    dtype: torch.dtype | dict,
+    revision: str | None = None,
+    original_config: dict | None = None,
+    **kwargs,
+) -> dict:
+    """
+    A pipeline's components from the published layout; those in `kwargs` are taken as they are, None included.
+
+    Args:
+        path (`str` or `Path`): A folder or Hub repository with `paella_v3.pt`, `vqgan_f4.pt` and `prior_v1.pt`.
+        names (`list[str]`): The pipeline's components.
+        dtype (`torch.dtype` or `dict`): Of the weights, or by component name, with `"default"`.
+        original_config (`dict`, *optional*):
+            The published constructors' arguments under `paella`, `vqgan` and `prior`, where they differ from the released
+            model's; read from the repository's `config.json` if it has one.
+    """
+    if kwargs.pop("variant", None) is not None:
+        raise ValueError("The published layout has no variants: leave `variant` out, and pass `dtype` for half precision.")
+    components = {name: kwargs.pop(name) for name in names if name in kwargs}
+    options = {name: kwargs.pop(name) for name in HUB_OPTIONS if name in kwargs}
+    if kwargs:
+        logger.warning(f"Keyword arguments {sorted(kwargs)} have no effect in the published layout and are ignored.")
+    for encoder, companion in (
+        ("text_encoder", "tokenizer"),
+        ("text_encoder_2", "tokenizer_2"),
+        ("image_encoder", "feature_extractor"),
+        ("prior", "prior_scheduler"),
+    ):
+        if encoder in components and components[encoder] is None:
+            components.setdefault(companion, None)
+    if original_config is None:
+        try:
+            original_config = json.loads(Path(_file(path, "config.json", revision, options)).read_text())
+        except (EntryNotFoundError, FileNotFoundError):
+            original_config = {}
+
+    def dtype_of(name):
+        return dtype.get(name, dtype.get("default", torch.float32)) if isinstance(dtype, dict) else dtype
+
+    def model(cls, name, config_name):
+        file = _file(path, cls._original_checkpoint, revision, options)
+        return cls.from_single_file(file, original_config.get(config_name), dtype_of(name))
+
+    def clip(cls, name):
+        config = CLIPConfig.from_pretrained(CLIP_REPO, **options)
+        part = config.text_config if cls is CLIPTextModelWithProjection else config.vision_config
+        part.projection_dim = config.projection_dim  # the parts' own is a default that nobody set
+        return cls.from_pretrained(CLIP_REPO, config=part, dtype=dtype_of(name), **options)
+
+    loaders = {
+        "unet": lambda: model(PaellaUNet, "unet", "paella"),
+        "vqgan": lambda: model(PaellaVQModel, "vqgan", "vqgan"),
+        "scheduler": lambda: PaellaScheduler(num_vq_embeddings=components["unet"].config.num_vq_embeddings),
+        "text_encoder": lambda: T5EncoderModel.from_pretrained(BYT5_REPO, dtype=dtype_of("text_encoder"), **options),
+        "tokenizer": lambda: AutoTokenizer.from_pretrained(BYT5_REPO, **options),
+        "text_encoder_2": lambda: clip(CLIPTextModelWithProjection, "text_encoder_2"),
+        "tokenizer_2": lambda: AutoTokenizer.from_pretrained(CLIP_REPO, **options),
+        "image_encoder": lambda: clip(CLIPVisionModelWithProjection, "image_encoder"),
+        "feature_extractor": lambda: CLIPImageProcessor.from_pretrained(CLIP_REPO, **options),
+        "prior": lambda: model(PaellaPrior, "prior", "prior"),
+        "prior_scheduler": lambda: DDPMWuerstchenScheduler(),
+    }
+    for name, load in loaders.items():
+        if name not in components:
+            components[name] = load()
+    return components
+
+
+def _file(path, filename, revision, options) -> str:
+    """A file of a folder, or of a Hub repository, downloaded."""
+    if Path(path).is_dir():
+        if not (Path(path) / filename).is_file():
+            raise FileNotFoundError(f"{path} has no {filename}, which the published layout needs.")
+        return str(Path(path) / filename)
+    return hf_hub_download(str(path), filename, revision=revision, **options)

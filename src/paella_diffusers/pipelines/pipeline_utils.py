@@ -1,0 +1,610 @@
+"""What Paella's pipelines share: components, prompt encoding, conditioning, the denoising loop and decoding."""
+
+import inspect
+from collections.abc import Callable
+
+import PIL.Image
+import torch
+import torch.nn.functional as F
+from diffusers import DDPMWuerstchenScheduler, DiffusionPipeline
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from diffusers.utils import logging
+from diffusers.utils.torch_utils import randn_tensor
+from transformers import (
+    CLIPImageProcessor,
+    CLIPTextModelWithProjection,
+    CLIPVisionModelWithProjection,
+    PreTrainedTokenizerBase,
+    T5EncoderModel,
+)
+
+from .. import registration
+from ..models.prior_paella import PaellaPrior
+from ..models.unet_paella import PaellaUNet
+from ..models.vq_model import PaellaVQModel
+from .original_repo import has_original_layout, load_original_components
+
+logger = logging.get_logger(__name__)
+
+
+class PaellaPipelineBase(DiffusionPipeline):
+    r"""
+    Components and steps of every Paella pipeline.
+
+    Args:
+        vqgan ([`PaellaVQModel`]): Tokens to pixels and back.
+        unet ([`PaellaUNet`]): The denoiser.
+        scheduler ([`PaellaScheduler`] or another discrete scheduler): The sampler.
+        text_encoder (`T5EncoderModel`, *optional*): ByT5 encoder; without it, pass `prompt_embeds`.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): Its tokenizer.
+        text_encoder_2 (`CLIPTextModelWithProjection`, *optional*):
+            CLIP text encoder; without it, CLIP text embeddings are left out of the conditioning unless passed in.
+        tokenizer_2 (`PreTrainedTokenizerBase`, *optional*): Its tokenizer.
+        image_encoder (`CLIPVisionModelWithProjection`, *optional*): CLIP image encoder, for `condition_image`.
+        feature_extractor (`CLIPImageProcessor`, *optional*): Its image processor.
+        prior ([`PaellaPrior`], *optional*): From CLIP text embeddings to CLIP image embeddings.
+        prior_scheduler (`SchedulerMixin`, *optional*): The prior's sampler.
+    """
+
+    model_cpu_offload_seq = "text_encoder->text_encoder_2->image_encoder->prior->unet->vqgan"
+    _optional_components = [
+        "text_encoder",
+        "tokenizer",
+        "text_encoder_2",
+        "tokenizer_2",
+        "image_encoder",
+        "feature_extractor",
+        "prior",
+        "prior_scheduler",
+    ]
+    _callback_tensor_inputs = ["latents", "pred_original_sample"]
+
+    def __init__(
+        self,
+        vqgan: PaellaVQModel,
+        unet: PaellaUNet,
+        scheduler: SchedulerMixin,
+        text_encoder: T5EncoderModel | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        text_encoder_2: CLIPTextModelWithProjection | None = None,
+        tokenizer_2: PreTrainedTokenizerBase | None = None,
+        image_encoder: CLIPVisionModelWithProjection | None = None,
+        feature_extractor: CLIPImageProcessor | None = None,
+        prior: PaellaPrior | None = None,
+        prior_scheduler: SchedulerMixin | None = None,
+    ):
+        super().__init__()
+        self.register_modules(
+            vqgan=vqgan,
+            unet=unet,
+            scheduler=scheduler,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+            text_encoder_2=text_encoder_2,
+            tokenizer_2=tokenizer_2,
+            image_encoder=image_encoder,
+            feature_extractor=feature_extractor,
+            prior=prior,
+            prior_scheduler=prior_scheduler,
+        )
+        self.vae_scale_factor = self.vqgan.patch_size if getattr(self, "vqgan", None) else 4
+        self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor, do_normalize=False)
+
+    # ------------------------------------------------------------------------------------------ loading and saving
+
+    def register_modules(self, **kwargs):
+        super().register_modules(**kwargs)
+        self.register_to_config(**registration.library_names(kwargs))
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+        """
+        Load a pipeline from a Hub repository or a folder, in diffusers' layout or in the published one.
+
+        The published layout (`dome272/Paella`) is three files, `paella_v3.pt`, `vqgan_f4.pt` and `prior_v1.pt`, without a
+        `model_index.json`; the encoders are then loaded from `google/byt5-xl` and `laion/CLIP-ViT-H-14-laion2B-s32B-b79K`.
+        In both layouts any component can be passed in, and an optional one left out with `None`, such as `prior=None`.
+
+        Args:
+            pretrained_model_name_or_path (`str` or `Path`): A Hub id or a folder.
+            dtype (`torch.dtype` or `dict`, defaults to `torch.float32`): Of the weights, or by component name.
+            kwargs:
+                As for `DiffusionPipeline.from_pretrained`: components, `cache_dir`, `token`, `local_files_only`, `revision`, ….
+                In the published layout, `revision` is that of the Paella repository.
+
+        Raises:
+            ValueError: If the repository is in neither layout, or a checkpoint does not fit its model.
+        """
+        if "torch_dtype" in kwargs:  # diffusers' earlier name
+            kwargs["dtype"] = kwargs.pop("torch_dtype")
+        if kwargs.get("dtype") is None:
+            kwargs["dtype"] = torch.float32  # transformers would keep the stored one
+        if has_original_layout(pretrained_model_name_or_path, **kwargs):
+            modules, _ = cls._get_signature_keys(cls)
+            pipeline = cls(**load_original_components(pretrained_model_name_or_path, modules, **kwargs))
+            pipeline.register_to_config(_name_or_path=str(pretrained_model_name_or_path))
+            return pipeline
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+    # ------------------------------------------------------------------------------------------------ input checks
+
+    def check_inputs(
+        self,
+        prompt,
+        negative_prompt,
+        height,
+        width,
+        num_inference_steps,
+        guidance_scale,
+        num_images_per_prompt,
+        generator,
+        latents,
+        condition_image,
+        prompt_embeds,
+        negative_prompt_embeds,
+        prompt_attention_mask,
+        negative_prompt_attention_mask,
+        clip_text_embeds,
+        negative_clip_text_embeds,
+        clip_image_embeds,
+        use_prior,
+        output_type,
+        callback_on_step_end_tensor_inputs,
+    ) -> int:
+        """Refuse bad input, naming the argument, the value and the remedy; the number of prompts otherwise."""
+        multiple = self.vae_scale_factor * self.unet.sample_multiple
+        if height % multiple or width % multiple or height < 1 or width < 1:
+            raise ValueError(
+                f"`height` and `width` must be multiples of {multiple}, got {height} and {width}: the nearest are "
+                f"{max(1, round(height / multiple)) * multiple} and {max(1, round(width / multiple)) * multiple}."
+            )
+        if not isinstance(num_inference_steps, int) or num_inference_steps < 1:
+            raise ValueError(f"`num_inference_steps` must be an integer of at least 1, got {num_inference_steps!r}.")
+        if not isinstance(num_images_per_prompt, int) or num_images_per_prompt < 1:
+            raise ValueError(f"`num_images_per_prompt` must be an integer of at least 1, got {num_images_per_prompt!r}.")
+        if isinstance(guidance_scale, tuple | list) and len(guidance_scale) != 2:
+            raise ValueError(f"`guidance_scale` must be a number or (first, last), got {guidance_scale}.")
+        if output_type not in ("pil", "np", "pt", "latent"):
+            raise ValueError(f"`output_type` must be 'pil', 'np', 'pt' or 'latent', got {output_type!r}.")
+        unknown = set(callback_on_step_end_tensor_inputs or ()) - set(self._callback_tensor_inputs)
+        if unknown:
+            raise ValueError(
+                f"`callback_on_step_end_tensor_inputs` must be in {self._callback_tensor_inputs}, got {sorted(unknown)}."
+            )
+
+        # prompts, or embeddings in their place
+        if (prompt is None) == (prompt_embeds is None):
+            raise ValueError("Pass either `prompt` or `prompt_embeds`: exactly one of them.")
+        for name, value in {"prompt": prompt, "negative_prompt": negative_prompt}.items():
+            values = value if isinstance(value, list | tuple) else [value]
+            if value is not None and not (values and all(isinstance(text, str) for text in values)):
+                raise ValueError(f"`{name}` must be a string or a list of at least one, got {value!r}; '' is fine.")
+        if prompt is None:
+            batch_size = len(prompt_embeds)
+        else:
+            batch_size = 1 if isinstance(prompt, str) else len(prompt)
+            if self.text_encoder is None or self.tokenizer is None:
+                raise ValueError(
+                    "`prompt` needs the components `text_encoder` and `tokenizer`; without them, pass `prompt_embeds`."
+                )
+        if negative_prompt is not None and negative_prompt_embeds is not None:
+            raise ValueError("Pass either `negative_prompt` or `negative_prompt_embeds`, not both.")
+        if isinstance(negative_prompt, list | tuple) and len(negative_prompt) not in (1, batch_size):
+            raise ValueError(f"`negative_prompt` has {len(negative_prompt)} entries for {batch_size} prompts: pass one, or one each.")
+        guided = self._needs_guidance(guidance_scale)
+        if guided and prompt is None and negative_prompt_embeds is None and self.text_encoder is None:
+            raise ValueError(
+                "Guidance needs `negative_prompt_embeds` beside `prompt_embeds` when there is no `text_encoder`; or turn it "
+                "off with `guidance_scale=None`."
+            )
+        if guided and clip_text_embeds is not None and negative_clip_text_embeds is None and self.text_encoder_2 is None:
+            raise ValueError(
+                "Guidance needs `negative_clip_text_embeds` beside `clip_text_embeds` when there is no `text_encoder_2`."
+            )
+
+        # embeddings: name, value, dimensions, width
+        text_dim, clip_dim = self.unet.config.text_embed_dim, self.unet.config.clip_embed_dim
+        for name, value, dims, width_expected in (
+            ("prompt_embeds", prompt_embeds, (3,), text_dim),
+            ("negative_prompt_embeds", negative_prompt_embeds, (3,), text_dim),
+            ("clip_text_embeds", clip_text_embeds, (2,), clip_dim),
+            ("negative_clip_text_embeds", negative_clip_text_embeds, (2,), clip_dim),
+            ("clip_image_embeds", clip_image_embeds, (2, 3), clip_dim),
+        ):
+            if value is None:
+                continue
+            if value.ndim not in dims or value.shape[-1] != width_expected:
+                shape = "(batch_size, length, {})" if dims == (3,) else "(batch_size, {})"
+                raise ValueError(
+                    f"`{name}` must have shape {shape.format(width_expected)} for this U-Net, got {tuple(value.shape)}."
+                )
+            if len(value) not in (1, batch_size):
+                raise ValueError(f"`{name}` has {len(value)} rows for {batch_size} prompts: pass one, or one each.")
+        for name, mask, embeds_name, embeds in (
+            ("prompt_attention_mask", prompt_attention_mask, "prompt_embeds", prompt_embeds),
+            ("negative_prompt_attention_mask", negative_prompt_attention_mask, "negative_prompt_embeds", negative_prompt_embeds),
+        ):
+            if mask is not None and (embeds is None or mask.shape != embeds.shape[:2]):
+                expected = None if embeds is None else tuple(embeds.shape[:2])
+                raise ValueError(f"`{name}` goes with `{embeds_name}` and must have shape {expected}, got {tuple(mask.shape)}.")
+
+        # images and the prior
+        if condition_image is not None:
+            if clip_image_embeds is not None:
+                raise ValueError("Pass either `condition_image` or `clip_image_embeds`, not both.")
+            if self.image_encoder is None or self.feature_extractor is None:
+                raise ValueError("`condition_image` needs the components `image_encoder` and `feature_extractor`.")
+            _nested_images(condition_image, batch_size)
+        if use_prior:
+            if self.prior is None or self.prior_scheduler is None:
+                raise ValueError("`use_prior=True` needs the components `prior` and `prior_scheduler`.")
+            if clip_text_embeds is None and (self.text_encoder_2 is None or prompt is None):
+                raise ValueError("`use_prior=True` needs CLIP text embeddings: the component `text_encoder_2`, or `clip_text_embeds`.")
+
+        # randomness and start
+        total = batch_size * num_images_per_prompt
+        if isinstance(generator, list) and len(generator) != total:
+            raise ValueError(f"`generator` is a list of {len(generator)}, but {total} images are made: pass one each.")
+        if latents is not None:
+            check_tokens("latents", latents, (total, height // self.vae_scale_factor, width // self.vae_scale_factor), self.unet.config.num_vq_embeddings)
+        return batch_size
+
+    # ------------------------------------------------------------------------------------------------ conditioning
+
+    def encode_prompt(
+        self,
+        prompt: str | list[str] | None = None,
+        negative_prompt: str | list[str] | None = None,
+        num_images_per_prompt: int = 1,
+        do_classifier_free_guidance: bool = True,
+        prompt_embeds: torch.Tensor | None = None,
+        negative_prompt_embeds: torch.Tensor | None = None,
+        prompt_attention_mask: torch.Tensor | None = None,
+        negative_prompt_attention_mask: torch.Tensor | None = None,
+        clip_text_embeds: torch.Tensor | None = None,
+        negative_clip_text_embeds: torch.Tensor | None = None,
+        max_sequence_length: int = 768,
+        device: torch.device | None = None,
+    ):
+        """
+        Prompts to embeddings, each repeated `num_images_per_prompt` times. Embeddings that are passed in are kept.
+
+        Args:
+            prompt (`str` or `list[str]`, *optional*): What to draw.
+            negative_prompt (`str` or `list[str]`, *optional*): What the guidance moves away from; "" unless given.
+            num_images_per_prompt (`int`, defaults to 1): Images for each prompt.
+            do_classifier_free_guidance (`bool`, defaults to `True`): Whether negative embeddings are wanted.
+            max_sequence_length (`int`, defaults to 768): Prompts are cut to so many bytes.
+            device (`torch.device`, *optional*): Where to compute; the pipeline's unless given.
+
+        Returns:
+            `prompt_embeds` and `negative_prompt_embeds`, `(batch_size, length, text_embed_dim)`; their masks,
+            `(batch_size, length)`, None where nothing is padded; `clip_text_embeds` and `negative_clip_text_embeds`,
+            `(batch_size, clip_embed_dim)`, None without CLIP. The names are those that `__call__` takes.
+        """
+        device = device or self._execution_device
+        prompt = [prompt] if isinstance(prompt, str) else prompt
+        batch_size = len(prompt) if prompt is not None else len(prompt_embeds)
+        negative = negative_prompt if negative_prompt is not None else ""
+        negative = [negative] * batch_size if isinstance(negative, str) else list(negative)
+        negative = negative * batch_size if len(negative) == 1 else negative
+
+        if prompt_embeds is None:
+            prompt_embeds, prompt_attention_mask = self._encode_byt5(prompt, max_sequence_length, device)
+        if clip_text_embeds is None and prompt is not None and self.text_encoder_2 is not None:
+            clip_text_embeds = self._encode_clip(prompt, device)
+        if do_classifier_free_guidance:
+            if negative_prompt_embeds is None:
+                negative_prompt_embeds, negative_prompt_attention_mask = self._encode_byt5(
+                    negative, max_sequence_length, device
+                )
+            if clip_text_embeds is None:
+                negative_clip_text_embeds = None  # both passes have the same parts
+            elif negative_clip_text_embeds is None:
+                negative_clip_text_embeds = self._encode_clip(negative, device)
+
+        def repeat(tensor, dtype=None):
+            if tensor is None:
+                return None
+            tensor = tensor.expand(batch_size, *tensor.shape[1:]) if len(tensor) == 1 else tensor
+            return tensor.to(device, dtype).repeat_interleave(num_images_per_prompt, dim=0)
+
+        prompt_embeds = repeat(prompt_embeds, self.unet.dtype)
+        negative_prompt_embeds = repeat(negative_prompt_embeds, self.unet.dtype)
+        prompt_attention_mask = repeat(prompt_attention_mask)
+        negative_prompt_attention_mask = repeat(negative_prompt_attention_mask)
+        clip_text_embeds = repeat(clip_text_embeds, self.unet.dtype)
+        negative_clip_text_embeds = repeat(negative_clip_text_embeds, self.unet.dtype)
+        return (
+            prompt_embeds,
+            negative_prompt_embeds,
+            prompt_attention_mask,
+            negative_prompt_attention_mask,
+            clip_text_embeds,
+            negative_clip_text_embeds,
+        )
+
+    def _encode_byt5(self, prompts: list[str], max_length: int, device):
+        distinct = list(dict.fromkeys(prompts))
+        inputs = self.tokenizer(
+            distinct, padding="longest", max_length=max_length, truncation=True, return_tensors="pt"
+        ).to(device)
+        if inputs.input_ids.shape[1] == max_length and any(len(p.encode()) >= max_length for p in distinct):
+            logger.warning(f"Prompts were cut to `max_sequence_length`, {max_length} bytes.")
+        mask = None if inputs.attention_mask.all() else inputs.attention_mask  # no mask, no padding
+        embeds = self.text_encoder(inputs.input_ids, attention_mask=mask).last_hidden_state
+        rows = [distinct.index(p) for p in prompts]
+        return embeds[rows], None if mask is None else mask[rows]
+
+    def _encode_clip(self, prompts: list[str], device) -> torch.Tensor:
+        distinct = list(dict.fromkeys(prompts))
+        max_length = min(self.tokenizer_2.model_max_length, self.text_encoder_2.config.max_position_embeddings)
+        inputs = self.tokenizer_2(
+            distinct, padding="longest", max_length=max_length, truncation=True, return_tensors="pt"
+        ).to(device)
+        # causal, and pooled at the end-of-text token: padding behind it changes nothing
+        embeds = self.text_encoder_2(inputs.input_ids).text_embeds
+        return embeds[[distinct.index(p) for p in prompts]]
+
+    def encode_image(self, condition_image, batch_size: int, num_images_per_prompt: int = 1, device=None) -> torch.Tensor:
+        """
+        CLIP embeddings of images to condition on: resized to the encoder's size, bicubic, without cropping.
+
+        Args:
+            condition_image (`PIL.Image.Image`, a list of them, or a nested list):
+                One image or several for every prompt, or, nested, as many for each prompt.
+            batch_size (`int`): Number of prompts.
+
+        Returns:
+            `torch.Tensor` of shape `(batch_size * num_images_per_prompt, num_images, clip_embed_dim)`, not normalised.
+        """
+        device = device or self._execution_device
+        images = _nested_images(condition_image, batch_size)
+        size = self.image_encoder.config.image_size
+        pixels = self.feature_extractor(
+            [image.convert("RGB") for row in images for image in row],
+            size={"height": size, "width": size},
+            resample=PIL.Image.Resampling.BICUBIC,
+            do_center_crop=False,
+            return_tensors="pt",
+        ).pixel_values
+        embeds = self.image_encoder(pixels.to(device, self.image_encoder.dtype)).image_embeds
+        embeds = embeds.view(len(images), len(images[0]), -1).expand(batch_size, -1, -1)
+        return embeds.to(self.unet.dtype).repeat_interleave(num_images_per_prompt, dim=0)
+
+    def sample_prior(
+        self,
+        clip_text_embeds: torch.Tensor,
+        num_inference_steps: int = 60,
+        guidance_scale: float = 3.0,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+    ) -> torch.Tensor:
+        """CLIP text embeddings `(batch_size, clip_embed_dim)` to sampled CLIP image embeddings of the same shape."""
+        text = clip_text_embeds.to(self.prior.dtype)
+        # t=1 is skipped: there the cosine schedule divides by nearly zero
+        times = torch.linspace(1, 0, num_inference_steps + 2)[1:]
+        self.prior_scheduler.set_timesteps(timesteps=times.tolist(), device=text.device)
+        sample = randn_tensor(text.shape, generator=generator, device=text.device, dtype=text.dtype)
+        both = torch.cat([text, torch.zeros_like(text)])
+        for t in self.prior_scheduler.timesteps[:-1]:
+            conditional, unconditional = self.prior(torch.cat([sample, sample]), t, both).sample.chunk(2)
+            noise = torch.lerp(unconditional, conditional, guidance_scale)
+            sample = self.prior_scheduler.step(noise, t.expand(len(sample)), sample, generator=generator).prev_sample
+        return sample.to(self.unet.dtype)
+
+    def prepare_conditioning(
+        self,
+        batch_size: int,
+        num_images_per_prompt: int,
+        generator,
+        condition_image=None,
+        clip_image_embeds=None,
+        conditioning_weights=None,
+        use_prior=None,
+        prior_num_inference_steps=60,
+        prior_guidance_scale=3.0,
+        **prompt_kwargs,
+    ) -> tuple[dict, dict | None]:
+        """The U-Net's conditioning arguments for the conditional pass, and for the unconditional one if there is guidance."""
+        device = self._execution_device
+        guided = self._needs_guidance(self._guidance_scale)
+        text, negative_text, mask, negative_mask, clip_text, negative_clip_text = self.encode_prompt(
+            num_images_per_prompt=num_images_per_prompt, do_classifier_free_guidance=guided, device=device, **prompt_kwargs
+        )
+        if condition_image is not None:
+            clip_image_embeds = self.encode_image(condition_image, batch_size, num_images_per_prompt, device)
+        elif clip_image_embeds is not None:
+            images = clip_image_embeds[:, None] if clip_image_embeds.ndim == 2 else clip_image_embeds
+            images = images.expand(batch_size, -1, -1).repeat_interleave(num_images_per_prompt, dim=0)
+            clip_image_embeds = images.to(device, self.unet.dtype)
+        elif use_prior or (use_prior is None and self.prior is not None and clip_text is not None):
+            clip_image_embeds = self.sample_prior(
+                clip_text, prior_num_inference_steps, prior_guidance_scale, generator
+            )[:, None]
+        if conditioning_weights is not None:
+            conditioning_weights = conditioning_weights.to(device, self.unet.dtype)
+            if conditioning_weights.ndim == 2:
+                conditioning_weights = conditioning_weights.repeat_interleave(num_images_per_prompt, dim=0)
+        conditioning = {
+            "encoder_hidden_states": text,
+            "clip_text_embeds": clip_text,
+            "clip_image_embeds": clip_image_embeds,
+            "encoder_attention_mask": mask,
+            "conditioning_weights": conditioning_weights,
+        }
+        negative_conditioning = {
+            "encoder_hidden_states": negative_text,
+            "clip_text_embeds": negative_clip_text,
+            "clip_image_embeds": None,
+            "encoder_attention_mask": negative_mask,
+            "conditioning_weights": None,
+        }
+        return conditioning, negative_conditioning if guided else None
+
+    # -------------------------------------------------------------------------------------------------- denoising
+
+    @property
+    def guidance_scale(self):
+        return self._guidance_scale
+
+    @property
+    def num_timesteps(self) -> int:
+        return self._num_timesteps
+
+    @property
+    def interrupt(self) -> bool:
+        return self._interrupt
+
+    @staticmethod
+    def _needs_guidance(scale) -> bool:
+        scales = scale if isinstance(scale, tuple | list) else [scale]
+        return any(s is not None and s > 1 for s in scales)
+
+    def _guidance_at(self, step: int) -> float | None:
+        """This step's guidance scale, None for no second pass; read anew at every step, as callbacks may change it."""
+        scale = self._guidance_scale
+        if isinstance(scale, tuple | list):
+            first, last = scale
+            scale = torch.linspace(first, last, self._num_timesteps)[step].item()
+        if self._guidance_steps is not None and step >= self._guidance_steps:
+            return None
+        return scale if self._needs_guidance(scale) else None
+
+    def set_timesteps(self, num_inference_steps: int, device, temperature=None, renoise_steps=None):
+        """Prepare the scheduler; an override that it does not take is refused."""
+        overrides = {"temperature": temperature, "renoise_steps": renoise_steps}
+        overrides = {name: value for name, value in overrides.items() if value is not None}
+        unknown = overrides.keys() - inspect.signature(self.scheduler.set_timesteps).parameters.keys()
+        if unknown:
+            raise ValueError(f"{type(self.scheduler).__name__} takes no {sorted(unknown)}: set what it has by `from_config`.")
+        self.scheduler.set_timesteps(num_inference_steps, device=device, **overrides)
+        self._num_timesteps = len(self.scheduler.timesteps)
+
+    def prepare_latents(self, batch_size, height, width, device, generator=None, latents=None) -> torch.LongTensor:
+        """The token grid to start from, `(batch_size, height / 4, width / 4)`: uniformly random unless given."""
+        if latents is not None:
+            return latents.to(device)
+        shape = (height // self.vae_scale_factor, width // self.vae_scale_factor)
+        num_tokens = self.unet.config.num_vq_embeddings
+        if isinstance(generator, list):
+            rows = [torch.randint(num_tokens, (1, *shape), generator=g, device=g.device).to(device) for g in generator]
+            return torch.cat(rows)
+        where = generator.device if generator else device
+        return torch.randint(num_tokens, (batch_size, *shape), generator=generator, device=where).to(device)
+
+    def denoise(
+        self,
+        latents: torch.LongTensor,
+        conditioning: dict[str, torch.Tensor | None],
+        negative_conditioning: dict[str, torch.Tensor | None] | None,
+        noise: torch.LongTensor,
+        mask: torch.Tensor | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        cross_attention_kwargs: dict | None = None,
+        callback_on_step_end: Callable | None = None,
+        callback_on_step_end_tensor_inputs: list[str] | None = None,
+    ) -> torch.LongTensor:
+        """The sampling loop: logits, guidance, and a step of the scheduler, until the tokens are clean."""
+        both = None
+        if negative_conditioning is not None:
+            both = join_conditioning(conditioning, negative_conditioning, self.unet.config.clip_seq_len)
+        accepted = inspect.signature(self.scheduler.step).parameters
+        extra = {
+            "noise": noise.flatten(1),
+            "mask": None if mask is None else mask.flatten(1),
+            "codebook": self.vqgan.vquantizer.embedding.weight,
+            "generator": generator,
+        }
+        extra = {name: value for name, value in extra.items() if name in accepted}
+        with self.progress_bar(total=self._num_timesteps) as progress_bar:
+            for i, t in enumerate(self.scheduler.timesteps):
+                if self.interrupt:
+                    break
+                # discrete schedulers of diffusers count steps upwards; ours give the noise level itself
+                level = t if t.is_floating_point() else 1 - t / self._num_timesteps
+                scale = self._guidance_at(i)
+                if scale is None:
+                    logits = self.unet(latents, level, **conditioning, cross_attention_kwargs=cross_attention_kwargs).sample
+                else:
+                    tokens = torch.cat([latents, latents])
+                    logits = self.unet(tokens, level, **both, cross_attention_kwargs=cross_attention_kwargs).sample
+                    conditional, unconditional = logits.float().chunk(2)
+                    logits = scale * conditional + (1 - scale) * unconditional
+                # schedulers see sequences: (batch_size, height * width) tokens, channels-last logits without a copy
+                output = self.scheduler.step(logits.flatten(2).transpose(1, 2), t, latents.flatten(1), **extra)
+                pred_original_sample = output.sampled_tokens.view_as(latents)
+                latents = output.prev_sample.view_as(latents)
+                if callback_on_step_end is not None:
+                    available = {"latents": latents, "pred_original_sample": pred_original_sample}
+                    wanted = {name: available[name] for name in callback_on_step_end_tensor_inputs}
+                    latents = callback_on_step_end(self, i, t, wanted).pop("latents", latents)
+                progress_bar.update()
+        return latents
+
+    def decode(self, latents: torch.LongTensor, output_type: str):
+        """Tokens to images of the wanted type; `"latent"` returns the tokens."""
+        if output_type == "latent":
+            return latents
+        images = self.vqgan.decode_indices(latents).sample.clamp(0, 1)
+        return self.image_processor.postprocess(images, output_type, do_denormalize=[False] * len(images))
+
+
+def join_conditioning(positive: dict, negative: dict, clip_seq_len: int) -> dict:
+    """
+    The U-Net's conditioning arguments for both halves in one batch. A half that has shorter text, or no image embeddings, is
+    padded and the padding masked; without padding there is no mask.
+    """
+    length = max(half["encoder_hidden_states"].shape[1] for half in (positive, negative))
+    images = positive["clip_image_embeds"]
+    text, masks = [], []
+    for half in (positive, negative):
+        embeds, mask = half["encoder_hidden_states"], half["encoder_attention_mask"]
+        missing = length - embeds.shape[1]
+        mask = torch.ones(embeds.shape[:2], device=embeds.device) if mask is None else mask
+        text.append(F.pad(embeds, (0, 0, 0, missing)))
+        mask = F.pad(mask.bool(), (0, missing))
+        if half["clip_text_embeds"] is not None:
+            mask = F.pad(mask, (0, clip_seq_len), value=True)
+        if images is not None:
+            mask = F.pad(mask, (0, clip_seq_len * images.shape[1]), value=half is positive)
+        masks.append(mask)
+    mask = torch.cat(masks)
+    weights = positive["conditioning_weights"]
+    if weights is not None:
+        weights = weights.expand(len(text[0]), -1)
+        weights = torch.cat([weights, torch.ones_like(weights)])
+    clip_text = positive["clip_text_embeds"]
+    return {
+        "encoder_hidden_states": torch.cat(text),
+        "clip_text_embeds": None if clip_text is None else torch.cat([clip_text, negative["clip_text_embeds"]]),
+        "clip_image_embeds": None if images is None else torch.cat([images, torch.zeros_like(images)]),
+        "encoder_attention_mask": None if mask.all() else mask,
+        "conditioning_weights": weights,
+    }
+
+
+def check_tokens(name: str, tokens: torch.Tensor, shape: tuple[int, ...], num_tokens: int):
+    """Refuse what is not a token grid of this shape."""
+    if not isinstance(tokens, torch.Tensor) or tokens.dtype != torch.int64:
+        kind = f"{tokens.dtype}" if isinstance(tokens, torch.Tensor) else type(tokens).__name__
+        raise ValueError(f"`{name}` must be a token grid, an int64 tensor, got {kind}.")
+    if tokens.shape != shape:
+        raise ValueError(f"`{name}` must have shape {shape}, got {tuple(tokens.shape)}.")
+    if tokens.min() < 0 or tokens.max() >= num_tokens:
+        raise ValueError(f"`{name}` must be in [0, {num_tokens}), got {tokens.min().item()} to {tokens.max().item()}.")
+
+
+def _nested_images(images, batch_size: int) -> list[list[PIL.Image.Image]]:
+    """One row of images for every prompt, or a row for each, all of one length."""
+    images = images if isinstance(images, list | tuple) else [images]
+    rows = images if images and all(isinstance(row, list | tuple) for row in images) else [images]
+    flat = [image for row in rows for image in row]
+    if not all(rows) or not all(isinstance(image, PIL.Image.Image) for image in flat):
+        raise ValueError("`condition_image` must be a PIL image, a list of them, or a list with such a list for each prompt.")
+    if len(rows) not in (1, batch_size) or len({len(row) for row in rows}) > 1:
+        raise ValueError(
+            f"`condition_image` nests {[len(row) for row in rows]} images for {batch_size} prompts: pass one list for each "
+            "prompt, all of one length."
+        )
+    return [list(row) for row in rows]

@@ -1,0 +1,3 @@
+from .losses import corrupt, loss_weights, paella_loss
+
+__all__ = ["corrupt", "loss_weights", "paella_loss"]

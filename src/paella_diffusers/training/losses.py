@@ -1,0 +1,56 @@
+"""What Paella is trained to do: to say the clean tokens from noisy ones."""
+
+import torch
+import torch.nn.functional as F
+
+
+def corrupt(
+    tokens: torch.LongTensor, timestep: torch.Tensor, num_tokens: int, generator: torch.Generator | None = None
+) -> tuple[torch.LongTensor, torch.LongTensor]:
+    """
+    Replace each token by a uniformly random one with probability t (https://huggingface.co/papers/2211.07292, section 3.2).
+
+    Args:
+        tokens (`torch.LongTensor` of shape `(batch_size, height, width)`): Clean tokens.
+        timestep (`torch.Tensor` of shape `(batch_size,)`): Noise levels in [0, 1].
+        num_tokens (`int`): Number of different tokens.
+        generator (`torch.Generator`, *optional*): The source of randomness: the mask first, then the tokens.
+
+    Returns:
+        The noised tokens and the mask, 1 where noised, both of the shape of `tokens`, int64.
+    """
+    mask = torch.rand(tokens.shape, generator=generator, device=tokens.device) <= timestep[:, None, None]
+    random_tokens = torch.randint(num_tokens, tokens.shape, generator=generator, device=tokens.device)
+    return torch.where(mask, random_tokens, tokens), mask.long()
+
+
+def loss_weights(mask: torch.Tensor, timestep: torch.Tensor, clean_weight: float = 0.3) -> torch.Tensor:
+    """
+    Weight of each position: 1 where noised; elsewhere from `clean_weight` at t=0 to 1 at t=1, as at high noise the model
+    cannot tell which tokens are clean. `(batch_size, height, width)`, not normalised.
+    """
+    return 1 - (1 - mask) * (1 - timestep[:, None, None]) * (1 - clean_weight)
+
+
+def paella_loss(
+    logits: torch.Tensor,
+    tokens: torch.LongTensor,
+    mask: torch.Tensor,
+    timestep: torch.Tensor,
+    label_smoothing: float = 0.1,
+    clean_weight: float = 0.3,
+) -> torch.Tensor:
+    """
+    Weighted cross-entropy to the clean tokens, a scalar: the mean over positions by `loss_weights`, then over images.
+
+    Args:
+        logits (`torch.Tensor` of shape `(batch_size, num_tokens, height, width)`): The U-Net's output.
+        tokens (`torch.LongTensor` of shape `(batch_size, height, width)`): Clean tokens.
+        mask (`torch.Tensor` of the shape of `tokens`): 1 where the U-Net was given noise.
+        timestep (`torch.Tensor` of shape `(batch_size,)`): Noise levels in [0, 1].
+        label_smoothing (`float`, defaults to 0.1): As in `torch.nn.functional.cross_entropy`.
+        clean_weight (`float`, defaults to 0.3): See `loss_weights`.
+    """
+    loss = F.cross_entropy(logits, tokens, label_smoothing=label_smoothing, reduction="none")
+    weights = loss_weights(mask, timestep, clean_weight)
+    return ((loss * weights).sum((1, 2)) / weights.sum((1, 2))).mean()
