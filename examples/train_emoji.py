@@ -4,19 +4,19 @@ Train the text-to-image Paella that ships inside the package, from nothing to th
     pip install paella-diffusers[emoji]
     python examples/train_emoji.py --work-dir emoji-training --output-dir my-emoji
 
-It downloads two npm packages (2 MB; Microsoft's Fluent Emoji icons and a set of emoji keywords, both MIT), then trains on two
-CPU cores for about an hour and a half: (1) a VQGAN, (2) the text encoders, contrastively against a small image network, which
-is then thrown away, (3) the U-Net, with the published loss. Each stage saves to the work folder; run again to resume. A
-sheet of samples is drawn there every few minutes.
+It fetches two npm packages (`npm` must be installed): Microsoft's Fluent Emoji icons and a set of emoji keywords, both MIT.
+Then it trains on two CPU cores for about an hour and a half: (1) a VQGAN; (2) the two text encoders, contrastively against a
+small image network, which is thrown away; (3) the U-Net, with the published loss. Each stage saves to the work folder every
+few minutes; run the same command again to resume. Sample sheets are drawn there.
 """
 
 import argparse
 import io
 import json
 import math
+import os
 import random
 import re
-import shutil
 import subprocess
 import tarfile
 import time
@@ -26,44 +26,322 @@ import numpy as np
 import resvg_py
 import torch
 import torch.nn.functional as F
+from diffusers.utils import make_image_grid
 from PIL import Image
 from torch import nn
 from tqdm import tqdm
+from transformers import ByT5Tokenizer, CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
-from paella_diffusers import VQModel
+from paella_diffusers import PaellaPipeline, PaellaScheduler, PaellaUNet, VQModel
+from paella_diffusers.training import corrupt, paella_loss
 
 ICONS, KEYWORDS = "@iconify-json/fluent-emoji-flat@1.2.6", "emojilib@4.0.3"
-SIZE = 64  # pixels
+SIZE = 64  # pixels, 16 × 16 tokens
+SHEET = ["red heart", "pizza", "dog face", "rocket", "sunflower", "green apple", "grinning face", "soccer ball", "guitar"]
+
+# --------------------------------------------------------------------------------------------------------------- data
 
 
-# ---------------------------------------------------------------------------------------------------------------- data
-
-
-def npm_files(package: str, names: list[str], folder: Path) -> list[Path]:
-    """Files of an npm package, downloaded and unpacked once into `folder`."""
-    if not all((folder / name).exists() for name in names):
+def npm_file(package: str, member: str, folder: Path) -> Path:
+    """A file of an npm package, fetched once."""
+    path = folder / Path(member).name
+    if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        archive = subprocess.run(["npm", "pack", package], cwd=folder, check=True, capture_output=True, text=True)
-        with tarfile.open(folder / archive.stdout.split()[-1]) as tar:
-            for name in names:
-                (folder / name).write_bytes(tar.extractfile(f"package/{name}").read())
-    return [folder / name for name in names]
+        packed = subprocess.run(["npm", "pack", package], cwd=folder, check=True, capture_output=True, text=True)
+        with tarfile.open(folder / packed.stdout.split()[-1]) as archive:
+            path.write_bytes(archive.extractfile(f"package/{member}").read())
+    return path
 
 
 def load_icons(work_dir: Path) -> tuple[list[str], torch.Tensor, list[list[str]]]:
-    """Names, images (N, 3, 64, 64) in [0, 1] and keywords of the icons without skin-tone variants."""
-    icons_file, chars_file = npm_files(ICONS, ["icons.json", "chars.json"], work_dir / "icons")
-    (keywords_file,) = npm_files(KEYWORDS, ["dist/emoji-en-US.json".split("/")[-1]], work_dir / "keywords")
-    icons = json.loads(icons_file.read_text())
-    tone = re.compile("-(light|medium-light|medium|medium-dark|dark)$")
-    names = sorted(name for name in icons["icons"] if tone.sub("", name) not in icons["icons"] or not tone.search(name))
+    """Names, images `(N, 3, 64, 64)` in [0, 1] on white, and keywords of all icons without a skin tone."""
+    icons = json.loads(npm_file(ICONS, "icons.json", work_dir).read_text())
+    codepoints = json.loads(npm_file(ICONS, "chars.json", work_dir).read_text())
+    keywords = json.loads(npm_file(KEYWORDS, "dist/emoji-en-US.json", work_dir).read_text())
+    keywords = {emoji.replace("\ufe0f", ""): words for emoji, words in keywords.items()}
+    emoji_of = {}
+    for codes, slug in codepoints.items():
+        emoji = "".join(chr(int(code, 16)) for code in codes.split("-")).replace("\ufe0f", "")
+        if emoji in keywords:
+            emoji_of.setdefault(slug, emoji)
 
-    images = []
-    for name in names:
-        icon = icons["icons"][name]
-        size = icon.get("width", icons["width"]), icon.get("height", icons["height"])
-        svg = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {size[0]} {size[1]}">{icon["body"]}</svg>'
-        picture = resvg_py.svg_to_bytes(svg_string=svg, width=SIZE, height=SIZE, background="white")
-        images.append(np.asarray(Image.open(io.BytesIO(bytes(picture))).convert("RGB")))
-    images = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 255
-    return names, images, None
+    tone = re.compile("-(light|medium-light|medium|medium-dark|dark)$")
+    slugs = sorted(s for s in icons["icons"] if not (tone.search(s) and tone.sub("", s) in icons["icons"]))
+    names, images, words = [], [], []
+    for slug in slugs:
+        svg = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 32 32">' + icons["icons"][slug]["body"] + "</svg>"
+        png = bytes(resvg_py.svg_to_bytes(svg_string=svg, width=SIZE, height=SIZE, background="white"))
+        images.append(np.asarray(Image.open(io.BytesIO(png)).convert("RGB")))
+        names.append(slug.replace("-", " "))
+        found = {word.replace("_", " ").lower() for word in keywords.get(emoji_of.get(slug), [])}
+        words.append(sorted(word for word in found if re.fullmatch("[a-z0-9' -]{2,}", word)))
+    return names, torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 255, words
+
+
+class Captions:
+    """Random captions of icons: names, names in templates, keywords and pairs of them; never one of `held_out`."""
+
+    templates = ["a {}", "the {}", "an emoji of {}", "{} emoji", "{} icon", "a picture of {}", "a drawing of a {}", "a cute {}"]
+    templates += ["one {}", "my {}", "some {}", "small {}", "a little {}", "a big {}", "a nice {}", "{} symbol"]
+
+    def __init__(self, names: list[str], keywords: list[list[str]], held_out: set[str]):
+        self.names, self.held_out = names, held_out
+        count = {}
+        for words in keywords:
+            for word in words:
+                count[word] = count.get(word, 0) + 1
+        taken = set(names)  # a keyword that is another icon's name would be a wrong caption
+        self.keywords = [[word for word in words if word not in taken] for words in keywords]
+        self.weights = [[1 / count[word] for word in words] for words in self.keywords]  # rare words say more
+
+    def draw(self, index: int, rng: random.Random) -> str:
+        while True:
+            name, words, weights = self.names[index], self.keywords[index], self.weights[index]
+            kind = rng.random()
+            if kind < 0.45 or not words:
+                caption = name
+            elif kind < 0.6:
+                caption = rng.choice(self.templates).format(name)
+            elif kind < 0.8:
+                caption = rng.choices(words, weights)[0]
+                caption = rng.choice(self.templates).format(caption) if rng.random() < 0.4 else caption
+            elif kind < 0.9:
+                caption = " ".join(rng.choices(words, weights, k=2))
+            else:
+                caption = " ".join(rng.sample([rng.choices(words, weights)[0], rng.choice(name.split())], 2))
+            if caption not in self.held_out:
+                return caption
+
+
+# ----------------------------------------------------------------------------------------------------------- training
+
+
+def write(path: Path, content):
+    """`torch.save`, whole or not at all."""
+    torch.save(content, path.with_suffix(".tmp"))
+    os.replace(path.with_suffix(".tmp"), path)
+
+
+def batch(step: int, batch_size: int, length: int) -> torch.Tensor:
+    """Indices of a step's batch: every epoch is a permutation, and a resumed run goes on with the same batches."""
+    epochs = [i // length for i in range(step * batch_size, (step + 1) * batch_size)]
+    order = {e: torch.randperm(length, generator=torch.Generator().manual_seed(e)) for e in set(epochs)}
+    return torch.stack([order[e][i % length] for e, i in zip(epochs, range(step * batch_size, (step + 1) * batch_size))])
+
+
+def fit(name, module, groups, loss, steps, work_dir, warmup=100, weight_decay=0.0, after_step=None, report=None):
+    """Train `module` with AdamW and a cosine schedule; resumes from, and every five minutes saves to, `work_dir/name.pt`."""
+    path, start = work_dir / f"{name}.pt", 0
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=weight_decay)
+    warm = lambda step: min(1, (step + 1) / warmup) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warm)
+    if path.exists():
+        state = torch.load(path, weights_only=True)
+        module.load_state_dict(state["module"])
+        if state["step"] < steps:
+            optimizer.load_state_dict(state["optimizer"])
+            schedule.load_state_dict(state["schedule"])
+            torch.set_rng_state(state["rng"])
+        start = state["step"]
+    module.train()
+    saved, average = time.time(), None
+    progress = tqdm(range(start, steps), initial=start, total=steps, desc=name, mininterval=10)
+    for step in progress:
+        value = loss(step)
+        optimizer.zero_grad(set_to_none=True)
+        value.backward()
+        nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if after_step is not None:
+            after_step(step)
+        average = value.item() if average is None else 0.99 * average + 0.01 * value.item()
+        progress.set_postfix(loss=f"{average:.4f}", refresh=False)
+        if step + 1 == steps or time.time() - saved > 300:
+            state = {"module": module.state_dict(), "step": step + 1, "rng": torch.get_rng_state()}
+            if step + 1 < steps:
+                state |= {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
+            write(path, state)
+            if report is not None:
+                module.eval()
+                report(step + 1)
+                module.train()
+            saved = time.time()
+    module.eval().requires_grad_(False)
+
+
+def train_vqgan(images: torch.Tensor, steps: int, work_dir: Path) -> VQModel:
+    """Reconstruction and codebook loss. The codebook starts as k-means of the first latents; unused codes move."""
+    codes, free_steps = 1024, 100
+    vqgan = VQModel(bottleneck_blocks=6, embed_dim=128, num_vq_embeddings=codes, scale_factor=1.0)
+    vqgan.out_block[0].bias.data.fill_(0.85)  # the icons' mean brightness
+    codebook, used = vqgan.vquantizer.embedding.weight, torch.zeros(codes, dtype=torch.long)
+    gains = [p for name, p in vqgan.named_parameters() if name.endswith("gammas")]
+    others = [p for name, p in vqgan.named_parameters() if not name.endswith("gammas")]
+    latents = None
+
+    def loss(step):
+        nonlocal latents
+        pixels = images[batch(step, 16, len(images))]
+        with torch.autocast("cpu", torch.bfloat16):
+            latents, quantized, indices, commit_loss = vqgan._encode(pixels)
+            # the first steps have no quantization: it would only disturb
+            sample = vqgan._decode(latents if step < free_steps else quantized, return_dict=True).sample
+        used.add_(torch.bincount(indices.flatten(), minlength=codes))
+        return F.mse_loss(sample.float(), pixels) + (step >= free_steps) * 0.1 * commit_loss.float()
+
+    @torch.no_grad()
+    def after_step(step):
+        if step == free_steps:
+            rows = vqgan.eval().encode(images[torch.randperm(len(images))[:256]]).latents.permute(0, 2, 3, 1).flatten(0, 2)
+            vqgan.train()
+            centers = rows[torch.randperm(len(rows))[:codes]]
+            for _ in range(15):
+                nearest = torch.cat([torch.cdist(part, centers).argmin(1) for part in rows.split(8192)])
+                count = torch.bincount(nearest, minlength=codes)[:, None]
+                mean = torch.zeros_like(centers).index_add_(0, nearest, rows) / count.clamp(min=1)
+                centers = torch.where(count > 0, mean, rows[torch.randint(len(rows), (codes,))])
+            codebook.copy_(centers)
+            used.zero_()
+        elif step % 50 == 0 and free_steps < step < 0.7 * steps:
+            rows = latents.permute(0, 2, 3, 1).flatten(0, 2).float()
+            unused = used == 0
+            codebook[unused] = rows[torch.randint(len(rows), (int(unused.sum()),))]
+            used.zero_()
+
+    @torch.no_grad()
+    def report(step):
+        error = [(vqgan.decode_indices(vqgan.encode(p).indices).sample.clamp(0, 1) - p).square().mean((1, 2, 3)) for p in images.split(128)]
+        tqdm.write(f"VQGAN, step {step}: {-10 * torch.cat(error).log10().mean():.2f} dB")
+
+    groups = [{"params": others, "lr": 2e-3}, {"params": gains, "lr": 2e-2}]  # the gains start at zero and have far to go
+    fit("vqgan", vqgan, groups, loss, steps, work_dir, warmup=20, after_step=after_step, report=report)
+    return vqgan
+
+
+class TextEncoders(nn.Module):
+    """The ByT5-style and the CLIP text encoder, and the image network that they are trained against."""
+
+    def __init__(self, width: int = 256):
+        super().__init__()
+        byt5 = T5Config(
+            vocab_size=384, d_model=128, d_kv=32, d_ff=384, num_layers=2, num_heads=4, feed_forward_proj="gated-gelu",
+            dropout_rate=0.0, pad_token_id=0, eos_token_id=1, tie_word_embeddings=False, is_decoder=False, use_cache=False,
+        )  # fmt: skip
+        clip = CLIPTextConfig(
+            vocab_size=384, hidden_size=160, intermediate_size=640, num_hidden_layers=3, num_attention_heads=4,
+            max_position_embeddings=64, projection_dim=width, pad_token_id=0, bos_token_id=2, eos_token_id=1,
+        )  # fmt: skip
+        self.byt5 = T5EncoderModel(byt5)
+        # for such short sequences plain attention has the faster backward pass
+        self.clip = CLIPTextModelWithProjection._from_config(clip, attn_implementation="eager")
+        self.byt5_head = nn.Linear(128, width)
+        layers, channels = [nn.AvgPool2d(2)], 3
+        for out in (48, 96, 192):
+            layers += [nn.Conv2d(channels, out, 4, stride=2, padding=1), nn.GroupNorm(8, out), nn.GELU()]
+            channels = out
+        self.image = nn.Sequential(*layers, nn.Flatten(), nn.Linear(192 * 16, width))
+        self.log_scale = nn.Parameter(torch.tensor(math.log(10.0)))
+        self.tokenizer = ByT5Tokenizer()
+
+    def encode(self, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """ByT5 sequences, their mask, and CLIP text embeddings."""
+        inputs = self.tokenizer(captions, padding="longest", max_length=64, truncation=True, return_tensors="pt")
+        sequence = self.byt5(inputs.input_ids, attention_mask=inputs.attention_mask).last_hidden_state
+        return sequence, inputs.attention_mask, self.clip(inputs.input_ids).text_embeds
+
+    def forward(self, pixels: torch.Tensor, captions: list[str]) -> torch.Tensor:
+        """InfoNCE of both encoders' pooled outputs against the images."""
+        sequence, mask, clip = self.encode(captions)
+        pooled = (self.byt5_head(sequence) * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+        image, loss = F.normalize(self.image(pixels).float(), dim=1), 0
+        for text in (clip, pooled):
+            similarity = self.log_scale.exp().clamp(max=100) * F.normalize(text.float(), dim=1) @ image.T
+            target = torch.arange(len(captions))
+            loss = loss + F.cross_entropy(similarity, target) + F.cross_entropy(similarity.T, target)
+        return loss / 4
+
+
+def train_text(images: torch.Tensor, captions: Captions, steps: int, work_dir: Path) -> TextEncoders:
+    encoders = TextEncoders()
+
+    def loss(step):
+        rows, rng = batch(step, 256, len(images)), random.Random(step)
+        with torch.autocast("cpu", torch.bfloat16):
+            return encoders(images[rows], [captions.draw(i, rng) for i in rows.tolist()])
+
+    @torch.no_grad()
+    def report(step):
+        image = F.normalize(torch.cat([encoders.image(p) for p in images.split(256)]), dim=1)
+        text = torch.cat([encoders.encode(captions.names[i : i + 256])[2] for i in range(0, len(images), 256)])
+        right = (F.normalize(text, dim=1) @ image.T).argmax(1) == torch.arange(len(images))
+        tqdm.write(f"text encoders, step {step}: {right.float().mean():.1%} of names find their icon")
+
+    fit("text", encoders, [{"params": list(encoders.parameters()), "lr": 1e-3}], loss, steps, work_dir, warmup=40, report=report)
+    return encoders
+
+
+def train_unet(vqgan, encoders: TextEncoders, images, captions: Captions, steps: int, work_dir: Path) -> PaellaPipeline:
+    unet = PaellaUNet(
+        sample_size=16,
+        num_vq_embeddings=1024,
+        token_embed_dim=128,
+        text_embed_dim=128,
+        clip_embed_dim=256,
+        cross_attention_dim=256,
+        block_out_channels=(256, 256),
+        layers_per_block=(1, 2),
+        block_types=("CTA", "CTA"),
+        num_attention_heads=(4, 4),
+        dropout=0.0,
+    )
+    with torch.no_grad():
+        tokens = torch.cat([vqgan.encode(p).indices for p in images.split(128)])
+    scheduler = PaellaScheduler(num_vq_embeddings=1024)
+    tokenizer = encoders.tokenizer
+    pipe = PaellaPipeline(vqgan, unet, scheduler, encoders.byt5, tokenizer, encoders.clip, tokenizer)
+    pipe.set_progress_bar_config(disable=True)
+
+    def loss(step):
+        rows, rng = batch(step, 64, len(images)), random.Random(step)
+        # without guidance there are two unknowns; one image in ten is trained without a prompt, for the unconditional pass
+        texts = ["" if rng.random() < 0.1 else captions.draw(i, rng) for i in rows.tolist()]
+        timestep = 1 - torch.rand(len(rows)).square()  # near 1 everything depends on the prompt: go there more often
+        noised, mask = corrupt(tokens[rows], timestep, unet.config.num_vq_embeddings)
+        with torch.autocast("cpu", torch.bfloat16):
+            with torch.no_grad():
+                sequence, text_mask, clip = encoders.encode(texts)
+            logits = unet(noised, timestep, sequence, clip, encoder_attention_mask=text_mask).sample
+        return paella_loss(logits.float(), tokens[rows], mask, timestep, label_smoothing=0.0)
+
+    def report(step):
+        sheet = pipe(SHEET, guidance_scale=4.0, generator=torch.Generator().manual_seed(0)).images
+        make_image_grid(sheet, 3, 3).save(work_dir / f"unet-{step:06d}.png")
+
+    fit("unet", unet, [{"params": list(unet.parameters()), "lr": 1.5e-3}], loss, steps, work_dir, report=report)
+    return pipe
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work-dir", type=Path, default=Path("emoji-training"), help="downloads, checkpoints, samples")
+    parser.add_argument("--output-dir", type=Path, default=Path("emoji-model"), help="the trained pipeline")
+    parser.add_argument("--vqgan-steps", type=int, default=2800)
+    parser.add_argument("--text-steps", type=int, default=400)
+    parser.add_argument("--unet-steps", type=int, default=4800)
+    args = parser.parse_args()
+
+    torch.manual_seed(0)
+    args.work_dir.mkdir(parents=True, exist_ok=True)
+    names, images, keywords = load_icons(args.work_dir)
+    paraphrases = Path(__file__).parent.parent / "benchmarks" / "emoji_paraphrases.json"  # kept out of training
+    captions = Captions(names, keywords, held_out=set(json.loads(paraphrases.read_text())))
+    vqgan = train_vqgan(images, args.vqgan_steps, args.work_dir)
+    encoders = train_text(images, captions, args.text_steps, args.work_dir)
+    pipe = train_unet(vqgan, encoders, images, captions, args.unet_steps, args.work_dir)
+    pipe.to(torch.float16, silence_dtype_warnings=True).save_pretrained(args.output_dir)
+    print(f"The pipeline is in {args.output_dir}.")
+
+
+if __name__ == "__main__":
+    main()

@@ -51,6 +51,7 @@ def paella_loss(
         label_smoothing (`float`, defaults to 0.1): As in `torch.nn.functional.cross_entropy`.
         clean_weight (`float`, defaults to 0.3): See `loss_weights`.
     """
-    loss = F.cross_entropy(logits, tokens, label_smoothing=label_smoothing, reduction="none")
+    rows = logits.movedim(1, -1).flatten(0, -2)  # a view of the U-Net's channels-last logits, and contiguous
+    loss = F.cross_entropy(rows, tokens.flatten(), label_smoothing=label_smoothing, reduction="none").view(tokens.shape)
     weights = loss_weights(mask, timestep, clean_weight)
     return ((loss * weights).sum((1, 2)) / weights.sum((1, 2))).mean()

@@ -1,0 +1,127 @@
+import pickle
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from paella_diffusers import PaellaPrior, PaellaUNet, VQModel
+
+MODELS = [(VQModel, "vqgan"), (PaellaUNet, "paella"), (PaellaPrior, "prior")]
+
+
+@pytest.mark.parametrize(("cls", "name"), MODELS)
+def test_round_trip_is_bit_identical(golden, tmp_path, cls, name):
+    expected = torch.load(golden.folder / f"{name}.pt", weights_only=True)
+    model = cls.from_single_file(golden.folder / f"{name}.pt", golden.config[name])
+    model.save_pretrained(tmp_path)  # through diffusers' layout as well
+    for source in (model, cls.from_pretrained(tmp_path)):
+        original = source.to_original_state_dict()
+        assert original.keys() == expected.keys()
+        for key, tensor in expected.items():
+            assert torch.equal(original[key], tensor) and original[key].dtype == tensor.dtype, key
+
+
+@pytest.mark.parametrize("nest", [lambda d: {"state_dict": d, "step": 3}, lambda d: {"ema_state_dict": d, "state_dict": {}}])
+def test_training_checkpoints(golden_a, tmp_path, nest):
+    state_dict = torch.load(golden_a.folder / "prior.pt", weights_only=True)
+    torch.save(nest(state_dict), tmp_path / "prior.pt")
+    prior = PaellaPrior.from_single_file(tmp_path / "prior.pt", golden_a.config["prior"])
+    assert torch.equal(prior.proj_in.weight, state_dict["blocks.0.weight"])
+
+
+def test_other_containers(golden_a, tmp_path):
+    state_dict = torch.load(golden_a.folder / "prior.pt", weights_only=True)
+    torch.save(state_dict, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    save_file(state_dict, tmp_path / "new.safetensors")
+    for name in ("old.pt", "new.safetensors"):
+        prior = PaellaPrior.from_single_file(tmp_path / name, golden_a.config["prior"])
+        assert torch.equal(prior.proj_in.weight, state_dict["blocks.0.weight"])
+
+
+def test_dtype(golden_a):
+    file, config = golden_a.folder / "vqgan.pt", golden_a.config["vqgan"]
+    half = VQModel.from_single_file(file, config, dtype=torch.bfloat16)
+    assert half.dtype == torch.bfloat16
+    assert half.down_blocks[3][1].num_batches_tracked.dtype == torch.int64
+    assert VQModel.from_single_file(file, config).dtype == torch.float32
+
+
+def test_loaded_models_train(golden_a):
+    prior = PaellaPrior.from_single_file(golden_a.folder / "prior.pt", golden_a.config["prior"])
+    assert not prior.training and all(parameter.requires_grad for parameter in prior.parameters())
+    before = (golden_a.folder / "prior.pt").read_bytes()
+    prior(torch.randn(2, 24), 0.5, torch.randn(2, 24)).sample.sum().backward()
+    torch.optim.SGD(prior.parameters(), 0.1).step()
+    assert (golden_a.folder / "prior.pt").read_bytes() == before  # the mapping is private
+
+
+def test_hub_address(golden_a, hub, tmp_path):
+    shutil.copy(golden_a.folder / "prior.pt", hub.repo("dome272/Paella") / "prior_v1.pt")
+    for address in ("https://huggingface.co/dome272/Paella/resolve/main/prior_v1.pt", "hf.co/dome272/Paella/blob/main/prior_v1.pt"):
+        prior = PaellaPrior.from_single_file(address, golden_a.config["prior"], cache_dir=tmp_path)
+        assert prior.config.num_layers == 3
+
+
+def test_missing_and_unexpected_keys_are_named(golden_a, tmp_path):
+    state_dict = torch.load(golden_a.folder / "prior.pt", weights_only=True)
+    state_dict["extra.weight"] = state_dict.pop("blocks.0.bias")
+    torch.save(state_dict, tmp_path / "bad.pt")
+    with pytest.raises(ValueError, match=r"missing keys blocks\.0\.bias, unexpected keys extra\.weight"):
+        PaellaPrior.from_single_file(tmp_path / "bad.pt", golden_a.config["prior"])
+
+
+def test_misshapen_keys_are_named(golden_a):
+    config = golden_a.config["vqgan"] | {"codebook_size": 65}
+    with pytest.raises(ValueError, match=r"vquantizer\.codebook\.weight \[64, 4\] instead of \[65, 4\]"):
+        VQModel.from_single_file(golden_a.folder / "vqgan.pt", config)
+
+
+def test_wrong_configuration_is_refused(golden_a):
+    file, config = golden_a.folder / "paella.pt", golden_a.config["paella"]
+    with pytest.raises(ValueError, match="unknown arguments.*'width'"):
+        PaellaUNet.from_single_file(file, config | {"width": 3})
+    with pytest.raises(ValueError, match="c_in equal to c_out"):
+        PaellaUNet.from_single_file(file, config | {"c_out": 8})
+    with pytest.raises(ValueError, match="`original_config`"):
+        PaellaUNet.from_single_file(file)  # not of the released sizes
+
+
+class Canary:
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return (open, (self.path, "w"))
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_malicious_pickle_is_refused_and_nothing_executed(tmp_path, zipped):
+    file, canary = tmp_path / "paella_v3.pt", tmp_path / "canary"
+    torch.save({"weight": Canary(canary)}, file, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(ValueError, match=r"paella_v3\.pt is not a state dict.*Nothing in it was executed"):
+        PaellaUNet.from_single_file(file)
+    assert not canary.exists()
+
+
+def test_what_is_no_state_dict_is_refused(tmp_path):
+    file = tmp_path / "file.pt"
+    for content in ([torch.zeros(1)], {"weight": 3}, {}):
+        torch.save(content, file)
+        with pytest.raises(ValueError, match="no state dict"):
+            PaellaPrior.from_single_file(file)
+    for content in (b"", b"not a checkpoint", pickle.dumps({"weight": 3})):
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match="state dict"):
+            PaellaPrior.from_single_file(file)
+    with pytest.raises(FileNotFoundError, match=r"neither a file nor an address like"):
+        PaellaPrior.from_single_file(tmp_path / "nothing.pt")
+
+
+def test_published_initial_sizes_need_no_configuration(tmp_path):
+    """The released sizes are the defaults: a full-size VQGAN goes out and comes back without `original_config`."""
+    vqgan = VQModel()
+    torch.save(vqgan.to_original_state_dict(), tmp_path / "vqgan_f4.pt")
+    loaded = VQModel.from_single_file(tmp_path / "vqgan_f4.pt")
+    for (name, ours), theirs in zip(vqgan.state_dict().items(), loaded.state_dict().values()):
+        assert torch.equal(ours, theirs), name

@@ -1,0 +1,244 @@
+import pytest
+import torch
+from conftest import TINY_UNET, manifest, randomise, tiny_unet
+
+from paella_diffusers import PaellaUNet
+from paella_diffusers.models.unet_paella import sinusoidal_embedding
+
+
+def inputs(batch_size=2, length=5, seed=0, **kwargs):
+    generator = torch.Generator().manual_seed(seed)
+    random = lambda *shape: torch.randn(shape, generator=generator)
+    return {
+        "sample": torch.randint(32, (batch_size, 8, 8), generator=generator),
+        "timestep": torch.rand(batch_size, generator=generator),
+        "encoder_hidden_states": random(batch_size, length, 16),
+        "clip_text_embeds": random(batch_size, 12),
+        "clip_image_embeds": random(batch_size, 12),
+    } | kwargs
+
+
+def test_golden(golden, golden_models):
+    io = golden.paella_io
+    text, image = {"clip_text_embeds": io["clip_text"]}, {"clip_image_embeds": io["clip_image"]}
+    both_images = torch.stack([io["clip_image"], io["clip_image_2"]], dim=1)
+    for name, kwargs in {
+        "byt5": {},
+        "byt5_text": text,
+        "byt5_text_image": text | image,
+        "two_images": text | {"clip_image_embeds": both_images},
+        "image_only": image,
+        "attn_weights": text | image | {"conditioning_weights": io["attn_weights"]},
+    }.items():
+        with torch.no_grad():
+            logits = golden_models.unet(io["tokens"], io["t"], io["byt5"], **kwargs).sample
+        torch.testing.assert_close(logits, io[f"logits_{name}"], atol=1e-5, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_golden_time_embedding(golden):
+    io = golden.paella_io
+    embedding = sinusoidal_embedding(io["t"], golden.config["paella"]["c_r"])
+    torch.testing.assert_close(embedding, io["time_embedding"], atol=1e-5, rtol=0)
+    assert sinusoidal_embedding(io["t"], 9)[:, -1].eq(0).all()  # an odd size ends with a zero
+
+
+def test_default_sizes_are_the_released_ones():
+    with torch.device("meta"):
+        original = PaellaUNet().to_original_state_dict()
+    expected = {key: shape for key, (shape, _) in manifest("paella_v3").items()}
+    assert {key: list(tensor.shape) for key, tensor in original.items()} == expected
+    assert {str(tensor.dtype)[6:] for tensor in original.values()} == {d for _, d in manifest("paella_v3").values()}
+
+
+def test_initialisation_is_the_published_one():
+    unet = PaellaUNet(**TINY_UNET | {"num_vq_embeddings": 4096, "cross_attention_dim": 64, "text_embed_dim": 256})
+    assert unet(**inputs(encoder_hidden_states=torch.randn(2, 5, 256))).sample.std() == 0  # uniform predictions
+    assert torch.equal(unet.head.weight, unet.token_embedding.weight)
+    assert unet.token_embedding.weight.std().item() == pytest.approx(1 / 64, rel=0.05)
+    assert unet.text_proj.weight.std().item() == pytest.approx(0.02, rel=0.05)
+    block = unet.up_blocks[0]
+    assert block.block_types == "CTA"
+    residual, time, attention = block.layers
+    assert time.proj.weight.eq(0).all()
+    xavier = (6 / (16 + 64)) ** 0.5
+    assert residual.proj_out.weight.abs().max().item() == pytest.approx(xavier / 3**0.5, rel=0.05)  # 3 layers in all
+    packed_xavier = (6 / (16 + 48)) ** 0.5
+    assert attention.attention.to_q.weight.abs().max().item() == pytest.approx(packed_xavier, rel=0.05)
+
+
+def test_padding_with_a_mask_changes_nothing():
+    unet, kwargs = tiny_unet(), inputs()
+    expected = unet(**kwargs).sample
+    padded = torch.cat([kwargs["encoder_hidden_states"], torch.randn(2, 3, 16)], dim=1)
+    mask = torch.tensor([[1] * 5 + [0] * 3] * 2)
+    logits = unet(**kwargs | {"encoder_hidden_states": padded, "encoder_attention_mask": mask}).sample
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=0)
+    assert not torch.allclose(unet(**kwargs | {"encoder_hidden_states": padded}).sample, expected, atol=1e-3)
+
+
+def test_mask_over_the_whole_sequence_leaves_the_image_out():
+    unet, kwargs = tiny_unet(), inputs()
+    expected = unet(**kwargs | {"clip_image_embeds": None}).sample
+    mask = torch.tensor([[1] * 7 + [0] * 2] * 2)  # 5 text, 2 for CLIP text, 2 for the image
+    torch.testing.assert_close(unet(**kwargs, encoder_attention_mask=mask).sample, expected, atol=1e-5, rtol=0)
+
+
+def test_conditioning_weights_end_at_the_last_attended_token():
+    unet, weights = tiny_unet(), torch.tensor([2.0, 0.0, 0.5])
+    kwargs = inputs(clip_text_embeds=None, clip_image_embeds=None)
+    expected = unet(**kwargs, conditioning_weights=weights).sample
+    assert not torch.allclose(expected, unet(**kwargs).sample, atol=1e-3)
+    # the same text with padding inside and at the end
+    text = kwargs["encoder_hidden_states"]
+    padding = torch.randn(2, 2, 16)
+    padded = torch.cat([text[:, :3], padding, text[:, 3:], padding], dim=1)
+    mask = torch.tensor([[1, 1, 1, 0, 0, 1, 1, 0, 0]] * 2)
+    logits = unet(
+        **kwargs | {"encoder_hidden_states": padded}, encoder_attention_mask=mask, conditioning_weights=weights.expand(2, -1)
+    ).sample
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=0)
+
+
+def test_images_in_a_batch_do_not_meet():
+    unet, kwargs = tiny_unet(), inputs()
+    both = unet(**kwargs).sample
+    for row in range(2):
+        alone = unet(**{name: value[row : row + 1] for name, value in kwargs.items()}).sample
+        torch.testing.assert_close(both[row : row + 1], alone, atol=1e-5, rtol=0)
+
+
+def test_scalar_timestep():
+    unet, kwargs = tiny_unet(), inputs()
+    expected = unet(**kwargs | {"timestep": torch.full((2,), 0.25)}).sample
+    for timestep in (0.25, torch.tensor(0.25), torch.tensor([0.25])):
+        assert torch.equal(unet(**kwargs | {"timestep": timestep}).sample, expected)
+
+
+def test_gradient_checkpointing_keeps_gradients():
+    unet, kwargs = tiny_unet(dropout=0.0).train(), inputs()
+    unet(**kwargs).sample.square().mean().backward()
+    expected = {name: parameter.grad.clone() for name, parameter in unet.named_parameters()}
+    unet.zero_grad()
+    unet.enable_gradient_checkpointing()
+    calls = []
+    checkpoint = unet._gradient_checkpointing_func
+    unet._gradient_checkpointing_func = lambda block, *args: calls.append(block) or checkpoint(block, *args)
+    unet(**kwargs).sample.square().mean().backward()
+    assert len(calls) == 6
+    for name, parameter in unet.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name], msg=name)
+
+
+def test_dropout_acts_in_training_only():
+    unet, kwargs = tiny_unet(dropout=(0.0, 0.5)), inputs()
+    assert torch.equal(unet(**kwargs).sample, unet(**kwargs).sample)
+    unet.train()
+    assert not torch.equal(unet(**kwargs).sample, unet(**kwargs).sample)
+    assert unet.up_blocks[0].layers[2].attention.dropout == 0.5
+    assert unet.down_blocks[0].layers[0].dropout.p == 0.0
+
+
+def test_compiled_blocks_have_one_graph():
+    unet, kwargs = tiny_unet(), inputs()
+    expected = unet(**kwargs).sample
+    unet.compile_repeated_blocks(fullgraph=True, backend="eager")
+    with torch.no_grad():
+        torch.testing.assert_close(unet(**kwargs).sample, expected, atol=1e-5, rtol=0)
+
+
+def test_whole_model_compiles_to_one_graph():
+    unet, kwargs = tiny_unet(), inputs()
+    expected = unet(**kwargs).sample
+    mask, weights = torch.tensor([[1, 1, 1, 1, 0], [1] * 5]), torch.rand(3)
+    masked = unet(**kwargs, encoder_attention_mask=mask, conditioning_weights=weights).sample
+    compiled = torch.compile(unet, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(**kwargs).sample, expected, atol=1e-5, rtol=0)
+        logits = compiled(**kwargs, encoder_attention_mask=mask, conditioning_weights=weights).sample
+    torch.testing.assert_close(logits, masked, atol=1e-5, rtol=0)
+
+
+def test_attention_backends_and_processors():
+    unet, kwargs = tiny_unet(), inputs()
+    expected = unet(**kwargs).sample
+    try:
+        unet.set_attention_backend("_native_math")
+        torch.testing.assert_close(unet(**kwargs).sample, expected, atol=1e-5, rtol=0)
+    finally:
+        unet.set_attention_backend("native")  # diffusers keeps the choice for the whole process
+    assert len(unet.attn_processors) == 4
+    unet.set_attn_processor(type(next(iter(unet.attn_processors.values())))())
+    assert torch.equal(unet(**kwargs).sample, expected)
+
+
+def test_layerwise_casting_runs_and_stays_close():
+    unet, kwargs = tiny_unet(), inputs()
+    expected = unet(**kwargs).sample
+    unet.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
+    assert unet.text_proj.weight.dtype == torch.bfloat16
+    assert unet.token_embedding.weight.dtype == torch.float32
+    with torch.no_grad():
+        torch.testing.assert_close(unet(**kwargs).sample, expected, atol=0.3, rtol=0.1)
+
+
+@pytest.mark.parametrize("offload_type", ["block_level", "leaf_level"])
+def test_group_offloading(offload_type):
+    unet, kwargs = tiny_unet(), inputs()
+    expected = unet(**kwargs).sample
+    unet.enable_group_offload(torch.device("cpu"), torch.device("cpu"), offload_type, num_blocks_per_group=1)
+    with torch.no_grad():
+        torch.testing.assert_close(unet(**kwargs).sample, expected)
+
+
+def test_half_precision_stays_close():
+    unet, kwargs = tiny_unet(), inputs()
+    expected = unet(**kwargs).sample
+    half = {k: v.bfloat16() if v.is_floating_point() and k != "timestep" else v for k, v in kwargs.items()}
+    logits = unet.to(torch.bfloat16)(**half).sample
+    assert logits.dtype == torch.bfloat16
+    torch.testing.assert_close(logits.float(), expected, atol=0.5, rtol=0.1)
+
+
+def test_logits_are_channels_last():
+    logits = tiny_unet()(**inputs()).sample
+    assert logits.shape == (2, 32, 8, 8)
+    assert logits.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_save_and_load(tmp_path):
+    unet, kwargs = tiny_unet(), inputs()
+    unet.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    assert torch.equal(PaellaUNet.from_pretrained(tmp_path)(**kwargs).sample, unet(**kwargs).sample)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"sample": torch.zeros(2, 6, 8, dtype=torch.long)}, "6×8.*divisible by 4"),
+        ({"encoder_attention_mask": torch.ones(2, 6)}, "6 columns.*5 tokens.*sequence 9"),
+        ({"conditioning_weights": torch.ones(10)}, "10 entries.*9 tokens"),
+    ],
+)
+def test_bad_input_is_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_unet()(**inputs() | change)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"block_types": ("CT", "TCA")}, "begin with C"),
+        ({"block_types": ("CT", "CXA")}, "begin with C"),
+        ({"layers_per_block": (1, 2, 3)}, "layers_per_block.*one entry a level"),
+        ({"dropout": (0.1,)}, "dropout.*one entry a level"),
+        ({"time_embed_dim": 2}, "time_embed_dim.*at least 4"),
+    ],
+)
+def test_bad_configuration_is_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        PaellaUNet(**TINY_UNET | change)
+
+
+def test_randomised_models_are_not_constant():
+    assert randomise(PaellaUNet(**TINY_UNET))(**inputs()).sample.std() > 0

@@ -1,0 +1,92 @@
+import pytest
+import torch
+from conftest import manifest, randomise
+
+from paella_diffusers import PaellaVQModel, VQModel
+
+
+def test_golden(golden, golden_models):
+    vqgan, io = golden_models.vqgan, golden.vqgan_io
+    with torch.no_grad():
+        encoded = vqgan.encode(io["image"])
+        torch.testing.assert_close(encoded.latents, io["latents"], atol=1e-5, rtol=0)
+        torch.testing.assert_close(encoded.quantized, io["quantized"], atol=1e-5, rtol=0)
+        assert torch.equal(encoded.indices, io["indices"])
+        for decode, codes, expected in (
+            (vqgan.decode_indices, "indices", "decode_indices"),
+            (vqgan.decode, "quantized", "decode_quantized"),
+            (vqgan.decode, "latents", "decode_latents"),
+        ):
+            torch.testing.assert_close(decode(io[codes]).sample, io[expected], atol=1e-5, rtol=0)
+        output = vqgan(io["image"])
+    torch.testing.assert_close(output.commit_loss, io["loss"], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(output.sample, io["decode_quantized"], atol=1e-5, rtol=0)
+
+
+def test_default_sizes_are_the_released_ones():
+    with torch.device("meta"):
+        original = VQModel().to_original_state_dict()
+    expected = manifest("vqgan_f4")
+    assert {key: list(tensor.shape) for key, tensor in original.items()} == {k: shape for k, (shape, _) in expected.items()}
+    assert {str(tensor.dtype)[6:] for tensor in original.values()} == {dtype for _, dtype in expected.values()}
+
+
+def test_straight_through_gradient_trains_encoder_and_codebook():
+    vqgan = randomise(VQModel(bottleneck_blocks=1, embed_dim=16, num_vq_embeddings=16)).train()
+    output = vqgan(torch.rand(2, 3, 32, 32))
+    output.sample.square().mean().backward(retain_graph=True)
+    assert vqgan.in_block[1].weight.grad.abs().sum() > 0  # through the quantizer
+    assert vqgan.vquantizer.embedding.weight.grad is None
+    output.commit_loss.backward()
+    assert vqgan.vquantizer.embedding.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype):
+    vqgan = randomise(VQModel(bottleneck_blocks=1, embed_dim=16, num_vq_embeddings=16))
+    pixels = torch.rand(1, 3, 32, 32)
+    expected = vqgan.encode(pixels).indices
+    vqgan.to(dtype)
+    encoded = vqgan.encode(pixels.to(dtype))
+    assert encoded.latents.dtype == dtype
+    assert (encoded.indices == expected).float().mean() > 0.8
+    assert vqgan.decode_indices(encoded.indices).sample.isfinite().all()
+
+
+def test_large_images_are_quantized_in_chunks():
+    vqgan = randomise(VQModel(bottleneck_blocks=1, embed_dim=8, num_vq_embeddings=16))
+    with torch.no_grad():
+        pixels = torch.rand(1, 3, 512, 512)  # 16,384 latents, two chunks
+        latents = vqgan.encode(pixels).latents[0].flatten(1).T * vqgan.config.scale_factor
+        nearest = torch.cdist(latents, vqgan.vquantizer.embedding.weight).argmin(1)
+        assert (vqgan.encode(pixels).indices.flatten() == nearest).float().mean() > 0.999
+
+
+def test_size_must_be_divisible():
+    with pytest.raises(ValueError, match="34×32.*divisible by 4"):
+        VQModel(bottleneck_blocks=1, embed_dim=8).encode(torch.rand(1, 3, 32, 34))
+
+
+def test_save_and_load(tmp_path):
+    vqgan = randomise(VQModel(bottleneck_blocks=1, embed_dim=8, num_vq_embeddings=16))
+    vqgan.save_pretrained(tmp_path)
+    loaded = PaellaVQModel.from_pretrained(tmp_path)
+    pixels = torch.rand(1, 3, 16, 16)
+    assert torch.equal(vqgan.encode(pixels).latents, loaded.encode(pixels).latents)
+
+
+def test_diffusers_own_class_shares_the_folder(tmp_path):
+    from diffusers.pipelines.deprecated.wuerstchen import PaellaVQModel as DiffusersVQModel
+
+    vqgan = randomise(VQModel(bottleneck_blocks=1, embed_dim=8, num_vq_embeddings=16))
+    vqgan.save_pretrained(tmp_path / "ours")
+    theirs = DiffusersVQModel.from_pretrained(tmp_path / "ours").eval()
+    theirs.save_pretrained(tmp_path / "theirs")
+    back = VQModel.from_pretrained(tmp_path / "theirs")
+    pixels = torch.rand(1, 3, 16, 16)
+    with torch.no_grad():
+        latents = vqgan.encode(pixels).latents
+        assert torch.equal(latents, back.encode(pixels).latents)
+        # theirs does not scale
+        torch.testing.assert_close(theirs.encode(pixels).latents, latents * vqgan.config.scale_factor)
+        torch.testing.assert_close(theirs.decode(latents * vqgan.config.scale_factor).sample, vqgan.decode(latents).sample)

@@ -1,0 +1,25 @@
+import torch
+
+from paella_diffusers.training import corrupt, loss_weights, paella_loss
+
+
+def test_golden_step(golden, golden_models):
+    io, unet = golden.paella_io, golden_models.unet
+    noised = torch.where(io["train_mask"].bool(), io["train_random_tokens"], io["tokens"])
+    assert torch.equal(noised, io["train_noised"])
+    torch.testing.assert_close(loss_weights(io["train_mask"], io["t"]), io["train_weight"], atol=1e-6, rtol=0)
+    logits = unet(noised, io["t"], io["byt5"], io["clip_text"], io["clip_image"]).sample
+    loss = paella_loss(logits, io["tokens"], io["train_mask"], io["t"])
+    torch.testing.assert_close(loss, io["train_loss"], atol=0, rtol=1e-5)
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
+    torch.testing.assert_close(norm, io["train_grad_norm"], atol=0, rtol=1e-5)
+
+
+def test_corrupt_replaces_the_wanted_fraction():
+    tokens = torch.zeros(3, 64, 64, dtype=torch.long)
+    noised, mask = corrupt(tokens, torch.tensor([0.0, 0.5, 1.0]), 1000, torch.Generator().manual_seed(0))
+    fraction = mask.float().mean((1, 2))
+    assert fraction[0] < 0.001 and abs(fraction[1] - 0.5) < 0.03 and fraction[2] == 1
+    assert torch.equal(noised.ne(0) & mask.eq(0), torch.zeros_like(mask, dtype=torch.bool))
+    assert noised.max() > 900
