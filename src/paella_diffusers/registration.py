@@ -1,11 +1,16 @@
 """Making diffusers know our classes: the one place that touches its private tables."""
 
 import diffusers
-from diffusers.utils import logging
+import diffusers.pipelines.auto_pipeline as auto_pipeline
 
-logger = logging.get_logger(__name__)
+import paella_diffusers
 
 LIBRARY = "paella_diffusers"
+AUTO_TABLES = {
+    "text2image": "AUTO_TEXT2IMAGE_PIPELINES_MAPPING",
+    "image2image": "AUTO_IMAGE2IMAGE_PIPELINES_MAPPING",
+    "inpainting": "AUTO_INPAINT_PIPELINES_MAPPING",
+}
 
 
 def library_names(components: dict) -> dict[str, tuple[str, str]]:
@@ -24,8 +29,24 @@ def library_names(components: dict) -> dict[str, tuple[str, str]]:
     return names
 
 
-def register():
-    """Let diffusers resolve the library name `paella_diffusers` in a `model_index.json`."""
-    import paella_diffusers
+def register(pipelines: dict[str, type]):
+    """
+    Let diffusers find the library `paella_diffusers` of a `model_index.json`, and the pipelines by name and by task.
 
+    Args:
+        pipelines (`dict[str, type]`): Pipeline classes by task: `text2image`, `image2image`, `inpainting`.
+
+    Raises:
+        ImportError: If this version of diffusers has no such tables.
+    """
     diffusers.pipelines.paella_diffusers = paella_diffusers
+    for task, cls in pipelines.items():
+        setattr(diffusers, cls.__name__, cls)
+        setattr(diffusers.pipelines, cls.__name__, cls)
+        table = getattr(auto_pipeline, AUTO_TABLES[task], None)
+        if table is None:
+            raise ImportError(
+                f"diffusers {diffusers.__version__} has no {AUTO_TABLES[task]}, which paella-diffusers "
+                f"{paella_diffusers.__version__} extends: install diffusers 0.42, or a newer paella-diffusers."
+            )
+        table["paella"] = cls

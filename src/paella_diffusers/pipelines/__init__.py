@@ -1,3 +1,6 @@
 from ..registration import register
+from .pipeline_paella import PaellaPipeline
 
-register()
+register({"text2image": PaellaPipeline})
+
+__all__ = ["PaellaPipeline"]

@@ -138,6 +138,7 @@ class PaellaPipeline(PaellaPipelineBase):
             clip_text_embeds=clip_text_embeds,
             negative_clip_text_embeds=negative_clip_text_embeds,
             clip_image_embeds=clip_image_embeds,
+            conditioning_weights=conditioning_weights,
             use_prior=use_prior,
             output_type=output_type,
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,

@@ -148,6 +148,7 @@ class PaellaPipelineBase(DiffusionPipeline):
         clip_text_embeds,
         negative_clip_text_embeds,
         clip_image_embeds,
+        conditioning_weights,
         use_prior,
         output_type,
         callback_on_step_end_tensor_inputs,
@@ -221,6 +222,12 @@ class PaellaPipelineBase(DiffusionPipeline):
                 )
             if len(value) not in (1, batch_size):
                 raise ValueError(f"`{name}` has {len(value)} rows for {batch_size} prompts: pass one, or one each.")
+        if conditioning_weights is not None and not (
+            conditioning_weights.ndim == 1 or conditioning_weights.ndim == 2 and len(conditioning_weights) == batch_size
+        ):
+            raise ValueError(
+                f"`conditioning_weights` must have shape (n,) or ({batch_size}, n), got {tuple(conditioning_weights.shape)}."
+            )
         for name, mask, embeds_name, embeds in (
             ("prompt_attention_mask", prompt_attention_mask, "prompt_embeds", prompt_embeds),
             ("negative_prompt_attention_mask", negative_prompt_attention_mask, "negative_prompt_embeds", negative_prompt_embeds),
@@ -304,18 +311,13 @@ class PaellaPipelineBase(DiffusionPipeline):
             elif negative_clip_text_embeds is None:
                 negative_clip_text_embeds = self._encode_clip(negative, device)
 
-        def repeat(tensor, dtype=None):
-            if tensor is None:
-                return None
-            tensor = tensor.expand(batch_size, *tensor.shape[1:]) if len(tensor) == 1 else tensor
-            return tensor.to(device, dtype).repeat_interleave(num_images_per_prompt, dim=0)
-
-        prompt_embeds = repeat(prompt_embeds, self.unet.dtype)
-        negative_prompt_embeds = repeat(negative_prompt_embeds, self.unet.dtype)
-        prompt_attention_mask = repeat(prompt_attention_mask)
-        negative_prompt_attention_mask = repeat(negative_prompt_attention_mask)
-        clip_text_embeds = repeat(clip_text_embeds, self.unet.dtype)
-        negative_clip_text_embeds = repeat(negative_clip_text_embeds, self.unet.dtype)
+        sizes = (batch_size, num_images_per_prompt, device)
+        prompt_embeds = _repeat(prompt_embeds, *sizes)
+        negative_prompt_embeds = _repeat(negative_prompt_embeds, *sizes)
+        prompt_attention_mask = _repeat(prompt_attention_mask, *sizes)
+        negative_prompt_attention_mask = _repeat(negative_prompt_attention_mask, *sizes)
+        clip_text_embeds = _repeat(clip_text_embeds, *sizes)
+        negative_clip_text_embeds = _repeat(negative_clip_text_embeds, *sizes)
         return (
             prompt_embeds,
             negative_prompt_embeds,
@@ -370,8 +372,7 @@ class PaellaPipelineBase(DiffusionPipeline):
             return_tensors="pt",
         ).pixel_values
         embeds = self.image_encoder(pixels.to(device, self.image_encoder.dtype)).image_embeds
-        embeds = embeds.view(len(images), len(images[0]), -1).expand(batch_size, -1, -1)
-        return embeds.to(self.unet.dtype).repeat_interleave(num_images_per_prompt, dim=0)
+        return _repeat(embeds.view(len(images), len(images[0]), -1), batch_size, num_images_per_prompt, device)
 
     def sample_prior(
         self,
@@ -386,12 +387,13 @@ class PaellaPipelineBase(DiffusionPipeline):
         times = torch.linspace(1, 0, num_inference_steps + 2)[1:]
         self.prior_scheduler.set_timesteps(timesteps=times.tolist(), device=text.device)
         sample = randn_tensor(text.shape, generator=generator, device=text.device, dtype=text.dtype)
-        both = torch.cat([text, torch.zeros_like(text)])
         for t in self.prior_scheduler.timesteps[:-1]:
-            conditional, unconditional = self.prior(torch.cat([sample, sample]), t, both).sample.chunk(2)
+            # two passes as published: errors grow along the steps, and one batch of both would round differently
+            conditional = self.prior(sample, t, text).sample
+            unconditional = self.prior(sample, t, torch.zeros_like(text)).sample
             noise = torch.lerp(unconditional, conditional, guidance_scale)
             sample = self.prior_scheduler.step(noise, t.expand(len(sample)), sample, generator=generator).prev_sample
-        return sample.to(self.unet.dtype)
+        return sample
 
     def prepare_conditioning(
         self,
@@ -416,16 +418,14 @@ class PaellaPipelineBase(DiffusionPipeline):
             clip_image_embeds = self.encode_image(condition_image, batch_size, num_images_per_prompt, device)
         elif clip_image_embeds is not None:
             images = clip_image_embeds[:, None] if clip_image_embeds.ndim == 2 else clip_image_embeds
-            images = images.expand(batch_size, -1, -1).repeat_interleave(num_images_per_prompt, dim=0)
-            clip_image_embeds = images.to(device, self.unet.dtype)
+            clip_image_embeds = _repeat(images, batch_size, num_images_per_prompt, device)
         elif use_prior or (use_prior is None and self.prior is not None and clip_text is not None):
             clip_image_embeds = self.sample_prior(
                 clip_text, prior_num_inference_steps, prior_guidance_scale, generator
             )[:, None]
         if conditioning_weights is not None:
-            conditioning_weights = conditioning_weights.to(device, self.unet.dtype)
-            if conditioning_weights.ndim == 2:
-                conditioning_weights = conditioning_weights.repeat_interleave(num_images_per_prompt, dim=0)
+            weights = conditioning_weights[None] if conditioning_weights.ndim == 1 else conditioning_weights
+            conditioning_weights = _repeat(weights, batch_size, num_images_per_prompt, device)
         conditioning = {
             "encoder_hidden_states": text,
             "clip_text_embeds": clip_text,
@@ -440,6 +440,9 @@ class PaellaPipelineBase(DiffusionPipeline):
             "encoder_attention_mask": negative_mask,
             "conditioning_weights": None,
         }
+        for half in (conditioning, negative_conditioning):
+            for name in ("encoder_hidden_states", "clip_text_embeds", "clip_image_embeds", "conditioning_weights"):
+                half[name] = None if half[name] is None else half[name].to(self.unet.dtype)
         return conditioning, negative_conditioning if guided else None
 
     # -------------------------------------------------------------------------------------------------- denoising
@@ -571,16 +574,13 @@ def join_conditioning(positive: dict, negative: dict, clip_seq_len: int) -> dict
         masks.append(mask)
     mask = torch.cat(masks)
     weights = positive["conditioning_weights"]
-    if weights is not None:
-        weights = weights.expand(len(text[0]), -1)
-        weights = torch.cat([weights, torch.ones_like(weights)])
     clip_text = positive["clip_text_embeds"]
     return {
         "encoder_hidden_states": torch.cat(text),
         "clip_text_embeds": None if clip_text is None else torch.cat([clip_text, negative["clip_text_embeds"]]),
         "clip_image_embeds": None if images is None else torch.cat([images, torch.zeros_like(images)]),
         "encoder_attention_mask": None if mask.all() else mask,
-        "conditioning_weights": weights,
+        "conditioning_weights": None if weights is None else torch.cat([weights, torch.ones_like(weights)]),
     }
 
 
@@ -608,3 +608,11 @@ def _nested_images(images, batch_size: int) -> list[list[PIL.Image.Image]]:
             "prompt, all of one length."
         )
     return [list(row) for row in rows]
+
+
+def _repeat(tensor: torch.Tensor | None, batch_size: int, num_images_per_prompt: int, device) -> torch.Tensor | None:
+    """A row for every image, from a row for every prompt, or from one for all."""
+    if tensor is None:
+        return None
+    rows = tensor.expand(batch_size, *tensor.shape[1:]) if len(tensor) == 1 else tensor
+    return rows.to(device).repeat_interleave(num_images_per_prompt, dim=0)

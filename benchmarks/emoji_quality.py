@@ -1,0 +1,87 @@
+"""
+How good is the embedded emoji model? Captions that come out right, by steps, and the VQGAN's reconstructions.
+
+    pip install paella-diffusers[emoji]
+    python benchmarks/emoji_quality.py
+
+A picture is right if, of all 1,593 icons it was trained on, the nearest in pixels (squared distance) is the one that was
+asked for. Captions are 200 icon names, drawn once and for all; paraphrases are those of `emoji_paraphrases.json`, which
+training never saw, each with the icons that count as right.
+"""
+
+import argparse
+import json
+import random
+import sys
+from pathlib import Path
+
+import torch
+from diffusers.utils import make_image_grid
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+from train_emoji import load_icons
+
+from paella_diffusers import EMOJI_MODEL, PaellaPipeline
+
+
+@torch.no_grad()
+def reconstruction_psnr(vqgan, images: torch.Tensor) -> tuple[float, float]:
+    """PSNR in dB: the mean over images, and that of the mean squared error."""
+    errors = []
+    for pixels in images.split(128):
+        reconstruction = vqgan.decode_indices(vqgan.encode(pixels).indices).sample.clamp(0, 1)
+        errors.append((reconstruction - pixels).square().mean((1, 2, 3)))
+    errors = torch.cat(errors)
+    return -10 * errors.log10().mean().item(), -10 * errors.mean().log10().item()
+
+
+def nearest(pictures: torch.Tensor, images: torch.Tensor) -> list[int]:
+    return torch.cdist(pictures.flatten(1), images.flatten(1)).argmin(1).tolist()
+
+
+def draw(pipe, prompts: list[str], **kwargs) -> torch.Tensor:
+    """One picture a prompt, each from its own seed."""
+    generators = [torch.Generator().manual_seed(seed) for seed in range(len(prompts))]
+    parts = [
+        pipe(prompts[i : i + 50], generator=generators[i : i + 50], output_type="pt", **kwargs).images
+        for i in range(0, len(prompts), 50)
+    ]
+    return torch.cat(parts)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=EMOJI_MODEL)
+    parser.add_argument("--work-dir", type=Path, default=Path("emoji-training"), help="where the icons are, or go")
+    parser.add_argument("--steps", type=int, nargs="+", default=[4, 8, 12, 24])
+    parser.add_argument("--guidance-scale", type=float, default=8.0)
+    parser.add_argument("--sheet", type=Path, help="write the first 100 pictures at 12 steps there")
+    args = parser.parse_args()
+
+    args.work_dir.mkdir(parents=True, exist_ok=True)
+    names, images, _ = load_icons(args.work_dir)
+    pipe = PaellaPipeline.from_pretrained(args.model)
+    pipe.set_progress_bar_config(disable=True)
+    print("VQGAN: {:.2f} dB PSNR in the mean, {:.2f} dB from the mean error".format(*reconstruction_psnr(pipe.vqgan, images)))
+    with torch.no_grad():
+        decoded = torch.cat([pipe.vqgan.decode_indices(pipe.vqgan.encode(p).indices).sample.clamp(0, 1) for p in images.split(128)])
+    kept = sum(i == index for i, index in enumerate(nearest(decoded, images))) / len(images)
+    print(f"icons that stay nearest to themselves through the VQGAN, the ceiling: {kept:.1%}")
+
+    captions = random.Random(0).sample(names, 200)
+    paraphrases = json.loads((Path(__file__).parent / "emoji_paraphrases.json").read_text())
+    print(f"| steps | captions right, of {len(captions)} | paraphrases right, of {len(paraphrases)} |\n|---|---|---|")
+    for steps in args.steps:
+        call = {"num_inference_steps": steps, "guidance_scale": args.guidance_scale}
+        pictures = draw(pipe, captions, **call)
+        right = sum(names[i] == caption for i, caption in zip(nearest(pictures, images), captions))
+        found = nearest(draw(pipe, list(paraphrases), **call), images)
+        understood = sum(names[i] in expected for i, expected in zip(found, paraphrases.values()))
+        print(f"| {steps} | {right / len(captions):.1%} | {understood / len(paraphrases):.1%} |", flush=True)
+        if args.sheet and steps == 12:
+            sheet = pipe.image_processor.postprocess(pictures[:100], do_denormalize=[False] * 100)
+            make_image_grid(sheet, 10, 10).save(args.sheet)
+
+
+if __name__ == "__main__":
+    main()

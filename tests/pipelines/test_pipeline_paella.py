@@ -1,0 +1,439 @@
+import ast
+import inspect
+import textwrap
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from conftest import load_golden, load_golden_models, tiny_pipeline
+
+from paella_diffusers import PaellaPipeline, PaellaScheduler
+from paella_diffusers.pipelines.pipeline_utils import join_conditioning
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def picture(seed=0, size=(20, 24)):
+    return PIL.Image.fromarray(np.random.default_rng(seed).integers(0, 255, (*size, 3), dtype=np.uint8))
+
+
+def tokens(pipe, prompt="a", **kwargs):
+    return pipe(prompt, **{"num_inference_steps": 3, "generator": seeded(), "output_type": "latent", "use_prior": False} | kwargs).images
+
+
+# -------------------------------------------------------------------------------------------------- the published loop
+
+TRACES = {  # name: scheduler configuration, call
+    "default": ({}, {"num_inference_steps": 12}),
+    "notebook": ({}, {"num_inference_steps": 32, "temperature": (1.2, 0.2), "renoise_steps": 26}),
+    "cfg_ramp_partial_guidance": (
+        {},
+        {"num_inference_steps": 8, "temperature": (1.0, 0.5), "guidance_scale": (3, 8), "guidance_steps": 5},
+    ),
+    "no_guidance": ({}, {"num_inference_steps": 6, "guidance_scale": None}),
+    "argmax": ({"sampling_rule": "argmax"}, {"num_inference_steps": 6}),
+    "quant_tail": ({"quantized_steps": 3}, {"num_inference_steps": 8}),
+    "fresh_noise": ({"noise_source": "fresh"}, {"num_inference_steps": 8}),
+}
+
+
+@pytest.mark.parametrize("config", ["a", "b"])
+@pytest.mark.parametrize("name", TRACES)
+def test_golden_traces(config, name):
+    golden = load_golden(config)
+    models, io = load_golden_models(golden), golden.paella_io
+    scheduler_config, call = TRACES[name]
+    pipe = PaellaPipeline(models.vqgan, models.unet, PaellaScheduler(**scheduler_config))
+    pipe.set_progress_bar_config(disable=True)
+    steps = []
+
+    def record(pipe, step, timestep, tensors):
+        steps.append(tensors["pred_original_sample"])
+        if step < pipe.scheduler.renoise_steps:
+            steps.append(tensors["latents"])
+        return {}
+
+    if name == "notebook":
+        call = call | {"clip_image_embeds": io["clip_image"], "conditioning_weights": io["attn_weights"]}
+    final = pipe(
+        height=io["tokens"].shape[1] * 4,
+        width=io["tokens"].shape[2] * 4,
+        prompt_embeds=io["byt5"],
+        negative_prompt_embeds=io["byt5_uncond"],
+        clip_text_embeds=io["clip_text"],
+        negative_clip_text_embeds=io["clip_text_uncond"],
+        generator=seeded(golden.config["seeds"][name]),
+        output_type="latent",
+        callback_on_step_end=record,
+        callback_on_step_end_tensor_inputs=["latents", "pred_original_sample"],
+        **call,
+    ).images
+    assert torch.equal(torch.stack(steps), golden.sampler_traces[f"{name}.steps"])
+    assert torch.equal(final, golden.sampler_traces[f"{name}.final"])
+
+
+@pytest.mark.parametrize("name", ["ddpm", "ddim"])
+def test_golden_prior_steps(golden, golden_models, name):
+    from diffusers.schedulers.scheduling_ddpm_wuerstchen import DDPMWuerstchenScheduler, DDPMWuerstchenSchedulerOutput
+
+    class Recording(DDPMWuerstchenScheduler):
+        """Keeps every sample; for "ddim" with the deterministic update in place of the DDPM one."""
+
+        def step(self, model_output, timestep, sample, generator=None, return_dict=True):
+            if name == "ddpm":
+                output = super().step(model_output, timestep, sample, generator)
+            else:
+                alpha, following = (self._alpha_cumprod(t, t.device)[:, None] for t in (timestep, self.previous_timestep(timestep)))
+                clean = (sample - (1 - alpha).sqrt() * model_output) / alpha.sqrt()
+                output = DDPMWuerstchenSchedulerOutput(following.sqrt() * clean + (1 - following).sqrt() * model_output)
+            samples.append(output.prev_sample)
+            return output
+
+    samples = []
+    pipe = PaellaPipeline(
+        golden_models.vqgan, golden_models.unet, PaellaScheduler(), prior=golden_models.prior, prior_scheduler=Recording()
+    )
+    generator = seeded(golden.config["seeds"][f"prior_{name}"])
+    with torch.no_grad():
+        pipe.sample_prior(golden.prior_io["c"], 10, 3.0, generator)
+    torch.testing.assert_close(torch.stack(samples), golden.prior_io[f"{name}_steps"], atol=1e-5, rtol=1e-5)
+
+
+def test_golden_prior_noise(golden):
+    from diffusers import DDPMWuerstchenScheduler
+
+    io = golden.prior_io
+    noised = DDPMWuerstchenScheduler().add_noise(io["x"], io["noise"], io["t"])
+    torch.testing.assert_close(noised, io["noised"], atol=1e-5, rtol=1e-5)
+
+
+# -------------------------------------------------------------------------------------------------------- conditioning
+
+
+def test_prompts_of_different_lengths_do_not_meet(pipe):
+    prompts = ["a", "a much longer prompt than that", ""]
+    together = tokens(pipe, prompts, generator=[seeded(i) for i in range(3)])
+    for i, prompt in enumerate(prompts):
+        assert torch.equal(together[i : i + 1], tokens(pipe, prompt, generator=[seeded(i)]))
+
+
+def test_one_pass_for_both_halves_equals_two(pipe):
+    """Different lengths, an image on one side only, and weights: as if each half had run alone."""
+    generator = seeded()
+    random = lambda *shape: torch.randn(shape, generator=generator)
+    positive = {
+        "encoder_hidden_states": random(2, 5, 16),
+        "clip_text_embeds": random(2, 12),
+        "clip_image_embeds": random(2, 2, 12),
+        "encoder_attention_mask": torch.tensor([[1, 1, 1, 0, 0], [1] * 5]),
+        "conditioning_weights": torch.tensor([[0.3, 2.0, 0.1]] * 2),
+    }
+    negative = {
+        "encoder_hidden_states": random(2, 7, 16),
+        "clip_text_embeds": random(2, 12),
+        "clip_image_embeds": None,
+        "encoder_attention_mask": None,
+        "conditioning_weights": None,
+    }
+    latents = torch.randint(32, (2, 8, 8), generator=generator)
+    joined = join_conditioning(positive, negative, clip_seq_len=2)
+    with torch.no_grad():
+        both = pipe.unet(latents.repeat(2, 1, 1), 0.7, **joined).sample
+        for half, expected in zip((positive, negative), both.chunk(2)):
+            torch.testing.assert_close(pipe.unet(latents, 0.7, **half).sample, expected, atol=1e-5, rtol=0)
+
+
+def test_no_mask_where_nothing_is_padded(pipe):
+    text = torch.zeros(1, 3, 16)
+    half = {name: None for name in ("clip_text_embeds", "clip_image_embeds", "encoder_attention_mask", "conditioning_weights")}
+    half["encoder_hidden_states"] = text
+    assert join_conditioning(half, dict(half), clip_seq_len=2)["encoder_attention_mask"] is None
+
+
+def test_embeddings_in_place_of_prompts(pipe):
+    prompts, negative = ["one", "another"], "bad"
+    expected = tokens(pipe, prompts, negative_prompt=negative)
+    with torch.no_grad():
+        embeds, negative_embeds, mask, negative_mask, clip, negative_clip = pipe.encode_prompt(prompts, negative)
+    given = {
+        "prompt_embeds": embeds,
+        "negative_prompt_embeds": negative_embeds,
+        "prompt_attention_mask": mask,
+        "negative_prompt_attention_mask": negative_mask,
+        "clip_text_embeds": clip,
+        "negative_clip_text_embeds": negative_clip,
+    }
+    bare = tiny_pipeline(text_encoder=None, tokenizer=None, text_encoder_2=None, tokenizer_2=None)
+    assert torch.equal(tokens(bare, None, **given), expected)
+
+
+def test_encode_prompt_returns_names_that_the_call_takes():
+    source = ast.parse(textwrap.dedent(inspect.getsource(PaellaPipeline.encode_prompt)))
+    returns = [node for node in ast.walk(source) if isinstance(node, ast.Return)]
+    assert len(returns) == 1
+    names = [element.id for element in returns[0].value.elts]
+    assert set(names) <= set(inspect.signature(PaellaPipeline.__call__).parameters)
+
+
+def test_text_is_encoded_once_per_distinct_prompt(pipe):
+    rows = []
+    pipe.text_encoder.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
+    embeds, *_ = pipe.encode_prompt(["a", "b", "a"], num_images_per_prompt=2)
+    assert rows == [2, 1] and embeds.shape[0] == 6
+    assert torch.equal(embeds[0], embeds[1]) and torch.equal(embeds[0], embeds[4])
+
+
+def test_condition_images(pipe):
+    one = tokens(pipe, condition_image=picture())
+    assert torch.equal(one, tokens(pipe, condition_image=[picture()]))
+    assert not torch.equal(one, tokens(pipe))
+    two = tokens(pipe, ["a", "b"], condition_image=[picture(0), picture(1)], generator=[seeded(0), seeded(1)])
+    nested = [[picture(0), picture(1)]] * 2
+    assert torch.equal(two, tokens(pipe, ["a", "b"], condition_image=nested, generator=[seeded(0), seeded(1)]))
+    own = tokens(pipe, ["a", "b"], condition_image=[[picture(0)], [picture(1)]], generator=[seeded(0), seeded(1)])
+    assert torch.equal(own[1:], tokens(pipe, "b", condition_image=picture(1), generator=[seeded(1)]))
+
+
+def test_image_is_resized_to_the_encoder_without_cropping(pipe):
+    expected = picture(size=(40, 10)).resize((16, 16), PIL.Image.Resampling.BICUBIC)
+    pixels = torch.tensor(np.asarray(expected)).permute(2, 0, 1)[None] / 255
+    mean, std = (torch.tensor(v)[:, None, None] for v in (pipe.feature_extractor.image_mean, pipe.feature_extractor.image_std))
+    with torch.no_grad():
+        embeds = pipe.image_encoder((pixels - mean) / std).image_embeds
+        result = pipe.encode_image(picture(size=(40, 10)), 1)
+    torch.testing.assert_close(result[0], embeds, atol=1e-4, rtol=1e-3)
+
+
+def test_prior_gives_image_embeddings(pipe):
+    with_prior = tokens(pipe, use_prior=None, prior_num_inference_steps=2)
+    assert torch.equal(with_prior, tokens(pipe, use_prior=True, prior_num_inference_steps=2))
+    assert not torch.equal(with_prior, tokens(pipe))
+    # an image embedding that is given comes first
+    embeds = torch.randn(1, 12, generator=seeded())
+    assert torch.equal(tokens(pipe, use_prior=None, clip_image_embeds=embeds), tokens(pipe, clip_image_embeds=embeds))
+
+
+def test_pipelines_without_optional_parts():
+    pipe = tiny_pipeline(text_encoder_2=None, tokenizer_2=None, image_encoder=None, feature_extractor=None, prior=None, prior_scheduler=None)
+    assert tokens(pipe, use_prior=None).shape == (1, 8, 8)
+
+
+def test_conditioning_weights(pipe):
+    expected = tokens(pipe)
+    assert torch.equal(tokens(pipe, conditioning_weights=torch.ones(3)), expected)
+    assert not torch.equal(tokens(pipe, conditioning_weights=torch.full((3,), 5.0)), expected)
+
+
+# ------------------------------------------------------------------------------------------------------------ the call
+
+
+def test_default_size_and_output_types(pipe):
+    outputs = {kind: tokens(pipe, output_type=kind) for kind in ("pil", "np", "pt", "latent")}
+    assert outputs["pil"][0].size == (32, 32)
+    assert outputs["np"].shape == (1, 32, 32, 3) and outputs["pt"].shape == (1, 3, 32, 32)
+    assert outputs["latent"].shape == (1, 8, 8) and outputs["latent"].dtype == torch.int64
+    expected = pipe.vqgan.decode_indices(outputs["latent"]).sample.clamp(0, 1)
+    torch.testing.assert_close(outputs["pt"], expected)
+    np.testing.assert_allclose(np.asarray(outputs["pil"][0]) / 255, outputs["np"][0], atol=0.6 / 255)
+    (images,) = pipe("a", num_inference_steps=3, generator=seeded(), output_type="latent", use_prior=False, return_dict=False)
+    assert torch.equal(images, outputs["latent"])
+
+
+def test_other_sizes(pipe):
+    assert tokens(pipe, height=16, width=48).shape == (1, 4, 12)
+
+
+def test_several_images_per_prompt_are_independent(pipe):
+    generators = [seeded(i) for i in range(4)]
+    images = tokens(pipe, ["a", "bb"], num_images_per_prompt=2, generator=generators)
+    assert torch.equal(images[3:], tokens(pipe, "bb", generator=[seeded(3)]))
+    assert not torch.equal(images[2], images[3])
+
+
+def test_latents_are_the_start(pipe):
+    latents = torch.randint(32, (1, 8, 8), generator=seeded())
+    generator = seeded()
+    torch.randint(32, (1, 8, 8), generator=generator)  # the draw that `latents` replaces
+    assert torch.equal(tokens(pipe, latents=latents, generator=generator), tokens(pipe))
+
+
+def test_no_second_pass_without_guidance(pipe):
+    rows = []
+    pipe.unet.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
+    for scale in (None, 1.0, 0.5):
+        tokens(pipe, guidance_scale=scale)
+    assert set(rows) == {1}
+    rows.clear()
+    tokens(pipe, guidance_scale=3.0, guidance_steps=2)
+    assert rows == [2, 2, 1]
+    rows.clear()
+    tokens(pipe, guidance_scale=(0.0, 2.0))
+    assert rows == [1, 1, 2]
+
+
+def test_negative_prompt_matters_and_defaults_to_the_empty_one(pipe):
+    assert torch.equal(tokens(pipe), tokens(pipe, negative_prompt=""))
+    assert not torch.equal(tokens(pipe), tokens(pipe, negative_prompt="blurry, low quality"))
+
+
+def test_callback_reads_and_changes(pipe):
+    seen = []
+
+    def callback(pipe, step, timestep, tensors):
+        seen.append((step, round(float(timestep), 4), sorted(tensors)))
+        return {"latents": torch.zeros_like(tensors["latents"])} if step == 2 else {}
+
+    names = ["latents", "pred_original_sample"]
+    final = tokens(pipe, callback_on_step_end=callback, callback_on_step_end_tensor_inputs=names)
+    assert final.eq(0).all()
+    assert seen == [(0, 1.0, names), (1, 0.6667, names), (2, 0.3333, names)]
+
+
+def test_callback_changes_guidance(pipe):
+    rows = []
+    pipe.unet.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
+
+    def callback(pipe, step, timestep, tensors):
+        pipe._guidance_scale = 0.0
+        return {}
+
+    tokens(pipe, callback_on_step_end=callback)
+    assert rows == [2, 1, 1]
+
+
+def test_interrupt_stops(pipe):
+    steps = []
+
+    def callback(pipe, step, timestep, tensors):
+        steps.append(step)
+        pipe._interrupt = step == 1
+        return {}
+
+    tokens(pipe, callback_on_step_end=callback)
+    assert steps == [0, 1]
+
+
+def test_call_leaves_the_configuration_alone(pipe):
+    before = dict(pipe.scheduler.config)
+    tokens(pipe, temperature=(2.0, 1.0), renoise_steps=0)
+    assert dict(pipe.scheduler.config) == before
+
+
+def test_half_precision():
+    pipe = tiny_pipeline().to(torch.bfloat16)
+    assert tokens(pipe, condition_image=picture(), output_type="pt").isfinite().all()
+    assert tokens(pipe, use_prior=True, prior_num_inference_steps=2).shape == (1, 8, 8)
+
+
+def test_save_and_load(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    index = (tmp_path / "model_index.json").read_text()
+    for name in ("PaellaVQModel", "PaellaUNet", "PaellaPrior", "PaellaScheduler"):
+        assert f'"paella_diffusers",\n    "{name}"' in index
+    loaded = PaellaPipeline.from_pretrained(tmp_path)
+    loaded.set_progress_bar_config(disable=True)
+    call = {"condition_image": picture(), "negative_prompt": "bad"}
+    assert torch.equal(tokens(loaded, **call), tokens(pipe, **call))
+    without = PaellaPipeline.from_pretrained(tmp_path, prior=None, image_encoder=None, dtype=torch.bfloat16)
+    assert without.prior is None and without.unet.dtype == without.text_encoder.dtype == torch.bfloat16
+
+
+def test_without_dtype_everything_is_float32(pipe, tmp_path):
+    pipe.to(torch.float16, silence_dtype_warnings=True).save_pretrained(tmp_path)
+    loaded = PaellaPipeline.from_pretrained(tmp_path)
+    for name, component in loaded.components.items():
+        if isinstance(component, torch.nn.Module):
+            assert component.dtype == torch.float32, name
+
+
+def test_components_saved_as_none_reload(tmp_path):
+    pipe = tiny_pipeline(prior=None, prior_scheduler=None, image_encoder=None, feature_extractor=None)
+    pipe.save_pretrained(tmp_path)
+    assert PaellaPipeline.from_pretrained(tmp_path).prior is None
+
+
+def test_images_from_diffusers_discrete_schedulers(pipe):
+    from diffusers import DiscreteDDIMScheduler, EntropyBoundScheduler
+
+    for cls in (DiscreteDDIMScheduler, EntropyBoundScheduler):
+        pipe.scheduler = cls()
+        levels = []
+        handle = pipe.unet.register_forward_pre_hook(lambda module, args: levels.append(float(args[1])))  # noqa: B023
+        assert tokens(pipe, num_inference_steps=4).shape == (1, 8, 8)
+        handle.remove()
+        assert levels == [1.0, 0.75, 0.5, 0.25]
+        with pytest.raises(ValueError, match="takes no.*renoise_steps"):
+            tokens(pipe, renoise_steps=2)
+
+
+# ------------------------------------------------------------------------------------------------------------ bad input
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        ({"prompt": None}, "either `prompt` or `prompt_embeds`"),
+        ({"prompt": []}, "`prompt` must be a string or a list of at least one"),
+        ({"prompt": 3}, "`prompt` must be a string.*got 3"),
+        ({"prompt": ["a", None]}, "`prompt` must be a string"),
+        ({"negative_prompt": ["a", "b", "c"]}, "negative_prompt.*3 entries for 1 prompts"),
+        ({"prompt_embeds": torch.zeros(1, 3, 16)}, "exactly one"),
+        ({"prompt": None, "prompt_embeds": torch.zeros(1, 3, 15)}, r"`prompt_embeds`.*length, 16\).*got \(1, 3, 15\)"),
+        ({"clip_text_embeds": torch.zeros(1, 11)}, r"`clip_text_embeds`.*12\).*got \(1, 11\)"),
+        ({"clip_image_embeds": torch.zeros(3, 12)}, "`clip_image_embeds` has 3 rows for 1 prompts"),
+        ({"conditioning_weights": torch.ones(3, 2)}, r"`conditioning_weights`.*\(1, n\), got \(3, 2\)"),
+        ({"prompt_attention_mask": torch.ones(1, 3)}, "`prompt_attention_mask` goes with `prompt_embeds`"),
+        ({"height": 20}, "multiples of 16, got 20 and 32: the nearest are 16 and 32"),
+        ({"width": 0}, None),
+        ({"num_inference_steps": 0}, "`num_inference_steps`.*at least 1, got 0"),
+        ({"num_inference_steps": 2.5}, "`num_inference_steps`.*integer"),
+        ({"temperature": 0.0}, "`temperature` must be above 0"),
+        ({"temperature": (1.0, -1.0)}, "`temperature` must be above 0"),
+        ({"num_images_per_prompt": 0}, "`num_images_per_prompt`.*got 0"),
+        ({"guidance_scale": (1, 2, 3)}, "`guidance_scale`.*first, last"),
+        ({"generator": [seeded(), seeded()]}, "`generator` is a list of 2, but 1 images"),
+        ({"latents": torch.zeros(1, 8, 8)}, "`latents`.*int64 tensor, got torch.float32"),
+        ({"latents": torch.zeros(1, 4, 8, dtype=torch.long)}, r"`latents` must have shape \(1, 8, 8\), got \(1, 4, 8\)"),
+        ({"latents": torch.full((1, 8, 8), 32)}, r"`latents` must be in \[0, 32\), got 32 to 32"),
+        ({"output_type": "jpeg"}, "`output_type`.*'jpeg'"),
+        ({"callback_on_step_end_tensor_inputs": ["noise"]}, "tensor_inputs.*'noise'"),
+        ({"condition_image": "cat.png"}, "`condition_image` must be a PIL image"),
+        ({"condition_image": []}, "`condition_image` must be a PIL image"),
+        ({"condition_image": [[picture()], [picture()]]}, "for 1 prompts"),
+        ({"condition_image": picture(), "clip_image_embeds": torch.zeros(1, 12)}, "not both"),
+    ],
+)
+def test_bad_input_is_refused_before_any_work(pipe, call, message):
+    work = []
+    for name in ("text_encoder", "text_encoder_2", "unet", "vqgan"):
+        getattr(pipe, name).register_forward_pre_hook(lambda module, args, n=name: work.append(n))
+    if message is None:  # 0 means: not given
+        assert tokens(pipe, **call).shape == (1, 8, 8)
+        return
+    with pytest.raises(ValueError, match=message):
+        tokens(pipe, **{"prompt": "a"} | call)
+    assert not work
+
+
+@pytest.mark.parametrize(
+    ("missing", "call", "message"),
+    [
+        (["text_encoder"], {}, "`prompt` needs the components `text_encoder`"),
+        (["image_encoder"], {"condition_image": picture()}, "needs the components `image_encoder`"),
+        (["prior"], {"use_prior": True}, "needs the components `prior`"),
+        (["text_encoder_2"], {"use_prior": True}, "needs CLIP text embeddings"),
+        (
+            ["text_encoder"],
+            {"prompt": None, "prompt_embeds": torch.zeros(1, 3, 16)},
+            "Guidance needs `negative_prompt_embeds`",
+        ),
+        (["text_encoder_2"], {"clip_text_embeds": torch.zeros(1, 12)}, "Guidance needs `negative_clip_text_embeds`"),
+    ],
+)
+def test_missing_components_are_named(missing, call, message):
+    pipe = tiny_pipeline(**dict.fromkeys(missing))
+    with pytest.raises(ValueError, match=message):
+        tokens(pipe, **{"prompt": "a"} | call)

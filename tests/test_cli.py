@@ -1,0 +1,83 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import tiny_pipeline
+from PIL import Image
+
+from paella_diffusers.cli import main
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("model")
+    tiny_pipeline(prior=None, prior_scheduler=None).save_pretrained(folder)
+    return str(folder)
+
+
+def generate(model, *arguments):
+    return main(["generate", *arguments, "--model", model, "--steps", "2", "--device", "cpu"])
+
+
+def test_one_picture(model, tmp_path, capsys):
+    out = tmp_path / "heart.png"
+    assert generate(model, "red heart", "--out", str(out)) == 0
+    assert Image.open(out).size == (32, 32)
+    assert capsys.readouterr().out.split() == [str(out)]
+    assert [path.name for path in tmp_path.iterdir()] == ["heart.png"]
+
+
+def test_several_pictures_and_their_sheet(model, tmp_path):
+    out = tmp_path / "sheet.png"
+    assert generate(model, "a", "b", "c", "--out", str(out), "--size", "48x16") == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["sheet-1.png", "sheet-2.png", "sheet-3.png", "sheet.png"]
+    assert Image.open(tmp_path / "sheet-1.png").size == (48, 16)
+    assert Image.open(out).size == (96, 32)  # 2 × 2, the last place blank
+    assert Image.open(out).crop((48, 16, 96, 32)).getextrema() == ((255, 255),) * 3
+
+
+def test_a_row_for_each_prompt(model, tmp_path):
+    assert generate(model, "a", "b", "--num-images", "3", "--out", str(tmp_path / "s.png")) == 0
+    assert Image.open(tmp_path / "s.png").size == (96, 64)
+
+
+def test_seeds_count_up(model, tmp_path):
+    assert generate(model, "a", "--num-images", "2", "--seed", "7", "--out", str(tmp_path / "two.png")) == 0
+    assert generate(model, "a", "--seed", "8", "--out", str(tmp_path / "one.png")) == 0
+    assert Image.open(tmp_path / "two-2.png").tobytes() == Image.open(tmp_path / "one.png").tobytes()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["a", "--size", "20"], "multiples of 16"),
+        (["a", "--steps", "0"], "at least 1"),
+        (["a", "--num-images", "0"], "--num-images must be at least 1"),
+        (["a", "--out", "nowhere/a.png"], "folder nowhere does not exist"),
+        (["a", "--out", "a.xyz"], "--out must end in .png"),
+    ],
+)
+def test_bad_input_is_one_line(model, tmp_path, capsys, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    defaults = [] if "--steps" in arguments else ["--steps", "2"]
+    assert main(["generate", *arguments, "--model", model, *defaults]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("paella-diffusers generate: ") and message in error
+    assert not list(tmp_path.iterdir())
+
+
+def test_bad_size_shows_the_usage(capsys):
+    with pytest.raises(SystemExit):
+        main(["generate", "a", "--size", "big"])
+    assert "neither a number of pixels nor WIDTHxHEIGHT" in capsys.readouterr().err
+
+
+def test_missing_model_is_explained(tmp_path, capsys):
+    assert main(["generate", "a", "--model", str(tmp_path), "--out", str(tmp_path / "a.png")]) == 2
+    assert "neither layout" in capsys.readouterr().err
+
+
+def test_the_command_is_installed():
+    command = Path(sys.executable).with_name("paella-diffusers")
+    assert "generate" in subprocess.run([command, "--help"], capture_output=True, text=True, check=True).stdout

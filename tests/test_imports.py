@@ -1,0 +1,24 @@
+import subprocess
+import sys
+
+import paella_diffusers
+
+
+def test_every_public_name_is_there():
+    for name in paella_diffusers.__all__:
+        assert getattr(paella_diffusers, name) is not None
+    assert paella_diffusers.VQModel is paella_diffusers.PaellaVQModel
+    assert set(paella_diffusers.__all__) <= set(dir(paella_diffusers))
+
+
+def test_importing_the_package_loads_neither_torch_nor_diffusers():
+    code = "import sys, paella_diffusers, paella_diffusers.cli; print(sorted({'torch', 'diffusers', 'transformers'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+def test_models_and_schedulers_import_no_pipelines():
+    code = (
+        "import sys; from paella_diffusers import PaellaUNet, PaellaPrior, PaellaScheduler, VQModel; "
+        "print([name for name in sys.modules if name.startswith('paella_diffusers.pipelines')])"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
