@@ -62,9 +62,13 @@ def main():
     names, images, _ = load_icons(args.work_dir)
     pipe = PaellaPipeline.from_pretrained(args.model)
     pipe.set_progress_bar_config(disable=True)
-    print("VQGAN: {:.2f} dB PSNR in the mean, {:.2f} dB from the mean error".format(*reconstruction_psnr(pipe.vqgan, images)))
+    print(
+        "VQGAN: {:.2f} dB PSNR in the mean, {:.2f} dB from the mean error".format(*reconstruction_psnr(pipe.vqgan, images))
+    )
     with torch.no_grad():
-        decoded = torch.cat([pipe.vqgan.decode_indices(pipe.vqgan.encode(p).indices).sample.clamp(0, 1) for p in images.split(128)])
+        decoded = torch.cat(
+            [pipe.vqgan.decode_indices(pipe.vqgan.encode(p).indices).sample.clamp(0, 1) for p in images.split(128)]
+        )
     kept = sum(i == index for i, index in enumerate(nearest(decoded, images))) / len(images)
     print(f"icons that stay nearest to themselves through the VQGAN, the ceiling: {kept:.1%}")
 

@@ -81,7 +81,16 @@ def load_icons(work_dir: Path) -> tuple[list[str], torch.Tensor, list[list[str]]
 class Captions:
     """Random captions of icons: names, names in templates, keywords and pairs of them; never one of `held_out`."""
 
-    templates = ["a {}", "the {}", "an emoji of {}", "{} emoji", "{} icon", "a picture of {}", "a drawing of a {}", "a cute {}"]
+    templates = [
+        "a {}",
+        "the {}",
+        "an emoji of {}",
+        "{} emoji",
+        "{} icon",
+        "a picture of {}",
+        "a drawing of a {}",
+        "a cute {}",
+    ]
     templates += ["one {}", "my {}", "some {}", "small {}", "a little {}", "a big {}", "a nice {}", "{} symbol"]
 
     def __init__(self, names: list[str], keywords: list[list[str]], held_out: set[str]):
@@ -211,7 +220,10 @@ def train_vqgan(images: torch.Tensor, steps: int, work_dir: Path) -> VQModel:
 
     @torch.no_grad()
     def report(step):
-        error = [(vqgan.decode_indices(vqgan.encode(p).indices).sample.clamp(0, 1) - p).square().mean((1, 2, 3)) for p in images.split(128)]
+        error = [
+            (vqgan.decode_indices(vqgan.encode(p).indices).sample.clamp(0, 1) - p).square().mean((1, 2, 3))
+            for p in images.split(128)
+        ]
         tqdm.write(f"VQGAN, step {step}: {-10 * torch.cat(error).log10().mean():.2f} dB")
 
     groups = [{"params": others, "lr": 2e-3}, {"params": gains, "lr": 2e-2}]  # the gains start at zero and have far to go
@@ -277,7 +289,16 @@ def train_text(images: torch.Tensor, captions: Captions, steps: int, work_dir: P
         right = (F.normalize(text, dim=1) @ image.T).argmax(1) == torch.arange(len(images))
         tqdm.write(f"text encoders, step {step}: {right.float().mean():.1%} of names find their icon")
 
-    fit("text", encoders, [{"params": list(encoders.parameters()), "lr": 1e-3}], loss, steps, work_dir, warmup=40, report=report)
+    fit(
+        "text",
+        encoders,
+        [{"params": list(encoders.parameters()), "lr": 1e-3}],
+        loss,
+        steps,
+        work_dir,
+        warmup=40,
+        report=report,
+    )
     return encoders
 
 

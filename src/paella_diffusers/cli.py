@@ -33,12 +33,19 @@ def _add_generate(commands):
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("prompt", nargs="+", help="what to draw; quote it")
-    parser.add_argument("--out", type=Path, default=Path("paella.png"), help="picture; with several, the sheet, and OUT-1, OUT-2, … beside it")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("paella.png"),
+        help="picture; with several, the sheet, and OUT-1, OUT-2, … beside it",
+    )
     parser.add_argument("--model", default=EMOJI_MODEL, help="folder or Hub id, in diffusers' or the published layout")
     parser.add_argument("--num-images", type=int, default=1, metavar="N", help="pictures for each prompt")
     parser.add_argument("--seed", type=int, default=0, help="of the first picture; each further one takes the next")
     parser.add_argument("--steps", type=int, default=12, metavar="N", help="sampling steps")
-    parser.add_argument("--guidance-scale", type=float, default=8.0, metavar="W", help="how strictly to follow the prompt; 1 for no guidance")
+    parser.add_argument(
+        "--guidance-scale", type=float, default=8.0, metavar="W", help="how strictly to follow the prompt; 1 for no guidance"
+    )
     parser.add_argument("--negative-prompt", default="", metavar="TEXT", help="what to keep away from")
     parser.add_argument("--size", type=_size, default=None, metavar="N or WxH", help="pixels; the model's own unless given")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights")
@@ -85,7 +92,9 @@ def generate(args: argparse.Namespace):
         return
     for number, image in enumerate(images, start=1):
         _write(image, args.out.with_stem(f"{args.out.stem}-{number}"))
-    columns = args.num_images if len(args.prompt) > 1 < args.num_images else next(c for c in range(1, count + 1) if c * c >= count)
+    columns = (
+        args.num_images if len(args.prompt) > 1 < args.num_images else next(c for c in range(1, count + 1) if c * c >= count)
+    )
     blank = [images[0].copy() for _ in range(-count % columns)]
     for image in blank:
         image.paste("white", (0, 0, *image.size))

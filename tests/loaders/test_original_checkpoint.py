@@ -58,7 +58,10 @@ def test_loaded_models_train(golden_a):
 
 def test_hub_address(golden_a, hub, tmp_path):
     shutil.copy(golden_a.folder / "prior.pt", hub.repo("dome272/Paella") / "prior_v1.pt")
-    for address in ("https://huggingface.co/dome272/Paella/resolve/main/prior_v1.pt", "hf.co/dome272/Paella/blob/main/prior_v1.pt"):
+    for address in (
+        "https://huggingface.co/dome272/Paella/resolve/main/prior_v1.pt",
+        "hf.co/dome272/Paella/blob/main/prior_v1.pt",
+    ):
         prior = PaellaPrior.from_single_file(address, golden_a.config["prior"], cache_dir=tmp_path)
         assert prior.config.num_layers == 3
 

@@ -217,7 +217,7 @@ def test_save_and_load(tmp_path):
     [
         ({"sample": torch.zeros(2, 6, 8, dtype=torch.long)}, "6×8.*divisible by 4"),
         ({"encoder_attention_mask": torch.ones(2, 6)}, "6 columns.*5 tokens.*sequence 9"),
-        ({"conditioning_weights": torch.ones(10)}, "10 entries.*9 tokens"),
+        ({"conditioning_weights": torch.ones(10)}, "10 entries for.*9 tokens"),
     ],
 )
 def test_bad_input_is_refused(change, message):

@@ -25,7 +25,9 @@ def published(hub, tmp_path):
     T5ForConditionalGeneration(byt5).to(torch.bfloat16).save_pretrained(hub.repo(BYT5_REPO))  # the whole T5, as published
     ByT5Tokenizer().save_pretrained(hub.repo(BYT5_REPO))
     text = dict(vocab_size=384, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
-    vision = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=8)
+    vision = dict(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=8
+    )
     text |= dict(max_position_embeddings=32, eos_token_id=1, pad_token_id=0)
     clip = CLIPConfig(text_config=text, vision_config=vision, projection_dim=24)
     CLIPModel(clip).save_pretrained(hub.repo(CLIP_REPO))

@@ -21,7 +21,9 @@ def picture(seed=0, size=(20, 24)):
 
 
 def tokens(pipe, prompt="a", **kwargs):
-    return pipe(prompt, **{"num_inference_steps": 3, "generator": seeded(), "output_type": "latent", "use_prior": False} | kwargs).images
+    return pipe(
+        prompt, **{"num_inference_steps": 3, "generator": seeded(), "output_type": "latent", "use_prior": False} | kwargs
+    ).images
 
 
 # -------------------------------------------------------------------------------------------------- the published loop
@@ -86,7 +88,9 @@ def test_golden_prior_steps(golden, golden_models, name):
             if name == "ddpm":
                 output = super().step(model_output, timestep, sample, generator)
             else:
-                alpha, following = (self._alpha_cumprod(t, t.device)[:, None] for t in (timestep, self.previous_timestep(timestep)))
+                alpha, following = (
+                    self._alpha_cumprod(t, t.device)[:, None] for t in (timestep, self.previous_timestep(timestep))
+                )
                 clean = (sample - (1 - alpha).sqrt() * model_output) / alpha.sqrt()
                 output = DDPMWuerstchenSchedulerOutput(following.sqrt() * clean + (1 - following).sqrt() * model_output)
             samples.append(output.prev_sample)
@@ -148,7 +152,7 @@ def test_one_pass_for_both_halves_equals_two(pipe):
 
 def test_no_mask_where_nothing_is_padded(pipe):
     text = torch.zeros(1, 3, 16)
-    half = {name: None for name in ("clip_text_embeds", "clip_image_embeds", "encoder_attention_mask", "conditioning_weights")}
+    half = dict.fromkeys(("clip_text_embeds", "clip_image_embeds", "encoder_attention_mask", "conditioning_weights"))
     half["encoder_hidden_states"] = text
     assert join_conditioning(half, dict(half), clip_seq_len=2)["encoder_attention_mask"] is None
 
@@ -200,7 +204,9 @@ def test_condition_images(pipe):
 def test_image_is_resized_to_the_encoder_without_cropping(pipe):
     expected = picture(size=(40, 10)).resize((16, 16), PIL.Image.Resampling.BICUBIC)
     pixels = torch.tensor(np.asarray(expected)).permute(2, 0, 1)[None] / 255
-    mean, std = (torch.tensor(v)[:, None, None] for v in (pipe.feature_extractor.image_mean, pipe.feature_extractor.image_std))
+    mean, std = (
+        torch.tensor(v)[:, None, None] for v in (pipe.feature_extractor.image_mean, pipe.feature_extractor.image_std)
+    )
     with torch.no_grad():
         embeds = pipe.image_encoder((pixels - mean) / std).image_embeds
         result = pipe.encode_image(picture(size=(40, 10)), 1)
@@ -217,7 +223,9 @@ def test_prior_gives_image_embeddings(pipe):
 
 
 def test_pipelines_without_optional_parts():
-    pipe = tiny_pipeline(text_encoder_2=None, tokenizer_2=None, image_encoder=None, feature_extractor=None, prior=None, prior_scheduler=None)
+    pipe = tiny_pipeline(
+        text_encoder_2=None, tokenizer_2=None, image_encoder=None, feature_extractor=None, prior=None, prior_scheduler=None
+    )
     assert tokens(pipe, use_prior=None).shape == (1, 8, 8)
 
 
@@ -238,7 +246,9 @@ def test_default_size_and_output_types(pipe):
     expected = pipe.vqgan.decode_indices(outputs["latent"]).sample.clamp(0, 1)
     torch.testing.assert_close(outputs["pt"], expected)
     np.testing.assert_allclose(np.asarray(outputs["pil"][0]) / 255, outputs["np"][0], atol=0.6 / 255)
-    (images,) = pipe("a", num_inference_steps=3, generator=seeded(), output_type="latent", use_prior=False, return_dict=False)
+    (images,) = pipe(
+        "a", num_inference_steps=3, generator=seeded(), output_type="latent", use_prior=False, return_dict=False
+    )
     assert torch.equal(images, outputs["latent"])
 
 

@@ -78,9 +78,7 @@ def test_grids_and_sequences_give_the_same():
     sequence = scheduler.step(rows, 1.0, tokens.flatten(1), noise=tokens.flatten(1), generator=seeded())
     assert torch.equal(grid.prev_sample.flatten(1), sequence.prev_sample)
     assert torch.equal(grid.sampled_tokens.flatten(1), sequence.sampled_tokens)
-    prev_sample, sampled_tokens = scheduler.step(
-        logits, 1.0, tokens, noise=tokens, generator=seeded(), return_dict=False
-    )
+    prev_sample, sampled_tokens = scheduler.step(logits, 1.0, tokens, noise=tokens, generator=seeded(), return_dict=False)
     assert torch.equal(prev_sample, grid.prev_sample) and torch.equal(sampled_tokens, grid.sampled_tokens)
 
 

@@ -60,14 +60,10 @@ class PaellaPrior(ModelMixin, ConfigMixin, OriginalCheckpointMixin):
     _skip_layerwise_casting_patterns = ["norm"]
 
     @register_to_config
-    def __init__(
-        self, embedding_dim: int = 1024, hidden_dim: int = 1280, time_embed_dim: int = 64, num_layers: int = 48
-    ):
+    def __init__(self, embedding_dim: int = 1024, hidden_dim: int = 1280, time_embed_dim: int = 64, num_layers: int = 48):
         super().__init__()
         self.proj_in = nn.Linear(embedding_dim, hidden_dim)
-        self.blocks = nn.ModuleList(
-            PaellaPriorBlock(hidden_dim, embedding_dim + time_embed_dim) for _ in range(num_layers)
-        )
+        self.blocks = nn.ModuleList(PaellaPriorBlock(hidden_dim, embedding_dim + time_embed_dim) for _ in range(num_layers))
         self.proj_out = nn.Linear(hidden_dim, embedding_dim)
         self.gradient_checkpointing = False
         self.init_weights()

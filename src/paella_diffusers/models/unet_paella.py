@@ -30,7 +30,7 @@ class PaellaUNetOutput(BaseOutput):
 
 
 def sinusoidal_embedding(timestep: torch.Tensor, dim: int) -> torch.Tensor:
-    """Sines, then cosines, of times in [0, 1]: `(batch_size,)` to `(batch_size, dim)`, float32; a last zero if dim is odd."""
+    """Sines, then cosines, of times in [0, 1]: `(batch_size,)` to `(batch_size, dim)`, float32; odd sizes end with a zero."""
     half = dim // 2
     frequencies = torch.arange(half, device=timestep.device).float().mul(-math.log(10000) / (half - 1)).exp()
     angles = (timestep * 10000)[:, None] * frequencies
@@ -281,10 +281,10 @@ class PaellaUNet(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin, Orig
         clip_seq_len (`int`, defaults to 4): Conditioning tokens that one CLIP embedding becomes.
         cross_attention_dim (`int`, defaults to 1024): Channels of the conditioning sequence.
         block_out_channels (`tuple[int]`, defaults to `(640, 1280, 1280)`): Channels of each level, highest resolution first.
-        layers_per_block (`tuple[int]`, defaults to `(6, 16, 6)`): Repeats of each level's block letters, on the way down and up.
+        layers_per_block (`tuple[int]`, defaults to `(6, 16, 6)`): Repeats of each level's block letters, down and up.
         block_types (`tuple[str]`, defaults to `("CT", "CTA", "CTA")`):
-            Each level's block letters: C, a depthwise residual block; T, time modulation; A, attention; F, feed-forward. They
-            begin with C.
+            Each level's block letters, C first: C, a depthwise residual block; T, time modulation; A, attention; F,
+            feed-forward.
         num_attention_heads (`tuple[int]`, defaults to `(-1, 16, 16)`): Heads of each level; ignored in levels without A.
         kernel_size (`int`, defaults to 3): Kernel of the depthwise convolutions, odd.
         dropout (`float` or `tuple[float]`, defaults to 0.1): Dropout in C, F and A blocks, one number or one a level.
@@ -437,8 +437,8 @@ class PaellaUNet(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin, Orig
             clip_image_embeds (`torch.Tensor` of shape `(batch_size, [num_images,] clip_embed_dim)`, *optional*):
                 CLIP image embeddings of one or several images, not normalised; likewise.
             encoder_attention_mask (`torch.Tensor` of shape `(batch_size, length)`, *optional*):
-                0 where `encoder_hidden_states` is padding; or `(batch_size, sequence_length)` over the conditioning sequence:
-                text, then `clip_seq_len` tokens for the CLIP text, then as many for each image.
+                0 where `encoder_hidden_states` is padding; or `(batch_size, sequence_length)` over the whole conditioning
+                sequence: text, then `clip_seq_len` tokens for the CLIP text, then as many for each image.
             conditioning_weights (`torch.Tensor` of shape `(n,)` or `(batch_size, n)`, *optional*):
                 Factors on the attention probabilities of each row's last n attended conditioning tokens.
             cross_attention_kwargs (`dict`, *optional*): `{"scale": s}` scales LoRA adapters in this call.
@@ -526,7 +526,7 @@ class PaellaUNet(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin, Orig
         batch_size, length = sequence.shape[:2]
         if weights.shape[-1] > length:
             raise ValueError(
-                f"`conditioning_weights` has {weights.shape[-1]} entries, but the conditioning sequence only {length} tokens."
+                f"`conditioning_weights` has {weights.shape[-1]} entries for a conditioning sequence of {length} tokens."
             )
         weights = weights.to(sequence).expand(batch_size, -1)
         if mask is None:

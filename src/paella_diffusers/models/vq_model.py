@@ -84,9 +84,7 @@ class MixingResidualBlock(nn.Module):
     def __init__(self, channels: int, hidden_channels: int):
         super().__init__()
         self.norm1 = nn.LayerNorm(channels, elementwise_affine=False, eps=1e-6)
-        self.depthwise = nn.Sequential(
-            ReplicationPad(), nn.Conv2d(channels, channels, kernel_size=3, groups=channels)
-        )
+        self.depthwise = nn.Sequential(ReplicationPad(), nn.Conv2d(channels, channels, kernel_size=3, groups=channels))
         self.norm2 = nn.LayerNorm(channels, elementwise_affine=False, eps=1e-6)
         self.channelwise = nn.Sequential(
             nn.Linear(channels, hidden_channels), nn.GELU(), nn.Linear(hidden_channels, channels)
@@ -111,7 +109,7 @@ class PaellaVQModel(ModelMixin, ConfigMixin, OriginalCheckpointMixin):
         in_channels (`int`, defaults to 3): Channels of the input image.
         out_channels (`int`, defaults to 3): Channels of the decoded image.
         up_down_scale_factor (`int`, defaults to 2): Side of the pixel blocks folded into channels at both ends.
-        levels (`int`, defaults to 2): Resolution levels; a token covers `up_down_scale_factor * 2 ** (levels - 1)` pixels a side.
+        levels (`int`, defaults to 2): Resolution levels, each but the last halving the sides.
         bottleneck_blocks (`int`, defaults to 12): Mixing blocks of the decoder at the lowest resolution.
         embed_dim (`int`, defaults to 384): Channels at the lowest resolution, halving upwards.
         latent_channels (`int`, defaults to 4): Channels of a codebook entry.
@@ -159,9 +157,7 @@ class PaellaVQModel(ModelMixin, ConfigMixin, OriginalCheckpointMixin):
         up_blocks = [nn.Sequential(nn.Conv2d(latent_channels, channels[-1], kernel_size=1))]
         up_blocks += [MixingResidualBlock(channels[-1], channels[-1] * 4) for _ in range(bottleneck_blocks)]
         for level in reversed(range(levels - 1)):
-            up_blocks.append(
-                nn.ConvTranspose2d(channels[level + 1], channels[level], kernel_size=4, stride=2, padding=1)
-            )
+            up_blocks.append(nn.ConvTranspose2d(channels[level + 1], channels[level], kernel_size=4, stride=2, padding=1))
             up_blocks.append(MixingResidualBlock(channels[level], channels[level] * 4))
         self.up_blocks = nn.Sequential(*up_blocks)
         self.out_block = nn.Sequential(

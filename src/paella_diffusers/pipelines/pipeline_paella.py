@@ -71,8 +71,8 @@ class PaellaPipeline(PaellaPipelineBase):
             height, width (`int`, *optional*): Size in pixels, multiples of 32 in the released model; its default is 256.
             num_inference_steps (`int`, defaults to 12): Sampling steps.
             guidance_scale (`float` or `tuple[float, float]`, defaults to 8.0):
-                w in `w · conditional + (1 - w) · unconditional` logits, or (first, last) for a linear ramp over the steps. With 1
-                or less, or None, there is no second pass.
+                w in `w · conditional + (1 - w) · unconditional` logits, or (first, last) for a linear ramp over the steps.
+                With 1 or less, or None, there is no second pass.
             guidance_steps (`int`, *optional*): Only the first so many steps are guided; all unless given.
             temperature (`float` or `tuple[float, float]`, *optional*): The scheduler's, for this call: (first, last).
             renoise_steps (`int`, *optional*): The scheduler's, for this call.
@@ -83,9 +83,9 @@ class PaellaPipeline(PaellaPipelineBase):
                 Tokens to start from in place of random ones, int64 in `[0, num_vq_embeddings)`.
             condition_image (`PIL.Image.Image` or list, *optional*):
                 Condition on the CLIP embedding of an image, or of several in a list; a nested list has one list a prompt.
-            prompt_embeds, negative_prompt_embeds (`torch.Tensor` of shape `(batch_size, length, text_embed_dim)`, *optional*):
+            prompt_embeds, negative_prompt_embeds (`torch.Tensor` of shape `(batch_size, length, text_embed_dim)`):
                 Text encoder outputs, in place of prompts; their lengths may differ.
-            prompt_attention_mask, negative_prompt_attention_mask (`torch.Tensor` of shape `(batch_size, length)`, *optional*):
+            prompt_attention_mask, negative_prompt_attention_mask (`torch.Tensor` of shape `(batch_size, length)`):
                 0 where these are padding.
             clip_text_embeds, negative_clip_text_embeds (`torch.Tensor` of shape `(batch_size, clip_embed_dim)`, *optional*):
                 CLIP text embeddings, not normalised.
@@ -109,7 +109,7 @@ class PaellaPipeline(PaellaPipelineBase):
         Examples:
 
         Returns:
-            `ImagePipelineOutput` or `tuple`: The images; with `"latent"`, int64 tokens `(num_images, height / 4, width / 4)`.
+            `ImagePipelineOutput` or `tuple`: The images, or int64 tokens `(num_images, height / 4, width / 4)`.
 
         Raises:
             ValueError: If an argument is out of range, or needs a component that is not there.
@@ -174,9 +174,7 @@ class PaellaPipeline(PaellaPipelineBase):
         )
 
         # 4. start from noise
-        latents = self.prepare_latents(
-            batch_size * num_images_per_prompt, height, width, device, generator, latents
-        )
+        latents = self.prepare_latents(batch_size * num_images_per_prompt, height, width, device, generator, latents)
 
         # 5. denoise
         latents = self.denoise(

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import PIL.Image
 import torch
 import torch.nn.functional as F
-from diffusers import DDPMWuerstchenScheduler, DiffusionPipeline
+from diffusers import DiffusionPipeline
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import logging
@@ -110,7 +110,7 @@ class PaellaPipelineBase(DiffusionPipeline):
             pretrained_model_name_or_path (`str` or `Path`): A Hub id or a folder.
             dtype (`torch.dtype` or `dict`, defaults to `torch.float32`): Of the weights, or by component name.
             kwargs:
-                As for `DiffusionPipeline.from_pretrained`: components, `cache_dir`, `token`, `local_files_only`, `revision`, ….
+                As for `DiffusionPipeline.from_pretrained`: components, `cache_dir`, `token`, `local_files_only`, `revision`.
                 In the published layout, `revision` is that of the Paella repository.
 
         Raises:
@@ -192,7 +192,9 @@ class PaellaPipelineBase(DiffusionPipeline):
         if negative_prompt is not None and negative_prompt_embeds is not None:
             raise ValueError("Pass either `negative_prompt` or `negative_prompt_embeds`, not both.")
         if isinstance(negative_prompt, list | tuple) and len(negative_prompt) not in (1, batch_size):
-            raise ValueError(f"`negative_prompt` has {len(negative_prompt)} entries for {batch_size} prompts: pass one, or one each.")
+            raise ValueError(
+                f"`negative_prompt` has {len(negative_prompt)} entries for {batch_size} prompts: pass one, or one each."
+            )
         guided = self._needs_guidance(guidance_scale)
         if guided and prompt is None and negative_prompt_embeds is None and self.text_encoder is None:
             raise ValueError(
@@ -223,18 +225,25 @@ class PaellaPipelineBase(DiffusionPipeline):
             if len(value) not in (1, batch_size):
                 raise ValueError(f"`{name}` has {len(value)} rows for {batch_size} prompts: pass one, or one each.")
         if conditioning_weights is not None and not (
-            conditioning_weights.ndim == 1 or conditioning_weights.ndim == 2 and len(conditioning_weights) == batch_size
+            conditioning_weights.ndim == 1 or (conditioning_weights.ndim == 2 and len(conditioning_weights) == batch_size)
         ):
             raise ValueError(
                 f"`conditioning_weights` must have shape (n,) or ({batch_size}, n), got {tuple(conditioning_weights.shape)}."
             )
         for name, mask, embeds_name, embeds in (
             ("prompt_attention_mask", prompt_attention_mask, "prompt_embeds", prompt_embeds),
-            ("negative_prompt_attention_mask", negative_prompt_attention_mask, "negative_prompt_embeds", negative_prompt_embeds),
+            (
+                "negative_prompt_attention_mask",
+                negative_prompt_attention_mask,
+                "negative_prompt_embeds",
+                negative_prompt_embeds,
+            ),
         ):
             if mask is not None and (embeds is None or mask.shape != embeds.shape[:2]):
                 expected = None if embeds is None else tuple(embeds.shape[:2])
-                raise ValueError(f"`{name}` goes with `{embeds_name}` and must have shape {expected}, got {tuple(mask.shape)}.")
+                raise ValueError(
+                    f"`{name}` goes with `{embeds_name}` and must have shape {expected}, got {tuple(mask.shape)}."
+                )
 
         # images and the prior
         if condition_image is not None:
@@ -247,14 +256,21 @@ class PaellaPipelineBase(DiffusionPipeline):
             if self.prior is None or self.prior_scheduler is None:
                 raise ValueError("`use_prior=True` needs the components `prior` and `prior_scheduler`.")
             if clip_text_embeds is None and (self.text_encoder_2 is None or prompt is None):
-                raise ValueError("`use_prior=True` needs CLIP text embeddings: the component `text_encoder_2`, or `clip_text_embeds`.")
+                raise ValueError(
+                    "`use_prior=True` needs CLIP text embeddings: the component `text_encoder_2`, or `clip_text_embeds`."
+                )
 
         # randomness and start
         total = batch_size * num_images_per_prompt
         if isinstance(generator, list) and len(generator) != total:
             raise ValueError(f"`generator` is a list of {len(generator)}, but {total} images are made: pass one each.")
         if latents is not None:
-            check_tokens("latents", latents, (total, height // self.vae_scale_factor, width // self.vae_scale_factor), self.unet.config.num_vq_embeddings)
+            check_tokens(
+                "latents",
+                latents,
+                (total, height // self.vae_scale_factor, width // self.vae_scale_factor),
+                self.unet.config.num_vq_embeddings,
+            )
         return batch_size
 
     # ------------------------------------------------------------------------------------------------ conditioning
@@ -329,9 +345,9 @@ class PaellaPipelineBase(DiffusionPipeline):
 
     def _encode_byt5(self, prompts: list[str], max_length: int, device):
         distinct = list(dict.fromkeys(prompts))
-        inputs = self.tokenizer(
-            distinct, padding="longest", max_length=max_length, truncation=True, return_tensors="pt"
-        ).to(device)
+        inputs = self.tokenizer(distinct, padding="longest", max_length=max_length, truncation=True, return_tensors="pt").to(
+            device
+        )
         if inputs.input_ids.shape[1] == max_length and any(len(p.encode()) >= max_length for p in distinct):
             logger.warning(f"Prompts were cut to `max_sequence_length`, {max_length} bytes.")
         mask = None if inputs.attention_mask.all() else inputs.attention_mask  # no mask, no padding
@@ -408,7 +424,7 @@ class PaellaPipelineBase(DiffusionPipeline):
         prior_guidance_scale=3.0,
         **prompt_kwargs,
     ) -> tuple[dict, dict | None]:
-        """The U-Net's conditioning arguments for the conditional pass, and for the unconditional one if there is guidance."""
+        """The U-Net's conditioning arguments for the conditional pass, and, with guidance, for the unconditional one."""
         device = self._execution_device
         guided = self._needs_guidance(self._guidance_scale)
         text, negative_text, mask, negative_mask, clip_text, negative_clip_text = self.encode_prompt(
@@ -420,9 +436,9 @@ class PaellaPipelineBase(DiffusionPipeline):
             images = clip_image_embeds[:, None] if clip_image_embeds.ndim == 2 else clip_image_embeds
             clip_image_embeds = _repeat(images, batch_size, num_images_per_prompt, device)
         elif use_prior or (use_prior is None and self.prior is not None and clip_text is not None):
-            clip_image_embeds = self.sample_prior(
-                clip_text, prior_num_inference_steps, prior_guidance_scale, generator
-            )[:, None]
+            clip_image_embeds = self.sample_prior(clip_text, prior_num_inference_steps, prior_guidance_scale, generator)[
+                :, None
+            ]
         if conditioning_weights is not None:
             weights = conditioning_weights[None] if conditioning_weights.ndim == 1 else conditioning_weights
             conditioning_weights = _repeat(weights, batch_size, num_images_per_prompt, device)
@@ -480,7 +496,9 @@ class PaellaPipelineBase(DiffusionPipeline):
         overrides = {name: value for name, value in overrides.items() if value is not None}
         unknown = overrides.keys() - inspect.signature(self.scheduler.set_timesteps).parameters.keys()
         if unknown:
-            raise ValueError(f"{type(self.scheduler).__name__} takes no {sorted(unknown)}: set what it has by `from_config`.")
+            raise ValueError(
+                f"{type(self.scheduler).__name__} takes no {sorted(unknown)}: set what it has by `from_config`."
+            )
         self.scheduler.set_timesteps(num_inference_steps, device=device, **overrides)
         self._num_timesteps = len(self.scheduler.timesteps)
 
@@ -601,7 +619,9 @@ def _nested_images(images, batch_size: int) -> list[list[PIL.Image.Image]]:
     rows = images if images and all(isinstance(row, list | tuple) for row in images) else [images]
     flat = [image for row in rows for image in row]
     if not all(rows) or not all(isinstance(image, PIL.Image.Image) for image in flat):
-        raise ValueError("`condition_image` must be a PIL image, a list of them, or a list with such a list for each prompt.")
+        raise ValueError(
+            "`condition_image` must be a PIL image, a list of them, or a list with such a list for each prompt."
+        )
     if len(rows) not in (1, batch_size) or len({len(row) for row in rows}) > 1:
         raise ValueError(
             f"`condition_image` nests {[len(row) for row in rows]} images for {batch_size} prompts: pass one list for each "

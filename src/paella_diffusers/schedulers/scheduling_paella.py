@@ -111,14 +111,16 @@ class PaellaScheduler(SchedulerMixin, ConfigMixin):
             steps = len(levels)
             if steps < 1 or num_inference_steps not in (None, steps):
                 raise ValueError(f"`timesteps` must have `num_inference_steps`={num_inference_steps} entries, got {steps}.")
-            if not (0 < levels[-1] and levels[0] <= 1 and (levels.diff() < 0).all()):
+            if not (levels[-1] > 0 and levels[0] <= 1 and (levels.diff() < 0).all()):
                 raise ValueError(f"`timesteps` must descend within (0, 1], got {levels.tolist()}.")
             levels = torch.cat([levels, levels.new_tensor([min(self.config.t_end, levels[-1])])])
 
         temperature = self.config.temperature if temperature is None else temperature
         first, last = temperature if isinstance(temperature, tuple | list) else (temperature, temperature)
         if first <= 0 or last <= 0:
-            raise ValueError(f"`temperature` must be above 0, got {temperature}; `sampling_rule='argmax'` is its limit at 0.")
+            raise ValueError(
+                f"`temperature` must be above 0, got {temperature}; `sampling_rule='argmax'` is its limit at 0."
+            )
         renoise_steps = self.config.renoise_steps if renoise_steps is None else renoise_steps
         if renoise_steps is not None and renoise_steps < 0:
             raise ValueError(f"`renoise_steps` must be at least 0, got {renoise_steps}.")
@@ -144,8 +146,8 @@ class PaellaScheduler(SchedulerMixin, ConfigMixin):
         Sample every token, then re-noise each with the probability that the next noise level says.
 
         Args:
-            model_output (`torch.Tensor` of shape `(batch_size, length, num_tokens)` or `(batch_size, num_tokens, height, width)`):
-                Logits of the clean tokens.
+            model_output (`torch.Tensor`):
+                Logits of the clean tokens, `(batch_size, length, num_tokens)` or `(batch_size, num_tokens, height, width)`.
             timestep (`float` or `torch.Tensor`): The noise level of this step, one of `timesteps`.
             sample (`torch.LongTensor` of shape `(batch_size, length)` or `(batch_size, height, width)`):
                 The tokens that the model was given.
