@@ -3,6 +3,8 @@
 import importlib
 from pathlib import Path
 
+from . import registration
+
 __version__ = "0.1.0"
 
 # Each name is imported when it is first used: importing the package costs next to nothing.
@@ -28,3 +30,6 @@ def __getattr__(name: str):
 
 def __dir__():
     return sorted([*globals(), *_MODULES])
+
+
+registration.install()

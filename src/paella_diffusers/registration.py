@@ -1,16 +1,27 @@
-"""Making diffusers know our classes: the one place that touches its private tables."""
+"""
+Making diffusers know our classes, as soon as it is imported and without importing anything ourselves: the one place that
+touches its private tables.
+"""
 
-import diffusers
-import diffusers.pipelines.auto_pipeline as auto_pipeline
-
-import paella_diffusers
+import importlib
+import importlib.abc
+import importlib.util
+import sys
+from collections.abc import Callable
 
 LIBRARY = "paella_diffusers"
-AUTO_TABLES = {
-    "text2image": "AUTO_TEXT2IMAGE_PIPELINES_MAPPING",
-    "image2image": "AUTO_IMAGE2IMAGE_PIPELINES_MAPPING",
-    "inpainting": "AUTO_INPAINT_PIPELINES_MAPPING",
-}
+PIPELINES = {"PaellaPipeline": "AUTO_TEXT2IMAGE_PIPELINES_MAPPING"}  # and the table of their task
+COMPONENTS = ["PaellaVQModel", "PaellaUNet", "PaellaPrior", "PaellaScheduler"]
+
+
+def install():
+    """
+    Let diffusers find our pipelines and components by name, `paella_diffusers` as the library of a `model_index.json`, and
+    `"paella"` in the automatic pipelines; now, or when the module concerned is imported.
+    """
+    _after_import("diffusers", lambda module: _add_names(module, "pipelines.", [*PIPELINES, *COMPONENTS]))
+    _after_import("diffusers.pipelines", lambda module: _add_names(module, "", PIPELINES))
+    _after_import("diffusers.pipelines.auto_pipeline", _add_tasks)
 
 
 def library_names(components: dict) -> dict[str, tuple[str, str]]:
@@ -29,24 +40,55 @@ def library_names(components: dict) -> dict[str, tuple[str, str]]:
     return names
 
 
-def register(pipelines: dict[str, type]):
-    """
-    Let diffusers find the library `paella_diffusers` of a `model_index.json`, and the pipelines by name and by task.
+def _add_names(module, prefix: str, names):
+    """Add names to a lazy module of diffusers: they resolve to this package, which loads them when they are used."""
+    table = vars(module).get("_class_to_module")
+    if not isinstance(table, dict):
+        raise ImportError(_moved(f"{module.__name__}._class_to_module"))
+    package = sys.modules[LIBRARY]
+    sys.modules[f"diffusers.pipelines.{LIBRARY}"] = package
+    table.update(dict.fromkeys(names, prefix + LIBRARY))
+    if module.__name__ == "diffusers.pipelines":
+        setattr(module, LIBRARY, package)
 
-    Args:
-        pipelines (`dict[str, type]`): Pipeline classes by task: `text2image`, `image2image`, `inpainting`.
 
-    Raises:
-        ImportError: If this version of diffusers has no such tables.
-    """
-    diffusers.pipelines.paella_diffusers = paella_diffusers
-    for task, cls in pipelines.items():
-        setattr(diffusers, cls.__name__, cls)
-        setattr(diffusers.pipelines, cls.__name__, cls)
-        table = getattr(auto_pipeline, AUTO_TABLES[task], None)
-        if table is None:
-            raise ImportError(
-                f"diffusers {diffusers.__version__} has no {AUTO_TABLES[task]}, which paella-diffusers "
-                f"{paella_diffusers.__version__} extends: install diffusers 0.42, or a newer paella-diffusers."
-            )
-        table["paella"] = cls
+def _add_tasks(module):
+    package = sys.modules[LIBRARY]
+    for name, table in PIPELINES.items():
+        if not isinstance(vars(module).get(table), dict):
+            raise ImportError(_moved(f"{module.__name__}.{table}"))
+        vars(module)[table]["paella"] = getattr(package, name)
+
+
+def _moved(what: str) -> str:
+    return (
+        f"This version of diffusers has no {what}, which paella-diffusers extends: install diffusers 0.42, or a newer "
+        "paella-diffusers."
+    )
+
+
+def _after_import(name: str, action: Callable):
+    """Call `action` with a module once it has been imported."""
+    if name in sys.modules:
+        action(sys.modules[name])
+    else:
+        sys.meta_path.insert(0, _AfterImport(name, action))
+
+
+class _AfterImport(importlib.abc.MetaPathFinder):
+    def __init__(self, name: str, action: Callable):
+        self.name, self.action = name, action
+
+    def find_spec(self, fullname, path, target=None):
+        if fullname != self.name:
+            return None
+        sys.meta_path.remove(self)  # once
+        spec = importlib.util.find_spec(fullname)
+        execute = spec.loader.exec_module
+
+        def exec_module(module):
+            execute(module)
+            self.action(sys.modules[fullname])  # diffusers puts a lazy module in the place of this one
+
+        spec.loader.exec_module = exec_module
+        return spec

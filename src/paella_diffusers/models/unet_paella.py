@@ -30,7 +30,7 @@ class PaellaUNetOutput(BaseOutput):
 
 
 def sinusoidal_embedding(timestep: torch.Tensor, dim: int) -> torch.Tensor:
-    """Sines, then cosines, of times in [0, 1]: `(batch_size,)` to `(batch_size, dim)`, float32; odd sizes end with a zero."""
+    """Sines, then cosines, of times in [0, 1]: `(batch_size,)` to `(batch_size, dim)`, float32; an odd dim ends with 0."""
     half = dim // 2
     frequencies = torch.arange(half, device=timestep.device).float().mul(-math.log(10000) / (half - 1)).exp()
     angles = (timestep * 10000)[:, None] * frequencies
