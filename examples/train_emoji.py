@@ -99,22 +99,22 @@ class Captions:
         for words in keywords:
             for word in words:
                 count[word] = count.get(word, 0) + 1
-        taken = set(names)  # a keyword that is another icon's name would be a wrong caption
-        self.keywords = [[word for word in words if word not in taken] for words in keywords]
+        taken = set(names)  # a keyword that is another icon's name would be a wrong caption, one of many icons says little
+        self.keywords = [[w for w in words if w not in taken and count[w] <= 6] for words in keywords]
         self.weights = [[1 / count[word] for word in words] for words in self.keywords]  # rare words say more
 
     def draw(self, index: int, rng: random.Random) -> str:
         while True:
             name, words, weights = self.names[index], self.keywords[index], self.weights[index]
             kind = rng.random()
-            if kind < 0.45 or not words:
+            if kind < 0.55 or not words:
                 caption = name
-            elif kind < 0.6:
+            elif kind < 0.7:
                 caption = rng.choice(self.templates).format(name)
-            elif kind < 0.8:
+            elif kind < 0.85:
                 caption = rng.choices(words, weights)[0]
                 caption = rng.choice(self.templates).format(caption) if rng.random() < 0.4 else caption
-            elif kind < 0.9:
+            elif kind < 0.92:
                 caption = " ".join(rng.choices(words, weights, k=2))
             else:
                 caption = " ".join(rng.sample([rng.choices(words, weights)[0], rng.choice(name.split())], 2))
@@ -138,16 +138,16 @@ def batch(step: int, batch_size: int, length: int) -> torch.Tensor:
     return torch.stack([order[e][i % length] for e, i in zip(epochs, range(step * batch_size, (step + 1) * batch_size))])
 
 
-def fit(name, module, groups, loss, steps, work_dir, warmup=100, weight_decay=0.0, after_step=None, report=None):
+def fit(name, module, groups, loss, steps, work_dir, warmup=100, after_step=None, report=None):
     """Train `module` with AdamW and a cosine schedule; resumes from, and every five minutes saves to, `work_dir/name.pt`."""
     path, start = work_dir / f"{name}.pt", 0
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=weight_decay)
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0)
     warm = lambda step: min(1, (step + 1) / warmup) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warm)
     if path.exists():
         state = torch.load(path, weights_only=True)
         module.load_state_dict(state["module"])
-        if state["step"] < steps:
+        if state["step"] < steps:  # or it is finished
             optimizer.load_state_dict(state["optimizer"])
             schedule.load_state_dict(state["schedule"])
             torch.set_rng_state(state["rng"])
@@ -167,10 +167,8 @@ def fit(name, module, groups, loss, steps, work_dir, warmup=100, weight_decay=0.
         average = value.item() if average is None else 0.99 * average + 0.01 * value.item()
         progress.set_postfix(loss=f"{average:.4f}", refresh=False)
         if step + 1 == steps or time.time() - saved > 300:
-            state = {"module": module.state_dict(), "step": step + 1, "rng": torch.get_rng_state()}
-            if step + 1 < steps:
-                state |= {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
-            write(path, state)
+            state = {"module": module.state_dict(), "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
+            write(path, state | {"step": step + 1, "rng": torch.get_rng_state()})
             if report is not None:
                 module.eval()
                 report(step + 1)
@@ -179,56 +177,99 @@ def fit(name, module, groups, loss, steps, work_dir, warmup=100, weight_decay=0.
     module.eval().requires_grad_(False)
 
 
-def train_vqgan(images: torch.Tensor, steps: int, work_dir: Path) -> VQModel:
-    """Reconstruction and codebook loss. The codebook starts as k-means of the first latents; unused codes move."""
-    codes, free_steps = 1024, 100
-    vqgan = VQModel(bottleneck_blocks=6, embed_dim=128, num_vq_embeddings=codes, scale_factor=1.0)
-    vqgan.out_block[0].bias.data.fill_(0.85)  # the icons' mean brightness
-    codebook, used = vqgan.vquantizer.embedding.weight, torch.zeros(codes, dtype=torch.long)
+def latents_of(vqgan: VQModel, images: torch.Tensor) -> torch.Tensor:
+    """All latents of the images, `(N, channels)`."""
+    with torch.no_grad():
+        latents = torch.cat([vqgan.encode(part).latents for part in images.split(128)])
+    return latents.permute(0, 2, 3, 1).flatten(0, 2)
+
+
+def k_means(rows: torch.Tensor, centers: torch.Tensor, rounds: int) -> torch.Tensor:
+    """Lloyd's algorithm; a center that is nearest to nothing moves to a random row."""
+    for _ in range(rounds):
+        nearest = torch.cat([torch.cdist(part, centers).argmin(1) for part in rows.split(8192)])
+        count = torch.bincount(nearest, minlength=len(centers))[:, None]
+        mean = torch.zeros_like(centers).index_add_(0, nearest, rows) / count.clamp(min=1)
+        centers = torch.where(count > 0, mean, rows[torch.randint(len(rows), (len(centers),))])
+    return centers
+
+
+def farthest_points(rows: torch.Tensor, count: int) -> torch.Tensor:
+    """Rows that cover the others evenly, however dense they lie: each is the farthest from those before (Gonzalez, 1985)."""
+    chosen, distance = [rows[0]], (rows - rows[0]).square().sum(1)
+    while len(chosen) < count:
+        chosen.append(rows[distance.argmax()])
+        distance = torch.minimum(distance, (rows - chosen[-1]).square().sum(1))
+    return torch.stack(chosen)
+
+
+def vqgan_loss(vqgan: VQModel, pixels: torch.Tensor, quantize: bool = True):
+    """Reconstruction and codebook loss, and the tokens. Without quantization the codebook is left alone."""
+    with torch.autocast("cpu", torch.bfloat16):
+        output = vqgan(pixels, quantize=quantize)
+    return F.mse_loss(output.sample.float(), pixels) + quantize * 0.1 * output.commit_loss.float(), output.indices
+
+
+def vqgan_groups(vqgan: VQModel, lr: float) -> list[dict]:
+    """The blocks' gains start at zero and have far to go: ten times the learning rate."""
     gains = [p for name, p in vqgan.named_parameters() if name.endswith("gammas")]
     others = [p for name, p in vqgan.named_parameters() if not name.endswith("gammas")]
-    latents = None
+    return [{"params": others, "lr": lr}, {"params": gains, "lr": 10 * lr}]
+
+
+def train_vqgan(images: torch.Tensor, steps: int, coarse_steps: int, work_dir: Path) -> VQModel:
+    """
+    First with 1024 codes, which come from k-means of the first latents, then with 512 that cover the latents evenly: k-means
+    spends hundreds on flat white, most of every icon, and a U-Net cannot tell which of these comes where.
+    """
+    vqgan = VQModel(bottleneck_blocks=6, embed_dim=128, num_vq_embeddings=1024, scale_factor=1.0)
+    vqgan.out_block[0].bias.data.fill_(0.85)  # the icons' mean brightness
+    codebook, used = vqgan.vquantizer.embedding.weight, torch.zeros(1024, dtype=torch.long)
+    free_steps = 100  # without quantization, which at first would only disturb
 
     def loss(step):
-        nonlocal latents
-        pixels = images[batch(step, 16, len(images))]
-        with torch.autocast("cpu", torch.bfloat16):
-            latents, quantized, indices, commit_loss = vqgan._encode(pixels)
-            # the first steps have no quantization: it would only disturb
-            sample = vqgan._decode(latents if step < free_steps else quantized, return_dict=True).sample
-        used.add_(torch.bincount(indices.flatten(), minlength=codes))
-        return F.mse_loss(sample.float(), pixels) + (step >= free_steps) * 0.1 * commit_loss.float()
+        value, indices = vqgan_loss(vqgan, images[batch(step, 16, len(images))], quantize=step >= free_steps)
+        used.add_(torch.bincount(indices.flatten(), minlength=1024))
+        return value
 
     @torch.no_grad()
-    def after_step(step):
-        if step == free_steps:
-            rows = vqgan.eval().encode(images[torch.randperm(len(images))[:256]]).latents.permute(0, 2, 3, 1).flatten(0, 2)
-            vqgan.train()
-            centers = rows[torch.randperm(len(rows))[:codes]]
-            for _ in range(15):
-                nearest = torch.cat([torch.cdist(part, centers).argmin(1) for part in rows.split(8192)])
-                count = torch.bincount(nearest, minlength=codes)[:, None]
-                mean = torch.zeros_like(centers).index_add_(0, nearest, rows) / count.clamp(min=1)
-                centers = torch.where(count > 0, mean, rows[torch.randint(len(rows), (codes,))])
-            codebook.copy_(centers)
-            used.zero_()
+    def move_unused_codes(step):
+        if step == free_steps - 1:
+            rows = latents_of(vqgan.eval(), images[torch.randperm(len(images))[:256]])
+            codebook.copy_(k_means(rows, rows[torch.randperm(len(rows))[:1024]], rounds=15))
         elif step % 50 == 0 and free_steps < step < 0.7 * steps:
-            rows = latents.permute(0, 2, 3, 1).flatten(0, 2).float()
-            unused = used == 0
-            codebook[unused] = rows[torch.randint(len(rows), (int(unused.sum()),))]
-            used.zero_()
+            rows = latents_of(vqgan.eval(), images[torch.randperm(len(images))[:16]])
+            codebook[used == 0] = rows[torch.randint(len(rows), (int((used == 0).sum()),))]
+        else:
+            return
+        vqgan.train()
+        used.zero_()
 
     @torch.no_grad()
-    def report(step):
+    def report(model, step):
+        tokens = torch.cat([model.encode(part).indices for part in images.split(128)])
         error = [
-            (vqgan.decode_indices(vqgan.encode(p).indices).sample.clamp(0, 1) - p).square().mean((1, 2, 3))
-            for p in images.split(128)
+            (model.decode_indices(index).sample.clamp(0, 1) - part).square().mean((1, 2, 3))
+            for index, part in zip(tokens.split(128), images.split(128))
         ]
-        tqdm.write(f"VQGAN, step {step}: {-10 * torch.cat(error).log10().mean():.2f} dB")
+        share = torch.bincount(tokens.flatten(), minlength=1) / tokens.numel()
+        decibels, entropy = -10 * torch.cat(error).log10().mean(), -torch.special.xlogy(share, share).sum()
+        tqdm.write(f"VQGAN, step {step}: {decibels:.2f} dB, {entropy:.2f} nats a token")
 
-    groups = [{"params": others, "lr": 2e-3}, {"params": gains, "lr": 2e-2}]  # the gains start at zero and have far to go
-    fit("vqgan", vqgan, groups, loss, steps, work_dir, warmup=20, after_step=after_step, report=report)
-    return vqgan
+    fit("vqgan", vqgan, vqgan_groups(vqgan, 2e-3), loss, steps, work_dir, 20, move_unused_codes, lambda s: report(vqgan, s))
+
+    rows = latents_of(vqgan, images)
+    rows = rows[torch.randperm(len(rows))[:60000]]
+    coarse = VQModel(bottleneck_blocks=6, embed_dim=128, num_vq_embeddings=512, scale_factor=1.0)
+    state = vqgan.state_dict() | {"vquantizer.embedding.weight": k_means(rows, farthest_points(rows, 512), rounds=3)}
+    coarse.load_state_dict(state)
+
+    def coarse_loss(step):
+        return vqgan_loss(coarse, images[batch(step, 16, len(images))])[0]
+
+    groups = vqgan_groups(coarse, 5e-4)
+    fit("vqgan-coarse", coarse, groups, coarse_loss, coarse_steps, work_dir, 20, report=lambda s: report(coarse, s))
+    return coarse
 
 
 class TextEncoders(nn.Module):
@@ -305,7 +346,7 @@ def train_text(images: torch.Tensor, captions: Captions, steps: int, work_dir: P
 def train_unet(vqgan, encoders: TextEncoders, images, captions: Captions, steps: int, work_dir: Path) -> PaellaPipeline:
     unet = PaellaUNet(
         sample_size=16,
-        num_vq_embeddings=1024,
+        num_vq_embeddings=512,
         token_embed_dim=128,
         text_embed_dim=128,
         clip_embed_dim=256,
@@ -318,7 +359,7 @@ def train_unet(vqgan, encoders: TextEncoders, images, captions: Captions, steps:
     )
     with torch.no_grad():
         tokens = torch.cat([vqgan.encode(p).indices for p in images.split(128)])
-    scheduler = PaellaScheduler(num_vq_embeddings=1024)
+    scheduler = PaellaScheduler(num_vq_embeddings=512)
     tokenizer = encoders.tokenizer
     pipe = PaellaPipeline(vqgan, unet, scheduler, encoders.byt5, tokenizer, encoders.clip, tokenizer)
     pipe.set_progress_bar_config(disable=True)
@@ -348,6 +389,7 @@ def main():
     parser.add_argument("--work-dir", type=Path, default=Path("emoji-training"), help="downloads, checkpoints, samples")
     parser.add_argument("--output-dir", type=Path, default=Path("emoji-model"), help="the trained pipeline")
     parser.add_argument("--vqgan-steps", type=int, default=2800)
+    parser.add_argument("--coarse-steps", type=int, default=600, help="of the VQGAN with half the codes")
     parser.add_argument("--text-steps", type=int, default=400)
     parser.add_argument("--unet-steps", type=int, default=4800)
     args = parser.parse_args()
@@ -357,7 +399,7 @@ def main():
     names, images, keywords = load_icons(args.work_dir)
     paraphrases = Path(__file__).parent.parent / "benchmarks" / "emoji_paraphrases.json"  # kept out of training
     captions = Captions(names, keywords, held_out=set(json.loads(paraphrases.read_text())))
-    vqgan = train_vqgan(images, args.vqgan_steps, args.work_dir)
+    vqgan = train_vqgan(images, args.vqgan_steps, args.coarse_steps, args.work_dir)
     encoders = train_text(images, captions, args.text_steps, args.work_dir)
     pipe = train_unet(vqgan, encoders, images, captions, args.unet_steps, args.work_dir)
     pipe.to(torch.float16, silence_dtype_warnings=True).save_pretrained(args.output_dir)

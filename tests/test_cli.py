@@ -56,6 +56,9 @@ def test_seeds_count_up(model, tmp_path):
         (["a", "--num-images", "0"], "--num-images must be at least 1"),
         (["a", "--out", "nowhere/a.png"], "folder nowhere does not exist"),
         (["a", "--out", "a.xyz"], "--out must end in .png"),
+        (["a", "--out", "a.psd"], "--out must end in .png"),
+        (["a", "--size", "0"], "multiples of 16"),
+        (["a", "--device", "cudaa"], "--device cudaa is not to be had here"),
     ],
 )
 def test_bad_input_is_one_line(model, tmp_path, capsys, monkeypatch, arguments, message):

@@ -59,6 +59,14 @@ def test_names_on_diffusers_load_lazily():
     assert run(code) == "True True True"
 
 
+def test_asking_for_diffusers_is_not_importing_it():
+    code = (
+        "import paella_diffusers, importlib.util; importlib.util.find_spec('diffusers'); "
+        "import diffusers; print(diffusers.PaellaPipeline.__name__)"
+    )
+    assert run(code) == "PaellaPipeline"
+
+
 def test_moved_tables_are_explained():
     code = (
         "import sys, diffusers; del diffusers._class_to_module\n"

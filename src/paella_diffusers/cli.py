@@ -1,6 +1,7 @@
 """The command line: `paella-diffusers generate "red heart" --out heart.png`."""
 
 import argparse
+import math
 import os
 import sys
 from pathlib import Path
@@ -69,12 +70,18 @@ def generate(args: argparse.Namespace):
 
     import torch
     from diffusers.utils import make_image_grid
+    from PIL import Image
 
     from . import PaellaPipeline
 
-    pipe = PaellaPipeline.from_pretrained(args.model, dtype=getattr(torch, args.dtype))
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-    pipe.to(args.device or accelerator)
+    device = args.device or accelerator
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"--device {device} is not to be had here: {str(error).splitlines()[0]}") from error
+    pipe = PaellaPipeline.from_pretrained(args.model, dtype=getattr(torch, args.dtype))
+    pipe.to(device)
     width, height = args.size or (None, None)
     count = len(args.prompt) * args.num_images
     images = pipe(
@@ -92,20 +99,16 @@ def generate(args: argparse.Namespace):
         return
     for number, image in enumerate(images, start=1):
         _write(image, args.out.with_stem(f"{args.out.stem}-{number}"))
-    columns = (
-        args.num_images if len(args.prompt) > 1 < args.num_images else next(c for c in range(1, count + 1) if c * c >= count)
-    )
-    blank = [images[0].copy() for _ in range(-count % columns)]
-    for image in blank:
-        image.paste("white", (0, 0, *image.size))
-    images = images + blank
+    one_row_a_prompt = len(args.prompt) > 1 and args.num_images > 1
+    columns = args.num_images if one_row_a_prompt else math.ceil(math.sqrt(count))
+    images += [Image.new("RGB", images[0].size, "white")] * (-count % columns)
     _write(make_image_grid(images, rows=len(images) // columns, cols=columns), args.out)
 
 
 def _check_output(path: Path):
     from PIL import Image
 
-    if path.suffix.lower() not in Image.registered_extensions():
+    if Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:
         raise ValueError(f"--out must end in .png, .jpg, .webp or another picture format, got {path}.")
     if not path.parent.is_dir():
         raise ValueError(f"--out: the folder {path.parent} does not exist; make it first.")

@@ -82,11 +82,17 @@ class _AfterImport(importlib.abc.MetaPathFinder):
     def find_spec(self, fullname, path, target=None):
         if fullname != self.name:
             return None
-        sys.meta_path.remove(self)  # once
-        spec = importlib.util.find_spec(fullname)
+        sys.meta_path.remove(self)  # or it would ask itself
+        try:
+            spec = importlib.util.find_spec(fullname)
+        finally:
+            sys.meta_path.insert(0, self)
+        if spec is None:
+            return None
         execute = spec.loader.exec_module
 
         def exec_module(module):
+            sys.meta_path.remove(self)  # only now: a spec may be asked for without an import
             execute(module)
             self.action(sys.modules[fullname])  # diffusers puts a lazy module in the place of this one
 

@@ -22,7 +22,14 @@ def test_round_trip_is_bit_identical(golden, tmp_path, cls, name):
             assert torch.equal(original[key], tensor) and original[key].dtype == tensor.dtype, key
 
 
-@pytest.mark.parametrize("nest", [lambda d: {"state_dict": d, "step": 3}, lambda d: {"ema_state_dict": d, "state_dict": {}}])
+@pytest.mark.parametrize(
+    "nest",
+    [
+        lambda d: {"state_dict": d, "step": 3},
+        lambda d: {"ema_state_dict": d, "state_dict": {}},
+        lambda d: {"ema_state_dict": {}, "state_dict": d},
+    ],
+)
 def test_training_checkpoints(golden_a, tmp_path, nest):
     state_dict = torch.load(golden_a.folder / "prior.pt", weights_only=True)
     torch.save(nest(state_dict), tmp_path / "prior.pt")
@@ -59,7 +66,7 @@ def test_loaded_models_train(golden_a):
 def test_hub_address(golden_a, hub, tmp_path):
     shutil.copy(golden_a.folder / "prior.pt", hub.repo("dome272/Paella") / "prior_v1.pt")
     for address in (
-        "https://huggingface.co/dome272/Paella/resolve/main/prior_v1.pt",
+        "https://huggingface.co/dome272/Paella/resolve/main/prior_v1.pt?download=true",
         "hf.co/dome272/Paella/blob/main/prior_v1.pt",
     ):
         prior = PaellaPrior.from_single_file(address, golden_a.config["prior"], cache_dir=tmp_path)
@@ -109,14 +116,17 @@ def test_malicious_pickle_is_refused_and_nothing_executed(tmp_path, zipped):
 
 def test_what_is_no_state_dict_is_refused(tmp_path):
     file = tmp_path / "file.pt"
-    for content in ([torch.zeros(1)], {"weight": 3}, {}):
+    for content in ([torch.zeros(1)], {"weight": 3}, {}, {1: torch.zeros(1)}):
         torch.save(content, file)
         with pytest.raises(ValueError, match="no state dict"):
             PaellaPrior.from_single_file(file)
-    for content in (b"", b"not a checkpoint", pickle.dumps({"weight": 3})):
+    for content in (b"", b".", b"not a checkpoint", pickle.dumps({"weight": 3})):
         file.write_bytes(content)
         with pytest.raises(ValueError, match="state dict"):
             PaellaPrior.from_single_file(file)
+    (tmp_path / "file.safetensors").write_bytes(b"\xff" * 20)
+    with pytest.raises(ValueError, match=r"file\.safetensors is not a state dict"):
+        PaellaPrior.from_single_file(tmp_path / "file.safetensors")
     with pytest.raises(FileNotFoundError, match=r"neither a file nor an address like"):
         PaellaPrior.from_single_file(tmp_path / "nothing.pt")
 

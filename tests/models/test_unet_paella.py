@@ -1,6 +1,8 @@
+import accelerate
 import pytest
 import torch
-from conftest import TINY_UNET, manifest, randomise, tiny_unet
+from conftest import TINY_UNET, manifest, tiny_unet
+from peft import LoraConfig
 
 from paella_diffusers import PaellaUNet
 from paella_diffusers.models.unet_paella import sinusoidal_embedding
@@ -182,12 +184,35 @@ def test_layerwise_casting_runs_and_stays_close():
 
 
 @pytest.mark.parametrize("offload_type", ["block_level", "leaf_level"])
-def test_group_offloading(offload_type):
+def test_group_offloading_to_disk(offload_type, tmp_path):
     unet, kwargs = tiny_unet(), inputs()
     expected = unet(**kwargs).sample
-    unet.enable_group_offload(torch.device("cpu"), torch.device("cpu"), offload_type, num_blocks_per_group=1)
+    options = {"num_blocks_per_group": 1, "offload_to_disk_path": str(tmp_path)}
+    unet.enable_group_offload(torch.device("cpu"), torch.device("cpu"), offload_type, **options)
     with torch.no_grad():
         torch.testing.assert_close(unet(**kwargs).sample, expected)
+
+
+def test_accelerate_offloading():
+    unet, kwargs = tiny_unet(), inputs()
+    expected = unet(**kwargs).sample
+    accelerate.cpu_offload(unet, torch.device("cpu"))
+    assert unet.head.weight.device.type == "meta"
+    with torch.no_grad():
+        torch.testing.assert_close(unet(**kwargs).sample, expected)
+
+
+def test_adapters_and_their_scale():
+    unet, kwargs = tiny_unet(), inputs()
+    expected = unet(**kwargs).sample
+    unet.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_k", "to_v", "to_out.0"], init_lora_weights=False))
+    adapted = unet(**kwargs).sample
+    assert not torch.allclose(adapted, expected, atol=1e-3)
+    off = unet(**kwargs, cross_attention_kwargs={"scale": 0.0}).sample
+    torch.testing.assert_close(off, expected, atol=1e-5, rtol=0)
+    assert torch.equal(unet(**kwargs).sample, adapted)
+    with pytest.raises(ValueError, match="no adapters"):
+        unet.to_original_state_dict()
 
 
 def test_half_precision_stays_close():
@@ -217,6 +242,7 @@ def test_save_and_load(tmp_path):
     [
         ({"sample": torch.zeros(2, 6, 8, dtype=torch.long)}, "6×8.*divisible by 4"),
         ({"encoder_attention_mask": torch.ones(2, 6)}, "6 columns.*5 tokens.*sequence 9"),
+        ({"conditioning_weights": torch.ones(3, 2)}, "3 rows for a batch of 2"),
         ({"conditioning_weights": torch.ones(10)}, "10 entries for.*9 tokens"),
     ],
 )
@@ -233,12 +259,11 @@ def test_bad_input_is_refused(change, message):
         ({"layers_per_block": (1, 2, 3)}, "layers_per_block.*one entry a level"),
         ({"dropout": (0.1,)}, "dropout.*one entry a level"),
         ({"time_embed_dim": 2}, "time_embed_dim.*at least 4"),
+        ({"kernel_size": 4}, "kernel_size.*odd"),
+        ({"num_attention_heads": (-1, -1)}, "num_attention_heads.*divide the 16 channels"),
+        ({"num_attention_heads": (-1, 3)}, "num_attention_heads.*divide the 16 channels"),
     ],
 )
 def test_bad_configuration_is_refused(change, message):
     with pytest.raises(ValueError, match=message):
         PaellaUNet(**TINY_UNET | change)
-
-
-def test_randomised_models_are_not_constant():
-    assert randomise(PaellaUNet(**TINY_UNET))(**inputs()).sample.std() > 0

@@ -1,3 +1,4 @@
+import accelerate
 import pytest
 import torch
 from conftest import manifest, randomise
@@ -90,3 +91,46 @@ def test_diffusers_own_class_shares_the_folder(tmp_path):
         # theirs does not scale
         torch.testing.assert_close(theirs.encode(pixels).latents, latents * vqgan.config.scale_factor)
         torch.testing.assert_close(theirs.decode(latents * vqgan.config.scale_factor).sample, vqgan.decode(latents).sample)
+
+
+def test_gradient_checkpointing_keeps_gradients():
+    vqgan, pixels = (
+        randomise(VQModel(bottleneck_blocks=1, embed_dim=16, num_vq_embeddings=16)).train(),
+        torch.rand(2, 3, 16, 16),
+    )
+    vqgan(pixels).sample.square().mean().backward()
+    expected = {name: p.grad for name, p in vqgan.named_parameters() if p.grad is not None}
+    vqgan.zero_grad()
+    vqgan.enable_gradient_checkpointing()
+    calls, checkpoint = [], vqgan._gradient_checkpointing_func
+    vqgan._gradient_checkpointing_func = lambda block, *args: calls.append(block) or checkpoint(block, *args)
+    vqgan(pixels).sample.square().mean().backward()
+    assert len(calls) == 4
+    for name, gradient in expected.items():
+        torch.testing.assert_close(vqgan.get_parameter(name).grad, gradient, msg=name)
+
+
+@pytest.mark.parametrize("how", ["accelerate", "block_level", "leaf_level"])
+def test_offloading(how, tmp_path):
+    vqgan, pixels = randomise(VQModel(bottleneck_blocks=2, embed_dim=16, num_vq_embeddings=16)), torch.rand(2, 3, 16, 16)
+    with torch.no_grad():
+        tokens, codebook = vqgan.encode(pixels).indices, vqgan.codebook("cpu")
+        expected = vqgan.decode_indices(tokens).sample
+        if how == "accelerate":
+            accelerate.cpu_offload(vqgan, torch.device("cpu"))
+        else:
+            options = {"num_blocks_per_group": 1} if how == "block_level" else {}
+            vqgan.enable_group_offload(
+                torch.device("cpu"), torch.device("cpu"), how, offload_to_disk_path=str(tmp_path), **options
+            )
+        assert torch.equal(vqgan.encode(pixels).indices, tokens)
+        assert torch.equal(vqgan.codebook("cpu"), codebook)
+        torch.testing.assert_close(vqgan.decode_indices(tokens).sample, expected)
+
+
+def test_forward_without_quantization_decodes_the_latents():
+    vqgan, pixels = randomise(VQModel(bottleneck_blocks=1, embed_dim=16, num_vq_embeddings=16)), torch.rand(1, 3, 16, 16)
+    encoded, output = vqgan.encode(pixels), vqgan(pixels, quantize=False)
+    torch.testing.assert_close(output.sample, vqgan.decode(encoded.latents).sample)
+    assert torch.equal(output.indices, encoded.indices)
+    assert torch.equal(vqgan(pixels).sample, vqgan.decode(encoded.quantized).sample)

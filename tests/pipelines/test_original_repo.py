@@ -82,6 +82,8 @@ def test_dtype(published):
     half = PaellaPipeline.from_pretrained("dome272/Paella", dtype=torch.bfloat16, **published)
     assert {m.dtype for m in half.components.values() if isinstance(m, torch.nn.Module)} == {torch.bfloat16}
     assert tokens(half).shape == (1, 8, 16)
+    earlier = {"dtype": torch.bfloat16, "torch_dtype": None}
+    assert PaellaPipeline.from_pretrained("dome272/Paella", **earlier, **published).unet.dtype == torch.bfloat16
     mixed = PaellaPipeline.from_pretrained("dome272/Paella", torch_dtype={"unet": torch.bfloat16}, **published)
     assert (mixed.unet.dtype, mixed.vqgan.dtype) == (torch.bfloat16, torch.float32)
 

@@ -196,7 +196,11 @@ def test_save_and_load(tmp_path):
         ({"noise_source": "old"}, "noise_source.*'old'"),
         ({"sampling_rule": "greedy"}, "sampling_rule.*'greedy'"),
         ({"temperature": (0.7, 0.0)}, "temperature.*above 0"),
+        ({"temperature": float("nan")}, "temperature.*above 0"),
+        ({"temperature": (1.0, 0.5, 0.2)}, "temperature.*one number or"),
         ({"typical_mass": 0.0}, "typical_mass"),
+        ({"typical_min_tokens": 0}, "typical_min_tokens.*at least 1"),
+        ({"quantized_steps": -1}, "quantized_steps.*at least 0"),
         ({"num_inference_steps": 0}, "num_inference_steps.*at least 1"),
         ({"renoise_steps": -1}, "renoise_steps.*at least 0"),
     ],
@@ -218,3 +222,7 @@ def test_bad_step_is_refused():
         scheduler.step(logits, 0.123, tokens, noise=tokens)
     with pytest.raises(ValueError, match="needs `noise`"):
         scheduler.step(logits, 1.0, tokens)
+    with pytest.raises(ValueError, match="list of 1 for a batch of 2"):
+        scheduler.step(logits, 1.0, tokens, noise=tokens, generator=[seeded()])
+    with pytest.raises(ValueError, match="list of 3 for a batch of 2"):
+        scheduler.add_noise(tokens, None, 0.5, [seeded()] * 3)

@@ -12,7 +12,7 @@ import torch
 from accelerate import init_empty_weights
 from huggingface_hub import hf_hub_download
 
-HUB_URL = re.compile(r"(?:https?://[^/]+/|hf\.co/)([^/]+/[^/]+)/(?:resolve|blob)/([^/]+)/([^?]+)")
+HUB_URL = re.compile(r"(?:https?://[^/]+/|hf\.co/)([^/]+/[^/]+)/(?:resolve|blob)/([^/]+)/([^?]+)(?:[?].*)?")
 
 
 class OriginalCheckpointMixin:
@@ -59,7 +59,14 @@ class OriginalCheckpointMixin:
         return model.eval()
 
     def to_original_state_dict(self) -> dict[str, torch.Tensor]:
-        """The weights under the published names and shapes, as the published code loads them strictly."""
+        """
+        The weights under the published names and shapes, as the published code loads them strictly.
+
+        Raises:
+            ValueError: If adapters are attached.
+        """
+        if getattr(self, "peft_config", None):
+            raise ValueError("The published layout has no adapters: first fuse them into the weights, and unload them.")
         state_dict = self.state_dict()
         original = {}
         for key, (original_key, part, is_conv) in _original_keys(self).items():
@@ -77,21 +84,25 @@ def read_state_dict(path: str | Path) -> dict[str, torch.Tensor]:
     Raises:
         ValueError: If the file holds anything but a state dict.
     """
-    if str(path).endswith(".safetensors"):
-        return safetensors.torch.load_file(path)
     try:
+        if str(path).endswith(".safetensors"):
+            return safetensors.torch.load_file(path)
         # only zip archives, torch's format since 1.6, can be mapped
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
+    except (pickle.UnpicklingError, safetensors.SafetensorError, EOFError, LookupError, RuntimeError) as error:
         raise ValueError(
             f"{path} is not a state dict that can be loaded safely. Nothing in it was executed. If it is a checkpoint that "
             f"you trust, save its state dict alone with `torch.save(model.state_dict(), path)`. ({error})"
         ) from error
     for name in ("ema_state_dict", "state_dict"):
-        if isinstance(content, dict) and isinstance(content.get(name), dict):
+        if isinstance(content, dict) and isinstance(content.get(name), dict) and content[name]:
             content = content[name]
             break
-    if not isinstance(content, dict) or not content or not all(isinstance(v, torch.Tensor) for v in content.values()):
+    if not (
+        isinstance(content, dict)
+        and content
+        and all(isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in content.items())
+    ):
         raise ValueError(f"{path} holds no state dict, that is, no dictionary from names to tensors.")
     return content
 

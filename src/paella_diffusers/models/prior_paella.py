@@ -57,7 +57,6 @@ class PaellaPrior(ModelMixin, ConfigMixin, OriginalCheckpointMixin):
     _supports_gradient_checkpointing = True
     _no_split_modules = ["PaellaPriorBlock"]
     _repeated_blocks = ["PaellaPriorBlock"]
-    _skip_layerwise_casting_patterns = ["norm"]
 
     @register_to_config
     def __init__(self, embedding_dim: int = 1024, hidden_dim: int = 1280, time_embed_dim: int = 64, num_layers: int = 48):

@@ -296,7 +296,7 @@ class PaellaUNet(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin, Orig
     _supports_group_offloading = True
     _no_split_modules = ["PaellaBlock"]
     _repeated_blocks = ["PaellaBlock"]
-    _skip_layerwise_casting_patterns = ["token_embedding", "grn", "norm"]
+    _skip_layerwise_casting_patterns = ["token_embedding"]
 
     @register_to_config
     def __init__(
@@ -334,6 +334,13 @@ class PaellaUNet(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin, Orig
                 raise ValueError(f"`block_types` must begin with C and use only C, T, A and F, got {letters!r}.")
         if time_embed_dim < 4:
             raise ValueError(f"`time_embed_dim` must be at least 4, got {time_embed_dim}.")
+        if kernel_size % 2 == 0:
+            raise ValueError(f"`kernel_size` must be odd, got {kernel_size}.")
+        for letters, channels, heads in zip(block_types, block_out_channels, num_attention_heads):
+            if "A" in letters and (heads < 1 or channels % heads):
+                raise ValueError(
+                    f"`num_attention_heads` must divide the {channels} channels of level {letters}, got {heads}."
+                )
 
         def make_block(level: int, has_skip: bool = False) -> PaellaBlock:
             return PaellaBlock(
@@ -528,6 +535,8 @@ class PaellaUNet(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin, Orig
             raise ValueError(
                 f"`conditioning_weights` has {weights.shape[-1]} entries for a conditioning sequence of {length} tokens."
             )
+        if weights.ndim == 2 and len(weights) not in (1, batch_size):
+            raise ValueError(f"`conditioning_weights` has {len(weights)} rows for a batch of {batch_size}.")
         weights = weights.to(sequence).expand(batch_size, -1)
         if mask is None:
             return F.pad(weights, (length - weights.shape[1], 0), value=1.0)

@@ -42,10 +42,13 @@ class VQDecoderOutput(BaseOutput):
             The decoded image, in [0, 1] up to over- and undershoot: clamp it before use.
         commit_loss (`torch.Tensor`, *optional*):
             From `forward` only: codebook loss + 0.25 · commitment loss, a scalar.
+        indices (`torch.LongTensor`, *optional*):
+            From `forward` only: the tokens, `(batch_size, height / 4, width / 4)`.
     """
 
     sample: torch.Tensor
     commit_loss: torch.Tensor | None = None
+    indices: torch.LongTensor | None = None
 
 
 class VectorQuantizer(nn.Module):
@@ -57,7 +60,7 @@ class VectorQuantizer(nn.Module):
 
     def forward(self, latents: torch.Tensor):
         # |z - e|^2 without |z|^2, which no choice of e changes; float32, as half precision merges neighbouring codes
-        codebook = self.embedding.weight.float()
+        codebook = self.codebook(latents.device).detach().float()
         bias = codebook.square().sum(1)
         flat = latents.permute(0, 2, 3, 1).float().flatten(0, 2)
         # in chunks: a megapixel image has 65,536 latents, times 8,192 codes
@@ -66,6 +69,10 @@ class VectorQuantizer(nn.Module):
         quantized = self.embedding(indices).permute(0, 3, 1, 2)
         loss = F.mse_loss(quantized, latents.detach()) + 0.25 * F.mse_loss(latents, quantized.detach())
         return latents + (quantized - latents).detach(), indices, loss
+
+    def codebook(self, device: torch.device) -> torch.Tensor:
+        """All codes, by a call of the embedding rather than from its weight: offloading hooks act on calls."""
+        return self.embedding(torch.arange(self.embedding.num_embeddings, device=device))
 
 
 class ReplicationPad(nn.Module):
@@ -118,10 +125,12 @@ class PaellaVQModel(ModelMixin, ConfigMixin, OriginalCheckpointMixin):
     """
 
     _original_checkpoint = "vqgan_f4.pt"
+    _supports_gradient_checkpointing = True
     _supports_group_offloading = True
+    _group_offload_block_modules = ["vquantizer", "embedding"]  # the embedding is called apart from its parent
     _no_split_modules = ["MixingResidualBlock", "VectorQuantizer"]
     _repeated_blocks = ["MixingResidualBlock"]
-    _skip_layerwise_casting_patterns = ["vquantizer", "gammas", r"down_blocks\.\d+\.1"]
+    _skip_layerwise_casting_patterns = ["vquantizer"]
 
     @register_to_config
     def __init__(
@@ -164,6 +173,7 @@ class PaellaVQModel(ModelMixin, ConfigMixin, OriginalCheckpointMixin):
             nn.Conv2d(channels[0], out_channels * up_down_scale_factor**2, kernel_size=1),
             nn.PixelShuffle(up_down_scale_factor),
         )
+        self.gradient_checkpointing = False
         self.init_weights()
 
     def init_weights(self):
@@ -207,8 +217,16 @@ class PaellaVQModel(ModelMixin, ConfigMixin, OriginalCheckpointMixin):
                 f"`pixels` are {width}×{height}, but both sides must be divisible by {self.patch_size}: resize or crop."
             )
         hidden_states = self.in_block(pixels.contiguous(memory_format=torch.channels_last))
-        latents = self.down_blocks(hidden_states)
+        latents = self._run(self.down_blocks, hidden_states)
         return latents, *self.vquantizer(latents)
+
+    def _run(self, blocks, hidden_states):
+        for block in blocks:
+            if torch.is_grad_enabled() and self.gradient_checkpointing and isinstance(block, MixingResidualBlock):
+                hidden_states = self._gradient_checkpointing_func(block, hidden_states)
+            else:
+                hidden_states = block(hidden_states)
+        return hidden_states
 
     @apply_forward_hook
     def decode(self, latents: torch.Tensor, return_dict: bool = True) -> VQDecoderOutput | tuple:
@@ -223,16 +241,29 @@ class PaellaVQModel(ModelMixin, ConfigMixin, OriginalCheckpointMixin):
         return self._decode(self.vquantizer.embedding(indices).permute(0, 3, 1, 2), return_dict)
 
     def _decode(self, codes, return_dict):
-        sample = self.out_block(self.up_blocks(codes.contiguous(memory_format=torch.channels_last)))
+        sample = self.out_block(self._run(self.up_blocks, codes.contiguous(memory_format=torch.channels_last)))
         return VQDecoderOutput(sample=sample) if return_dict else (sample,)
 
-    def forward(self, sample: torch.Tensor, return_dict: bool = True) -> VQDecoderOutput | tuple:
-        """Images in [0, 1] to their reconstruction, with the loss that trains the codebook beside the pixel loss."""
-        _, quantized, _, commit_loss = self._encode(sample)
-        reconstruction = self._decode(quantized, return_dict=True).sample
+    @apply_forward_hook
+    def codebook(self, device: str | torch.device) -> torch.Tensor:
+        """The codes that tokens stand for, `(num_vq_embeddings, latent_channels)`, not scaled."""
+        return self.vquantizer.codebook(device)
+
+    def forward(
+        self, sample: torch.Tensor, quantize: bool = True, return_dict: bool = True
+    ) -> VQDecoderOutput | tuple[torch.Tensor, torch.Tensor, torch.LongTensor]:
+        """
+        Images in [0, 1] to their reconstruction, with the loss that trains the codebook beside the pixel loss, and tokens.
+
+        Args:
+            sample (`torch.Tensor` of shape `(batch_size, 3, height, width)`): Images; both sides divisible by `patch_size`.
+            quantize (`bool`, defaults to `True`): Whether to decode codes, or else the latents before quantization.
+        """
+        latents, quantized, indices, commit_loss = self._encode(sample)
+        reconstruction = self._decode(quantized if quantize else latents, return_dict=True).sample
         if not return_dict:
-            return (reconstruction, commit_loss)
-        return VQDecoderOutput(sample=reconstruction, commit_loss=commit_loss)
+            return (reconstruction, commit_loss, indices)
+        return VQDecoderOutput(sample=reconstruction, commit_loss=commit_loss, indices=indices)
 
 
 # A config that said "VQModel" would be read as diffusers' own class of that name.

@@ -116,8 +116,8 @@ class PaellaPipeline(PaellaPipelineBase):
         """
         if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
-        height = height or self.unet.config.sample_size * self.vae_scale_factor
-        width = width or self.unet.config.sample_size * self.vae_scale_factor
+        height = self.unet.config.sample_size * self.vae_scale_factor if height is None else height
+        width = self.unet.config.sample_size * self.vae_scale_factor if width is None else width
 
         # 1. check inputs
         batch_size = self.check_inputs(
@@ -140,6 +140,8 @@ class PaellaPipeline(PaellaPipelineBase):
             clip_image_embeds=clip_image_embeds,
             conditioning_weights=conditioning_weights,
             use_prior=use_prior,
+            prior_num_inference_steps=prior_num_inference_steps,
+            max_sequence_length=max_sequence_length,
             output_type=output_type,
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
         )

@@ -23,6 +23,7 @@ from .. import registration
 from ..models.prior_paella import PaellaPrior
 from ..models.unet_paella import PaellaUNet
 from ..models.vq_model import PaellaVQModel
+from ..schedulers.scheduling_paella import random_tokens
 from .original_repo import has_original_layout, load_original_components
 
 logger = logging.get_logger(__name__)
@@ -93,9 +94,23 @@ class PaellaPipelineBase(DiffusionPipeline):
 
     # ------------------------------------------------------------------------------------------ loading and saving
 
-    def register_modules(self, **kwargs):
-        super().register_modules(**kwargs)
-        self.register_to_config(**registration.library_names(kwargs))
+    def __setattr__(self, name: str, value):
+        super().__setattr__(name, value)
+        # diffusers would record the module path of our classes, here and when a component is swapped
+        if name in self.__dict__.get("_internal_dict", {}):
+            self.register_to_config(**registration.library_names({name: value}))
+
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs):
+        """
+        A pipeline of this class from the components of another, which are shared, not copied; `kwargs` replace some. Dtypes
+        stay as they are unless `dtype` is given.
+        """
+        if kwargs.get("dtype", kwargs.get("torch_dtype")) is not None:
+            return super().from_pipe(pipeline, **kwargs)
+        names, _ = cls._get_signature_keys(cls)
+        components = {name: component for name, component in pipeline.components.items() if name in names}
+        return cls(**components | {name: value for name, value in kwargs.items() if name in names})
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
@@ -116,10 +131,9 @@ class PaellaPipelineBase(DiffusionPipeline):
         Raises:
             ValueError: If the repository is in neither layout, or a checkpoint does not fit its model.
         """
-        if "torch_dtype" in kwargs:  # diffusers' earlier name
-            kwargs["dtype"] = kwargs.pop("torch_dtype")
-        if kwargs.get("dtype") is None:
-            kwargs["dtype"] = torch.float32  # transformers would keep the stored one
+        earlier_name = kwargs.pop("torch_dtype", None)
+        # without a dtype, transformers would keep the stored one
+        kwargs["dtype"] = kwargs.get("dtype") or earlier_name or torch.float32
         if has_original_layout(pretrained_model_name_or_path, **kwargs):
             modules, _ = cls._get_signature_keys(cls)
             pipeline = cls(**load_original_components(pretrained_model_name_or_path, modules, **kwargs))
@@ -150,22 +164,28 @@ class PaellaPipelineBase(DiffusionPipeline):
         clip_image_embeds,
         conditioning_weights,
         use_prior,
+        prior_num_inference_steps,
+        max_sequence_length,
         output_type,
         callback_on_step_end_tensor_inputs,
     ) -> int:
         """Refuse bad input, naming the argument, the value and the remedy; the number of prompts otherwise."""
         multiple = self.vae_scale_factor * self.unet.sample_multiple
-        if height % multiple or width % multiple or height < 1 or width < 1:
+        if not all(isinstance(side, int) and side > 0 and side % multiple == 0 for side in (height, width)):
+            nearest = [max(1, round(side / multiple)) * multiple for side in (height, width)]
             raise ValueError(
                 f"`height` and `width` must be multiples of {multiple}, got {height} and {width}: the nearest are "
-                f"{max(1, round(height / multiple)) * multiple} and {max(1, round(width / multiple)) * multiple}."
+                f"{nearest[0]} and {nearest[1]}."
             )
         if not isinstance(num_inference_steps, int) or num_inference_steps < 1:
             raise ValueError(f"`num_inference_steps` must be an integer of at least 1, got {num_inference_steps!r}.")
         if not isinstance(num_images_per_prompt, int) or num_images_per_prompt < 1:
             raise ValueError(f"`num_images_per_prompt` must be an integer of at least 1, got {num_images_per_prompt!r}.")
-        if isinstance(guidance_scale, tuple | list) and len(guidance_scale) != 2:
-            raise ValueError(f"`guidance_scale` must be a number or (first, last), got {guidance_scale}.")
+        scales = guidance_scale if isinstance(guidance_scale, tuple | list) else (guidance_scale or 0.0,) * 2
+        if len(scales) != 2 or not all(isinstance(scale, int | float) for scale in scales):
+            raise ValueError(f"`guidance_scale` must be a number, (first, last) or None, got {guidance_scale}.")
+        if not isinstance(max_sequence_length, int) or max_sequence_length < 1:
+            raise ValueError(f"`max_sequence_length` must be an integer of at least 1, got {max_sequence_length!r}.")
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"`output_type` must be 'pil', 'np', 'pt' or 'latent', got {output_type!r}.")
         unknown = set(callback_on_step_end_tensor_inputs or ()) - set(self._callback_tensor_inputs)
@@ -206,6 +226,9 @@ class PaellaPipelineBase(DiffusionPipeline):
                 "Guidance needs `negative_clip_text_embeds` beside `clip_text_embeds` when there is no `text_encoder_2`."
             )
 
+        if negative_clip_text_embeds is not None and clip_text_embeds is None and self.text_encoder_2 is None:
+            raise ValueError("`negative_clip_text_embeds` needs `clip_text_embeds` beside it.")
+
         # embeddings: name, value, dimensions, width
         text_dim, clip_dim = self.unet.config.text_embed_dim, self.unet.config.clip_embed_dim
         for name, value, dims, width_expected in (
@@ -217,19 +240,17 @@ class PaellaPipelineBase(DiffusionPipeline):
         ):
             if value is None:
                 continue
-            if value.ndim not in dims or value.shape[-1] != width_expected:
+            if value.ndim not in dims or value.shape[-1] != width_expected or 0 in value.shape:
                 shape = "(batch_size, length, {})" if dims == (3,) else "(batch_size, {})"
                 raise ValueError(
                     f"`{name}` must have shape {shape.format(width_expected)} for this U-Net, got {tuple(value.shape)}."
                 )
             if len(value) not in (1, batch_size):
                 raise ValueError(f"`{name}` has {len(value)} rows for {batch_size} prompts: pass one, or one each.")
-        if conditioning_weights is not None and not (
-            conditioning_weights.ndim == 1 or (conditioning_weights.ndim == 2 and len(conditioning_weights) == batch_size)
-        ):
-            raise ValueError(
-                f"`conditioning_weights` must have shape (n,) or ({batch_size}, n), got {tuple(conditioning_weights.shape)}."
-            )
+        if conditioning_weights is not None:
+            shape = tuple(getattr(conditioning_weights, "shape", ()))
+            if len(shape) not in (1, 2) or (len(shape) == 2 and shape[0] != batch_size):
+                raise ValueError(f"`conditioning_weights` must be a tensor of shape (n,) or ({batch_size}, n), got {shape}.")
         for name, mask, embeds_name, embeds in (
             ("prompt_attention_mask", prompt_attention_mask, "prompt_embeds", prompt_embeds),
             (
@@ -255,13 +276,22 @@ class PaellaPipelineBase(DiffusionPipeline):
         if use_prior:
             if self.prior is None or self.prior_scheduler is None:
                 raise ValueError("`use_prior=True` needs the components `prior` and `prior_scheduler`.")
+            if condition_image is not None or clip_image_embeds is not None:
+                raise ValueError("`use_prior=True` samples an image embedding, but one is given: leave one of them out.")
             if clip_text_embeds is None and (self.text_encoder_2 is None or prompt is None):
                 raise ValueError(
                     "`use_prior=True` needs CLIP text embeddings: the component `text_encoder_2`, or `clip_text_embeds`."
                 )
 
+        if not isinstance(prior_num_inference_steps, int) or prior_num_inference_steps < 1:
+            raise ValueError(
+                f"`prior_num_inference_steps` must be an integer of at least 1, got {prior_num_inference_steps!r}."
+            )
+
         # randomness and start
         total = batch_size * num_images_per_prompt
+        if not isinstance(generator, torch.Generator | list | None):
+            raise ValueError(f"`generator` must be a torch.Generator or a list of them, got {type(generator).__name__}.")
         if isinstance(generator, list) and len(generator) != total:
             raise ValueError(f"`generator` is a list of {len(generator)}, but {total} images are made: pass one each.")
         if latents is not None:
@@ -344,7 +374,7 @@ class PaellaPipelineBase(DiffusionPipeline):
         )
 
     def _encode_byt5(self, prompts: list[str], max_length: int, device):
-        distinct = list(dict.fromkeys(prompts))
+        distinct, rows = _distinct(prompts)
         inputs = self.tokenizer(distinct, padding="longest", max_length=max_length, truncation=True, return_tensors="pt").to(
             device
         )
@@ -352,18 +382,16 @@ class PaellaPipelineBase(DiffusionPipeline):
             logger.warning(f"Prompts were cut to `max_sequence_length`, {max_length} bytes.")
         mask = None if inputs.attention_mask.all() else inputs.attention_mask  # no mask, no padding
         embeds = self.text_encoder(inputs.input_ids, attention_mask=mask).last_hidden_state
-        rows = [distinct.index(p) for p in prompts]
         return embeds[rows], None if mask is None else mask[rows]
 
     def _encode_clip(self, prompts: list[str], device) -> torch.Tensor:
-        distinct = list(dict.fromkeys(prompts))
+        distinct, rows = _distinct(prompts)
         max_length = min(self.tokenizer_2.model_max_length, self.text_encoder_2.config.max_position_embeddings)
         inputs = self.tokenizer_2(
             distinct, padding="longest", max_length=max_length, truncation=True, return_tensors="pt"
         ).to(device)
         # causal, and pooled at the end-of-text token: padding behind it changes nothing
-        embeds = self.text_encoder_2(inputs.input_ids).text_embeds
-        return embeds[[distinct.index(p) for p in prompts]]
+        return self.text_encoder_2(inputs.input_ids).text_embeds[rows]
 
     def encode_image(self, condition_image, batch_size: int, num_images_per_prompt: int = 1, device=None) -> torch.Tensor:
         """
@@ -435,7 +463,7 @@ class PaellaPipelineBase(DiffusionPipeline):
         elif clip_image_embeds is not None:
             images = clip_image_embeds[:, None] if clip_image_embeds.ndim == 2 else clip_image_embeds
             clip_image_embeds = _repeat(images, batch_size, num_images_per_prompt, device)
-        elif use_prior or (use_prior is None and self.prior is not None and clip_text is not None):
+        elif use_prior or (use_prior is None and None not in (self.prior, self.prior_scheduler, clip_text)):
             clip_image_embeds = self.sample_prior(clip_text, prior_num_inference_steps, prior_guidance_scale, generator)[
                 :, None
             ]
@@ -456,9 +484,9 @@ class PaellaPipelineBase(DiffusionPipeline):
             "encoder_attention_mask": negative_mask,
             "conditioning_weights": None,
         }
-        for half in (conditioning, negative_conditioning):
+        for branch in (conditioning, negative_conditioning):
             for name in ("encoder_hidden_states", "clip_text_embeds", "clip_image_embeds", "conditioning_weights"):
-                half[name] = None if half[name] is None else half[name].to(self.unet.dtype)
+                branch[name] = None if branch[name] is None else branch[name].to(self.unet.dtype)
         return conditioning, negative_conditioning if guided else None
 
     # -------------------------------------------------------------------------------------------------- denoising
@@ -491,28 +519,24 @@ class PaellaPipelineBase(DiffusionPipeline):
         return scale if self._needs_guidance(scale) else None
 
     def set_timesteps(self, num_inference_steps: int, device, temperature=None, renoise_steps=None):
-        """Prepare the scheduler; an override that it does not take is refused."""
+        """Prepare the scheduler; an override that neither its `set_timesteps` nor its `step` takes is refused."""
         overrides = {"temperature": temperature, "renoise_steps": renoise_steps}
         overrides = {name: value for name, value in overrides.items() if value is not None}
-        unknown = overrides.keys() - inspect.signature(self.scheduler.set_timesteps).parameters.keys()
+        here, in_step = (inspect.signature(f).parameters for f in (self.scheduler.set_timesteps, self.scheduler.step))
+        unknown = overrides.keys() - here.keys() - in_step.keys()
         if unknown:
-            raise ValueError(
-                f"{type(self.scheduler).__name__} takes no {sorted(unknown)}: set what it has by `from_config`."
-            )
-        self.scheduler.set_timesteps(num_inference_steps, device=device, **overrides)
+            raise ValueError(f"{type(self.scheduler).__name__} takes no {sorted(unknown)}: leave it out.")
+        now = {name: overrides.pop(name) for name in here if name in overrides}
+        self.scheduler.set_timesteps(num_inference_steps, device=device, **now)
         self._num_timesteps = len(self.scheduler.timesteps)
+        self._step_overrides = overrides
 
     def prepare_latents(self, batch_size, height, width, device, generator=None, latents=None) -> torch.LongTensor:
         """The token grid to start from, `(batch_size, height / 4, width / 4)`: uniformly random unless given."""
         if latents is not None:
             return latents.to(device)
-        shape = (height // self.vae_scale_factor, width // self.vae_scale_factor)
-        num_tokens = self.unet.config.num_vq_embeddings
-        if isinstance(generator, list):
-            rows = [torch.randint(num_tokens, (1, *shape), generator=g, device=g.device).to(device) for g in generator]
-            return torch.cat(rows)
-        where = generator.device if generator else device
-        return torch.randint(num_tokens, (batch_size, *shape), generator=generator, device=where).to(device)
+        shape = (batch_size, height // self.vae_scale_factor, width // self.vae_scale_factor)
+        return random_tokens(self.unet.config.num_vq_embeddings, shape, device, generator)
 
     def denoise(
         self,
@@ -527,17 +551,12 @@ class PaellaPipelineBase(DiffusionPipeline):
         callback_on_step_end_tensor_inputs: list[str] | None = None,
     ) -> torch.LongTensor:
         """The sampling loop: logits, guidance, and a step of the scheduler, until the tokens are clean."""
-        both = None
-        if negative_conditioning is not None:
-            both = join_conditioning(conditioning, negative_conditioning, self.unet.config.clip_seq_len)
-        accepted = inspect.signature(self.scheduler.step).parameters
-        extra = {
-            "noise": noise.flatten(1),
-            "mask": None if mask is None else mask.flatten(1),
-            "codebook": self.vqgan.vquantizer.embedding.weight,
-            "generator": generator,
-        }
-        extra = {name: value for name, value in extra.items() if name in accepted}
+        lora = {"cross_attention_kwargs": cross_attention_kwargs}
+        both = negative_conditioning and join_conditioning(
+            conditioning, negative_conditioning, self.unet.config.clip_seq_len
+        )
+        takes_codebook = "codebook" in inspect.signature(self.scheduler.step).parameters
+        codebook = self.vqgan.codebook(latents.device) if takes_codebook else None
         with self.progress_bar(total=self._num_timesteps) as progress_bar:
             for i, t in enumerate(self.scheduler.timesteps):
                 if self.interrupt:
@@ -545,23 +564,47 @@ class PaellaPipelineBase(DiffusionPipeline):
                 # discrete schedulers of diffusers count steps upwards; ours give the noise level itself
                 level = t if t.is_floating_point() else 1 - t / self._num_timesteps
                 scale = self._guidance_at(i)
-                if scale is None:
-                    logits = self.unet(latents, level, **conditioning, cross_attention_kwargs=cross_attention_kwargs).sample
+                if scale is None or both is None:  # a callback cannot turn on what was not encoded
+                    logits = self.unet(latents, level, **conditioning, **lora).sample
                 else:
-                    tokens = torch.cat([latents, latents])
-                    logits = self.unet(tokens, level, **both, cross_attention_kwargs=cross_attention_kwargs).sample
+                    logits = self.unet(torch.cat([latents, latents]), level, **both, **lora).sample
                     conditional, unconditional = logits.float().chunk(2)
                     logits = scale * conditional + (1 - scale) * unconditional
-                # schedulers see sequences: (batch_size, height * width) tokens, channels-last logits without a copy
-                output = self.scheduler.step(logits.flatten(2).transpose(1, 2), t, latents.flatten(1), **extra)
-                pred_original_sample = output.sampled_tokens.view_as(latents)
-                latents = output.prev_sample.view_as(latents)
+                latents, pred_original_sample = self.scheduler_step(logits, t, latents, noise, mask, codebook, generator)
                 if callback_on_step_end is not None:
-                    available = {"latents": latents, "pred_original_sample": pred_original_sample}
-                    wanted = {name: available[name] for name in callback_on_step_end_tensor_inputs}
+                    tensors = {"latents": latents, "pred_original_sample": pred_original_sample}
+                    wanted = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
                     latents = callback_on_step_end(self, i, t, wanted).pop("latents", latents)
                 progress_bar.update()
         return latents
+
+    def scheduler_step(
+        self, logits, timestep, latents, noise, mask=None, codebook=None, generator=None
+    ) -> tuple[torch.LongTensor, torch.LongTensor]:
+        """
+        One step of any discrete scheduler, which is given the arguments that it takes, and sequences, as text models have:
+        the next token grid, and the predicted clean one. With a list of generators, image by image.
+        """
+        if isinstance(generator, list):
+            masks = [None] * len(generator) if mask is None else mask.split(1)
+            images = zip(logits.split(1), latents.split(1), noise.split(1), masks, generator)
+            steps = [self.scheduler_step(row, timestep, x, n, m, codebook, g) for row, x, n, m, g in images]
+            return tuple(torch.cat(part) for part in zip(*steps))
+        accepted = inspect.signature(self.scheduler.step).parameters
+        arguments = {
+            "noise": noise.flatten(1),
+            "mask": None if mask is None else mask.flatten(1),
+            "codebook": codebook,
+            "generator": generator,
+            **self._step_overrides,
+        }
+        output = self.scheduler.step(
+            logits.flatten(2).transpose(1, 2),  # channels-last: no copy
+            timestep,
+            latents.flatten(1),
+            **{name: value for name, value in arguments.items() if name in accepted},
+        )
+        return output.prev_sample.view_as(latents), output.sampled_tokens.view_as(latents)
 
     def decode(self, latents: torch.LongTensor, output_type: str):
         """Tokens to images of the wanted type; `"latent"` returns the tokens."""
@@ -573,22 +616,22 @@ class PaellaPipelineBase(DiffusionPipeline):
 
 def join_conditioning(positive: dict, negative: dict, clip_seq_len: int) -> dict:
     """
-    The U-Net's conditioning arguments for both halves in one batch. A half that has shorter text, or no image embeddings, is
-    padded and the padding masked; without padding there is no mask.
+    The U-Net's conditioning arguments for both branches, conditional and unconditional, in one batch. A branch that has
+    shorter text, or no image embeddings, is padded and the padding masked; without padding there is no mask.
     """
-    length = max(half["encoder_hidden_states"].shape[1] for half in (positive, negative))
+    length = max(branch["encoder_hidden_states"].shape[1] for branch in (positive, negative))
     images = positive["clip_image_embeds"]
     text, masks = [], []
-    for half in (positive, negative):
-        embeds, mask = half["encoder_hidden_states"], half["encoder_attention_mask"]
+    for branch in (positive, negative):
+        embeds, mask = branch["encoder_hidden_states"], branch["encoder_attention_mask"]
         missing = length - embeds.shape[1]
         mask = torch.ones(embeds.shape[:2], device=embeds.device) if mask is None else mask
         text.append(F.pad(embeds, (0, 0, 0, missing)))
         mask = F.pad(mask.bool(), (0, missing))
-        if half["clip_text_embeds"] is not None:
+        if branch["clip_text_embeds"] is not None:
             mask = F.pad(mask, (0, clip_seq_len), value=True)
         if images is not None:
-            mask = F.pad(mask, (0, clip_seq_len * images.shape[1]), value=half is positive)
+            mask = F.pad(mask, (0, clip_seq_len * images.shape[1]), value=branch is positive)
         masks.append(mask)
     mask = torch.cat(masks)
     weights = positive["conditioning_weights"]
@@ -636,3 +679,9 @@ def _repeat(tensor: torch.Tensor | None, batch_size: int, num_images_per_prompt:
         return None
     rows = tensor.expand(batch_size, *tensor.shape[1:]) if len(tensor) == 1 else tensor
     return rows.to(device).repeat_interleave(num_images_per_prompt, dim=0)
+
+
+def _distinct(prompts: list[str]) -> tuple[list[str], list[int]]:
+    """The distinct prompts, and for each prompt its row among them: nothing is encoded twice."""
+    distinct = list(dict.fromkeys(prompts))
+    return distinct, [distinct.index(prompt) for prompt in prompts]

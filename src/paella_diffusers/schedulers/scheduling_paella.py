@@ -75,8 +75,12 @@ class PaellaScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError(f"`noise_source` must be 'initial', 'fresh' or 'previous', got {noise_source!r}.")
         if sampling_rule not in ("multinomial", "argmax", "quantized"):
             raise ValueError(f"`sampling_rule` must be 'multinomial', 'argmax' or 'quantized', got {sampling_rule!r}.")
+        if quantized_steps < 0:
+            raise ValueError(f"`quantized_steps` must be at least 0, got {quantized_steps}.")
         if typical_mass is not None and not 0 < typical_mass <= 1:
             raise ValueError(f"`typical_mass` must be in (0, 1], or None for no typical filtering, got {typical_mass}.")
+        if typical_min_tokens < 1:
+            raise ValueError(f"`typical_min_tokens` must be at least 1, got {typical_min_tokens}.")
         self.set_timesteps(num_inference_steps)
 
     def set_timesteps(
@@ -116,10 +120,11 @@ class PaellaScheduler(SchedulerMixin, ConfigMixin):
             levels = torch.cat([levels, levels.new_tensor([min(self.config.t_end, levels[-1])])])
 
         temperature = self.config.temperature if temperature is None else temperature
-        first, last = temperature if isinstance(temperature, tuple | list) else (temperature, temperature)
-        if first <= 0 or last <= 0:
+        ramp = temperature if isinstance(temperature, tuple | list) else (temperature, temperature)
+        if len(ramp) != 2 or not all(value > 0 for value in ramp):  # a NaN is not above 0 either
             raise ValueError(
-                f"`temperature` must be above 0, got {temperature}; `sampling_rule='argmax'` is its limit at 0."
+                f"`temperature` must be above 0, one number or (first, last), got {temperature}; "
+                "`sampling_rule='argmax'` is its limit at 0."
             )
         renoise_steps = self.config.renoise_steps if renoise_steps is None else renoise_steps
         if renoise_steps is not None and renoise_steps < 0:
@@ -127,7 +132,7 @@ class PaellaScheduler(SchedulerMixin, ConfigMixin):
 
         self.num_inference_steps = steps
         self.timesteps = levels[:-1].to(device)
-        self.temperatures = torch.linspace(first, last, steps).tolist()
+        self.temperatures = torch.linspace(*ramp, steps).tolist()
         self.renoise_steps = steps - 1 if renoise_steps is None else renoise_steps
         self._levels = levels.tolist()
 
@@ -173,7 +178,7 @@ class PaellaScheduler(SchedulerMixin, ConfigMixin):
             if mask is not None:
                 renoise &= mask.bool()
             if self.config.noise_source == "fresh":
-                noise = _draw(_randint(logits.shape[-1]), sample.shape, sample.device, generator)
+                noise = random_tokens(logits.shape[-1], sample.shape, sample.device, generator)
             elif self.config.noise_source == "previous":
                 noise = sample
             elif noise is None:
@@ -196,9 +201,10 @@ class PaellaScheduler(SchedulerMixin, ConfigMixin):
         if self.config.sampling_rule == "quantized" or quantized:
             if codebook is None:
                 raise ValueError("Quantized sampling needs `codebook`, the VQGAN's `vquantizer.embedding.weight`.")
-            codebook = codebook.float()
+            codebook = codebook.to(probabilities)
             return torch.cdist(probabilities.flatten(1, -2) @ codebook, codebook).argmin(-1).view(logits.shape[:-1])
         if isinstance(generator, list):
+            _check_generators(generator, len(probabilities))
             return torch.cat([_multinomial(image, g) for image, g in zip(probabilities.split(1), generator)])
         return _multinomial(probabilities, generator)
 
@@ -223,13 +229,14 @@ class PaellaScheduler(SchedulerMixin, ConfigMixin):
         timesteps = torch.as_tensor(timesteps, device=device).view(-1, *[1] * (len(shape) - 1))
         noised = _draw(torch.rand, shape, device, generator) <= timesteps
         if noise is None:
-            noise = _draw(_randint(self.config.num_vq_embeddings), shape, device, generator)
+            noise = random_tokens(self.config.num_vq_embeddings, shape, device, generator)
         return torch.where(noised, noise, original_samples)
 
     def _index(self, timestep: float | torch.Tensor) -> int:
-        index = min(range(self.num_inference_steps), key=lambda i: abs(self._levels[i] - float(timestep)))
-        if abs(self._levels[index] - float(timestep)) > 1e-5:
-            raise ValueError(f"`timestep` must be one of `timesteps`, {self.timesteps.tolist()}, got {float(timestep)}.")
+        timestep = float(timestep)
+        index = min(range(self.num_inference_steps), key=lambda i: abs(self._levels[i] - timestep))
+        if abs(self._levels[index] - timestep) > 1e-5:
+            raise ValueError(f"`timestep` must be one of `timesteps`, {self.timesteps.tolist()}, got {timestep}.")
         return index
 
     def __len__(self) -> int:
@@ -256,15 +263,27 @@ def typical_filter(logits: torch.Tensor, mass: float, min_tokens: int = 1) -> to
     return atypicality > nearest.gather(-1, kept)
 
 
+def random_tokens(
+    num_tokens: int,
+    shape: tuple[int, ...],
+    device: str | torch.device,
+    generator: torch.Generator | list[torch.Generator] | None = None,
+) -> torch.LongTensor:
+    """Uniform tokens in `[0, num_tokens)`; with a list of generators, each image from its own."""
+    return _draw(lambda size, **kwargs: torch.randint(num_tokens, size, **kwargs), shape, device, generator)
+
+
 def _draw(function: Callable, shape, device, generator) -> torch.Tensor:
     """A random tensor, drawn where the generator lives; with a list of generators, each image from its own."""
     if isinstance(generator, list):
+        _check_generators(generator, shape[0])
         return torch.cat([_draw(function, (1, *shape[1:]), device, g) for g in generator])
     return function(shape, generator=generator, device=generator.device if generator else device).to(device)
 
 
-def _randint(high: int) -> Callable:
-    return lambda shape, **kwargs: torch.randint(high, shape, **kwargs)
+def _check_generators(generators: list, batch_size: int):
+    if len(generators) != batch_size:
+        raise ValueError(f"`generator` is a list of {len(generators)} for a batch of {batch_size}: pass one for each image.")
 
 
 def _multinomial(probabilities: torch.Tensor, generator: torch.Generator | None) -> torch.LongTensor:
