@@ -138,8 +138,8 @@ def batch(step: int, batch_size: int, length: int) -> torch.Tensor:
     return torch.stack([order[e][i % length] for e, i in zip(epochs, range(step * batch_size, (step + 1) * batch_size))])
 
 
-def fit(name, module, groups, loss, steps, work_dir, warmup=100, after_step=None, report=None):
-    """Train `module` with AdamW and a cosine schedule; resumes from, and every five minutes saves to, `work_dir/name.pt`."""
+def fit(name, module, groups, loss, steps, work_dir, warmup=100, after_step=None, report=None, save_every=300):
+    """Train with AdamW and a cosine schedule; resumes from, and every `save_every` seconds saves to, `work_dir/name.pt`."""
     path, start = work_dir / f"{name}.pt", 0
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0)
     warm = lambda step: min(1, (step + 1) / warmup) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
@@ -166,7 +166,7 @@ def fit(name, module, groups, loss, steps, work_dir, warmup=100, after_step=None
             after_step(step)
         average = value.item() if average is None else 0.99 * average + 0.01 * value.item()
         progress.set_postfix(loss=f"{average:.4f}", refresh=False)
-        if step + 1 == steps or time.time() - saved > 300:
+        if step + 1 == steps or time.time() - saved > save_every:
             state = {"module": module.state_dict(), "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
             write(path, state | {"step": step + 1, "rng": torch.get_rng_state()})
             if report is not None:
@@ -225,7 +225,7 @@ def train_vqgan(images: torch.Tensor, steps: int, coarse_steps: int, work_dir: P
     vqgan = VQModel(bottleneck_blocks=6, embed_dim=128, num_vq_embeddings=1024, scale_factor=1.0)
     vqgan.out_block[0].bias.data.fill_(0.85)  # the icons' mean brightness
     codebook, used = vqgan.vquantizer.embedding.weight, torch.zeros(1024, dtype=torch.long)
-    free_steps = 100  # without quantization, which at first would only disturb
+    free_steps = min(100, steps // 2)  # without quantization, which at first would only disturb
 
     def loss(step):
         value, indices = vqgan_loss(vqgan, images[batch(step, 16, len(images))], quantize=step >= free_steps)

@@ -11,7 +11,6 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from transformers import (
     AutoTokenizer,
     CLIPConfig,
-    CLIPImageProcessor,
     CLIPTextModelWithProjection,
     CLIPVisionModelWithProjection,
     T5EncoderModel,
@@ -113,6 +112,11 @@ def load_original_components(
         part.projection_dim = config.projection_dim  # the parts' own is a default that nobody set
         return cls.from_pretrained(CLIP_REPO, config=part, dtype=dtype_of(name), **options)
 
+    def image_processor():
+        from transformers import CLIPImageProcessor  # warns when it is imported without torchvision
+
+        return CLIPImageProcessor.from_pretrained(CLIP_REPO, **options)
+
     loaders = {
         "unet": lambda: model(PaellaUNet, "unet", "paella"),
         "vqgan": lambda: model(PaellaVQModel, "vqgan", "vqgan"),
@@ -122,7 +126,7 @@ def load_original_components(
         "text_encoder_2": lambda: clip(CLIPTextModelWithProjection, "text_encoder_2"),
         "tokenizer_2": lambda: AutoTokenizer.from_pretrained(CLIP_REPO, **options),
         "image_encoder": lambda: clip(CLIPVisionModelWithProjection, "image_encoder"),
-        "feature_extractor": lambda: CLIPImageProcessor.from_pretrained(CLIP_REPO, **options),
+        "feature_extractor": image_processor,
         "prior": lambda: model(PaellaPrior, "prior", "prior"),
         "prior_scheduler": lambda: DDPMWuerstchenScheduler(),
     }

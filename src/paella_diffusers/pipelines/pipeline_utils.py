@@ -12,12 +12,12 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
 from transformers import (
-    CLIPImageProcessor,
     CLIPTextModelWithProjection,
     CLIPVisionModelWithProjection,
     PreTrainedTokenizerBase,
     T5EncoderModel,
 )
+from transformers.image_processing_utils import BaseImageProcessor
 
 from .. import registration
 from ..models.prior_paella import PaellaPrior
@@ -71,7 +71,7 @@ class PaellaPipelineBase(DiffusionPipeline):
         text_encoder_2: CLIPTextModelWithProjection | None = None,
         tokenizer_2: PreTrainedTokenizerBase | None = None,
         image_encoder: CLIPVisionModelWithProjection | None = None,
-        feature_extractor: CLIPImageProcessor | None = None,
+        feature_extractor: BaseImageProcessor | None = None,
         prior: PaellaPrior | None = None,
         prior_scheduler: SchedulerMixin | None = None,
     ):
