@@ -106,11 +106,12 @@ class PaellaPipelineBase(DiffusionPipeline):
         A pipeline of this class from the components of another, which are shared, not copied; `kwargs` replace some. Dtypes
         stay as they are unless `dtype` is given.
         """
-        if kwargs.get("dtype", kwargs.get("torch_dtype")) is not None:
-            return super().from_pipe(pipeline, **kwargs)
+        dtypes = [kwargs.pop(name, None) for name in ("dtype", "torch_dtype")]
+        if any(dtypes):
+            return super().from_pipe(pipeline, dtype=dtypes[0] or dtypes[1], **kwargs)
         names, _ = cls._get_signature_keys(cls)
         components = {name: component for name, component in pipeline.components.items() if name in names}
-        return cls(**components | {name: value for name, value in kwargs.items() if name in names})
+        return cls(**components | kwargs)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
@@ -126,7 +127,8 @@ class PaellaPipelineBase(DiffusionPipeline):
             dtype (`torch.dtype` or `dict`, defaults to `torch.float32`): Of the weights, or by component name.
             kwargs:
                 As for `DiffusionPipeline.from_pretrained`: components, `cache_dir`, `token`, `local_files_only`, `revision`.
-                In the published layout, `revision` is that of the Paella repository.
+                In the published layout, `revision` is that of the Paella repository, and `original_config` has the published
+                constructors' arguments under `paella`, `vqgan` and `prior` if they are not the released model's.
 
         Raises:
             ValueError: If the repository is in neither layout, or a checkpoint does not fit its model.
