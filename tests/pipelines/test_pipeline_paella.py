@@ -446,6 +446,7 @@ def test_images_from_diffusers_discrete_schedulers(pipe):
         ({"temperature": 0.0}, "`temperature` must be above 0"),
         ({"temperature": (1.0, -1.0)}, "`temperature` must be above 0"),
         ({"num_images_per_prompt": 0}, "`num_images_per_prompt`.*got 0"),
+        ({"guidance_steps": -1}, "`guidance_steps`.*at least 0"),
         ({"guidance_scale": (1, 2, 3)}, "`guidance_scale`.*first, last"),
         ({"generator": [seeded(), seeded()]}, "`generator` is a list of 2, but 1 images"),
         ({"latents": torch.zeros(1, 8, 8)}, "`latents`.*int64 tensor, got torch.float32"),

@@ -127,6 +127,7 @@ class PaellaPipeline(PaellaPipelineBase):
             width=width,
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
+            guidance_steps=guidance_steps,
             num_images_per_prompt=num_images_per_prompt,
             generator=generator,
             latents=latents,

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable
+from numbers import Integral, Real
 
 import PIL.Image
 import torch
@@ -153,6 +154,7 @@ class PaellaPipelineBase(DiffusionPipeline):
         width,
         num_inference_steps,
         guidance_scale,
+        guidance_steps,
         num_images_per_prompt,
         generator,
         latents,
@@ -173,21 +175,24 @@ class PaellaPipelineBase(DiffusionPipeline):
     ) -> int:
         """Refuse bad input, naming the argument, the value and the remedy; the number of prompts otherwise."""
         multiple = self.vae_scale_factor * self.unet.sample_multiple
-        if not all(isinstance(side, int) and side > 0 and side % multiple == 0 for side in (height, width)):
+        if not all(isinstance(side, Integral) and side > 0 and side % multiple == 0 for side in (height, width)):
             nearest = [max(1, round(side / multiple)) * multiple for side in (height, width)]
             raise ValueError(
                 f"`height` and `width` must be multiples of {multiple}, got {height} and {width}: the nearest are "
                 f"{nearest[0]} and {nearest[1]}."
             )
-        if not isinstance(num_inference_steps, int) or num_inference_steps < 1:
-            raise ValueError(f"`num_inference_steps` must be an integer of at least 1, got {num_inference_steps!r}.")
-        if not isinstance(num_images_per_prompt, int) or num_images_per_prompt < 1:
-            raise ValueError(f"`num_images_per_prompt` must be an integer of at least 1, got {num_images_per_prompt!r}.")
+        for name, value, least in (
+            ("num_inference_steps", num_inference_steps, 1),
+            ("num_images_per_prompt", num_images_per_prompt, 1),
+            ("guidance_steps", 0 if guidance_steps is None else guidance_steps, 0),
+            ("prior_num_inference_steps", prior_num_inference_steps, 1),
+            ("max_sequence_length", max_sequence_length, 1),
+        ):
+            if not isinstance(value, Integral) or value < least:
+                raise ValueError(f"`{name}` must be an integer of at least {least}, got {value!r}.")
         scales = guidance_scale if isinstance(guidance_scale, tuple | list) else (guidance_scale or 0.0,) * 2
-        if len(scales) != 2 or not all(isinstance(scale, int | float) for scale in scales):
+        if len(scales) != 2 or not all(isinstance(scale, Real) for scale in scales):
             raise ValueError(f"`guidance_scale` must be a number, (first, last) or None, got {guidance_scale}.")
-        if not isinstance(max_sequence_length, int) or max_sequence_length < 1:
-            raise ValueError(f"`max_sequence_length` must be an integer of at least 1, got {max_sequence_length!r}.")
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"`output_type` must be 'pil', 'np', 'pt' or 'latent', got {output_type!r}.")
         unknown = set(callback_on_step_end_tensor_inputs or ()) - set(self._callback_tensor_inputs)
@@ -284,11 +289,6 @@ class PaellaPipelineBase(DiffusionPipeline):
                 raise ValueError(
                     "`use_prior=True` needs CLIP text embeddings: the component `text_encoder_2`, or `clip_text_embeds`."
                 )
-
-        if not isinstance(prior_num_inference_steps, int) or prior_num_inference_steps < 1:
-            raise ValueError(
-                f"`prior_num_inference_steps` must be an integer of at least 1, got {prior_num_inference_steps!r}."
-            )
 
         # randomness and start
         total = batch_size * num_images_per_prompt
@@ -465,10 +465,11 @@ class PaellaPipelineBase(DiffusionPipeline):
         elif clip_image_embeds is not None:
             images = clip_image_embeds[:, None] if clip_image_embeds.ndim == 2 else clip_image_embeds
             clip_image_embeds = _repeat(images, batch_size, num_images_per_prompt, device)
-        elif use_prior or (use_prior is None and None not in (self.prior, self.prior_scheduler, clip_text)):
-            clip_image_embeds = self.sample_prior(clip_text, prior_num_inference_steps, prior_guidance_scale, generator)[
-                :, None
-            ]
+        else:
+            needed = (self.prior, self.prior_scheduler, clip_text)
+            if use_prior or (use_prior is None and all(part is not None for part in needed)):
+                embeds = self.sample_prior(clip_text, prior_num_inference_steps, prior_guidance_scale, generator)
+                clip_image_embeds = embeds[:, None]
         if conditioning_weights is not None:
             weights = conditioning_weights[None] if conditioning_weights.ndim == 1 else conditioning_weights
             conditioning_weights = _repeat(weights, batch_size, num_images_per_prompt, device)
