@@ -3,12 +3,13 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-DEMO := "red heart" "pizza" "dog face" "rocket" "sunflower" "green apple" "grinning face" "soccer ball" "guitar"
+DEMO := "red heart" "grinning face" "no entry" "blue heart" "cat face" "red apple" "green heart" "eight oclock" \
+	"globe showing americas"
 
 .PHONY: demo test lint clean
 
 demo: $(VENV)/installed
-	$(BIN)/paella-diffusers generate $(DEMO) --out demo.png
+	$(BIN)/paella-diffusers generate $(DEMO) --guidance-scale 4 --out demo.png
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest

@@ -391,7 +391,7 @@ def main():
     parser.add_argument("--vqgan-steps", type=int, default=2800)
     parser.add_argument("--coarse-steps", type=int, default=600, help="of the VQGAN with half the codes")
     parser.add_argument("--text-steps", type=int, default=400)
-    parser.add_argument("--unet-steps", type=int, default=4800)
+    parser.add_argument("--unet-steps", type=int, default=3500)
     args = parser.parse_args()
 
     torch.manual_seed(0)
