@@ -27,10 +27,11 @@ def test_it_is_small_and_says_where_it_comes_from():
 def test_prompts_decide_what_is_drawn(pipe):
     hearts = {"red": 0, "green": 1, "blue": 2}
     prompts = [f"{colour} heart" for colour in hearts]
-    images = pipe(prompts, generator=[torch.Generator().manual_seed(i) for i in range(3)], output_type="pt").images
+    generators = [torch.Generator().manual_seed(i) for i in range(3)]
+    images = pipe(prompts, guidance_scale=4.0, generator=generators, output_type="pt").images
     assert images.shape == (3, 3, 64, 64)
     for image, channel in zip(images, hearts.values()):
-        assert image[:, :2, :2].min() > 0.8  # white corners
+        assert image[:, :, [0, -1]].mean() > 0.9  # white at the sides
         center = image[:, 28:36, 28:36].mean((1, 2))
         assert center.argmax() == channel
 
