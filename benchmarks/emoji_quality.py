@@ -1,7 +1,7 @@
 """
 How good is the embedded emoji model? Captions that come out right, by steps, and the VQGAN's reconstructions.
 
-    pip install paella-diffusers[emoji]
+    pip install ".[emoji]"
     python benchmarks/emoji_quality.py
 
 A picture is right if, of all 1,593 icons it was trained on, the nearest in pixels (squared distance) is the one that was
