@@ -366,7 +366,7 @@ def train_unet(vqgan, encoders: TextEncoders, images, captions: Captions, steps:
 
     def loss(step):
         rows, rng = batch(step, 64, len(images)), random.Random(step)
-        # without guidance there are two unknowns; one image in ten is trained without a prompt, for the unconditional pass
+        # one image in ten is trained without a prompt, for the unconditional pass of guidance
         texts = ["" if rng.random() < 0.1 else captions.draw(i, rng) for i in rows.tolist()]
         timestep = 1 - torch.rand(len(rows)).square()  # near 1 everything depends on the prompt: go there more often
         noised, mask = corrupt(tokens[rows], timestep, unet.config.num_vq_embeddings)

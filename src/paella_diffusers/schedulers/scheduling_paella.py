@@ -200,7 +200,7 @@ class PaellaScheduler(SchedulerMixin, ConfigMixin):
         probabilities = (logits / self.temperatures[index]).softmax(-1)
         if self.config.sampling_rule == "quantized" or quantized:
             if codebook is None:
-                raise ValueError("Quantized sampling needs `codebook`, the VQGAN's `vquantizer.embedding.weight`.")
+                raise ValueError("Quantized sampling needs `codebook`, which `vqgan.codebook(device)` gives.")
             codebook = codebook.to(probabilities)
             return torch.cdist(probabilities.flatten(1, -2) @ codebook, codebook).argmin(-1).view(logits.shape[:-1])
         if isinstance(generator, list):
