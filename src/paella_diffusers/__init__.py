@@ -15,6 +15,9 @@ _MODULES = {
     "PaellaPrior": "models.prior_paella",
     "PaellaScheduler": "schedulers.scheduling_paella",
     "PaellaPipeline": "pipelines.pipeline_paella",
+    "PaellaImg2ImgPipeline": "pipelines.pipeline_paella_img2img",
+    "PaellaInversionPipeline": "pipelines.pipeline_paella_inversion",
+    "PaellaInpaintPipeline": "pipelines.pipeline_paella_inpaint",
 }
 
 EMOJI_MODEL = str(Path(__file__).parent / "pretrained" / "emoji")  # the embedded model, in diffusers' layout

@@ -10,7 +10,12 @@ import sys
 from collections.abc import Callable
 
 LIBRARY = "paella_diffusers"
-PIPELINES = {"PaellaPipeline": "AUTO_TEXT2IMAGE_PIPELINES_MAPPING"}  # and the table of their task
+PIPELINES = {  # and the table of their task, if diffusers has one
+    "PaellaPipeline": "AUTO_TEXT2IMAGE_PIPELINES_MAPPING",
+    "PaellaImg2ImgPipeline": "AUTO_IMAGE2IMAGE_PIPELINES_MAPPING",
+    "PaellaInpaintPipeline": "AUTO_INPAINT_PIPELINES_MAPPING",
+    "PaellaInversionPipeline": None,
+}
 COMPONENTS = ["PaellaVQModel", "PaellaUNet", "PaellaPrior", "PaellaScheduler"]
 
 
@@ -55,6 +60,8 @@ def _add_names(module, prefix: str, names):
 def _add_tasks(module):
     package = sys.modules[LIBRARY]
     for name, table in PIPELINES.items():
+        if table is None:
+            continue
         if not isinstance(vars(module).get(table), dict):
             raise ImportError(_moved(f"{module.__name__}.{table}"))
         vars(module)[table]["paella"] = getattr(package, name)

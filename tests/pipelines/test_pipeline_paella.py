@@ -10,6 +10,7 @@ import torch
 from conftest import load_golden, load_golden_models, tiny_pipeline
 
 from paella_diffusers import PaellaPipeline, PaellaScheduler
+from paella_diffusers.pipelines.pipeline_paella import slerp
 from paella_diffusers.pipelines.pipeline_utils import join_conditioning
 
 
@@ -411,6 +412,105 @@ def test_images_from_diffusers_discrete_schedulers(pipe):
     pipe.scheduler = DiscreteDDIMScheduler()
     greedy = tokens(pipe, temperature=0.0)
     assert torch.equal(greedy, tokens(pipe)) and not torch.equal(greedy, tokens(pipe, temperature=5.0))
+
+
+# ------------------------------------------------------------------------------------------------ prompts for regions
+
+
+def test_one_region_is_the_plain_pipeline(pipe):
+    for mask in (torch.ones(32, 32), torch.full((8, 8), 0.3)):
+        assert torch.equal(tokens(pipe, ["ab"], region_masks=[mask]), tokens(pipe, "ab"))
+
+
+def test_each_prompt_governs_its_region(pipe):
+    """Logits inside a region are those of its prompt, and a blend between."""
+    ramp = torch.linspace(1, 0, 8).expand(8, 8)
+    starts, shares = [], [torch.ones(8, 8), ramp, 1 - ramp]
+    pipe.unet.register_forward_hook(lambda module, args, output: starts.append(output.sample))
+    step = pipe.scheduler_step
+    seen = []
+    pipe.scheduler_step = lambda logits, *args: seen.append(logits) or step(logits, *args)
+    tokens(pipe, ["a", "bcd"], region_masks=[shares[1] * 0.5, shares[2] * 0.5], num_inference_steps=1, guidance_scale=None)
+    expected = ramp * starts[0][:1] + (1 - ramp) * starts[0][1:]
+    torch.testing.assert_close(seen[0], expected)
+
+
+def test_regions_with_guidance_negative_prompts_and_several_images(pipe):
+    left = torch.zeros(32, 32)
+    left[:, :16] = 1
+    call = {"region_masks": [left, 1 - left], "negative_prompt": ["x", "y"], "num_images_per_prompt": 2}
+    batch = tokens(pipe, ["a", "bcd"], generator=[seeded(0), seeded(1)], **call)
+    call["num_images_per_prompt"] = 1
+    assert batch.shape == (2, 8, 8)
+    assert torch.equal(batch[1:], tokens(pipe, ["a", "bcd"], generator=[seeded(1)], **call))
+    assert not torch.equal(batch[1:], tokens(pipe, ["bcd", "a"], generator=[seeded(1)], **call))
+    assert tokens(pipe, ["a", "bcd"], generator=[seeded(1)], **call | {"use_prior": None}).shape == (1, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("masks", "message"),
+    [
+        (torch.ones(3, 32, 32), "3 masks for 2 prompts"),
+        (torch.ones(2, 31, 32), "`region_masks` must be as large as the image, 32×32"),
+        (torch.zeros(2, 32, 32), "row 0 and column 0 without a prompt"),
+        (torch.full((2, 32, 32), -1.0), "must be in \\[0, 1\\]"),
+        ("left", "`region_masks` must be a PIL image, an array or a tensor, got str"),
+    ],
+)
+def test_bad_regions_are_refused(pipe, masks, message):
+    with pytest.raises(ValueError, match=message):
+        tokens(pipe, ["a", "b"], region_masks=masks)
+
+
+# ------------------------------------------------------------------------------------------------------ interpolation
+
+
+def frames(pipe, a, b, num_images=5, **kwargs):
+    call = {"num_inference_steps": 3, "output_type": "latent", "generator": seeded(3), "use_prior": False}
+    return pipe.interpolate(a, b, num_images, **call | kwargs).images
+
+
+def test_interpolation_begins_and_ends_with_its_prompts(pipe):
+    grids = frames(pipe, "a cat", "dogs and dogs", guidance_scale=(6, 2))
+    assert grids.shape == (5, 8, 8)
+    for grid, prompt in ((grids[:1], "a cat"), (grids[-1:], "dogs and dogs")):
+        assert torch.equal(grid, tokens(pipe, prompt, generator=seeded(3), guidance_scale=(6, 2)))
+    assert not torch.equal(grids[2], grids[0]) and not torch.equal(grids[2], grids[4])
+
+
+def test_interpolation_between_images_and_prompts(pipe):
+    two = frames(pipe, picture(0), picture(1), num_images=2, use_prior=None)
+    expected = tokens(pipe, "", condition_image=picture(1), generator=seeded(3))
+    assert torch.equal(two[1:], expected)
+    mixed = frames(pipe, "a", picture(1), num_images=3, use_prior=None)
+    assert torch.equal(mixed[2:], expected)
+    pipe.prior = pipe.prior_scheduler = None  # then the CLIP text embedding stands in for an image's
+    embeds = pipe.encode_prompt("a", do_classifier_free_guidance=False)[4]
+    without = frames(pipe, "a", picture(1), num_images=3, use_prior=None)
+    assert torch.equal(without[:1], tokens(pipe, "a", clip_image_embeds=embeds, generator=seeded(3)))
+
+
+def test_slerp_keeps_to_the_sphere():
+    first, last = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
+    share = torch.tensor([0.0, 0.25, 1.0])
+    arc = slerp(first, last, share)
+    angle = share * torch.pi / 2
+    torch.testing.assert_close(arc, torch.stack([angle.cos(), angle.sin()], dim=1))
+    torch.testing.assert_close(slerp(first, 3 * first, share)[:, 0], torch.tensor([1.0, 1.5, 3.0]))
+    torch.testing.assert_close(slerp(first, -first, share)[::2], torch.stack([first, -first]))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("a", 3), "`b` must be a prompt or a PIL image, got int"),
+        (("a", "b", 1), "`num_images` must be an integer of at least 2, got 1"),
+        (("a", "b", 3, [seeded()]), "`generator` must be one torch.Generator, got list"),
+    ],
+)
+def test_bad_interpolations_are_refused(pipe, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        pipe.interpolate(*arguments)
 
 
 # ------------------------------------------------------------------------------------------------------------ bad input

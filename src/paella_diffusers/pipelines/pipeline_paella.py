@@ -1,14 +1,12 @@
 """Text to image with Paella."""
 
-from collections.abc import Callable
-
 import PIL.Image
 import torch
-from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+import torch.nn.functional as F
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.utils import replace_example_docstring
 
-from .pipeline_utils import PaellaPipelineBase
+from .pipeline_utils import PaellaPipelineBase, with_shared_arguments
 
 EXAMPLE_DOC_STRING = """
     Examples:
@@ -29,82 +27,13 @@ class PaellaPipeline(PaellaPipelineBase):
 
     @torch.no_grad()
     @replace_example_docstring(EXAMPLE_DOC_STRING)
-    def __call__(
-        self,
-        prompt: str | list[str] | None = None,
-        negative_prompt: str | list[str] | None = None,
-        height: int | None = None,
-        width: int | None = None,
-        num_inference_steps: int = 12,
-        guidance_scale: float | tuple[float, float] | None = 8.0,
-        guidance_steps: int | None = None,
-        temperature: float | tuple[float, float] | None = None,
-        renoise_steps: int | None = None,
-        num_images_per_prompt: int = 1,
-        generator: torch.Generator | list[torch.Generator] | None = None,
-        latents: torch.LongTensor | None = None,
-        condition_image: PIL.Image.Image | list | None = None,
-        prompt_embeds: torch.Tensor | None = None,
-        negative_prompt_embeds: torch.Tensor | None = None,
-        prompt_attention_mask: torch.Tensor | None = None,
-        negative_prompt_attention_mask: torch.Tensor | None = None,
-        clip_text_embeds: torch.Tensor | None = None,
-        negative_clip_text_embeds: torch.Tensor | None = None,
-        clip_image_embeds: torch.Tensor | None = None,
-        conditioning_weights: torch.Tensor | None = None,
-        use_prior: bool | None = None,
-        prior_num_inference_steps: int = 60,
-        prior_guidance_scale: float = 3.0,
-        max_sequence_length: int = 768,
-        cross_attention_kwargs: dict | None = None,
-        output_type: str = "pil",
-        return_dict: bool = True,
-        callback_on_step_end: Callable | PipelineCallback | MultiPipelineCallbacks | None = None,
-        callback_on_step_end_tensor_inputs: list[str] = ["latents"],
-    ) -> ImagePipelineOutput | tuple:
+    @with_shared_arguments
+    def __call__(self, **kwargs) -> ImagePipelineOutput | tuple:
         r"""
         Generate images.
 
         Args:
-            prompt (`str` or `list[str]`, *optional*): What to draw; or pass `prompt_embeds`.
-            negative_prompt (`str` or `list[str]`, *optional*): What guidance moves away from; "" unless given.
-            height, width (`int`, *optional*): Size in pixels, multiples of 32 in the released model; its default is 256.
-            num_inference_steps (`int`, defaults to 12): Sampling steps.
-            guidance_scale (`float` or `tuple[float, float]`, defaults to 8.0):
-                w in `w · conditional + (1 - w) · unconditional` logits, or (first, last) for a linear ramp over the steps.
-                With 1 or less, or None, there is no second pass.
-            guidance_steps (`int`, *optional*): Only the first so many steps are guided; all unless given.
-            temperature (`float` or `tuple[float, float]`, *optional*): The scheduler's, for this call: (first, last).
-            renoise_steps (`int`, *optional*): The scheduler's, for this call.
-            num_images_per_prompt (`int`, defaults to 1): Images for each prompt.
-            generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
-                The source of randomness; a list has one for each image, which then does not depend on its batch.
-            latents (`torch.LongTensor` of shape `(num_images, height / 4, width / 4)`, *optional*):
-                Tokens to start from in place of random ones, int64 in `[0, num_vq_embeddings)`.
-            condition_image (`PIL.Image.Image` or list, *optional*):
-                Condition on the CLIP embedding of an image, or of several in a list; a nested list has one list a prompt.
-            prompt_embeds, negative_prompt_embeds (`torch.Tensor` of shape `(batch_size, length, text_embed_dim)`):
-                Text encoder outputs, in place of prompts; their lengths may differ.
-            prompt_attention_mask, negative_prompt_attention_mask (`torch.Tensor` of shape `(batch_size, length)`):
-                0 where these are padding.
-            clip_text_embeds, negative_clip_text_embeds (`torch.Tensor` of shape `(batch_size, clip_embed_dim)`, *optional*):
-                CLIP text embeddings, not normalised.
-            clip_image_embeds (`torch.Tensor` of shape `(batch_size, [num_images,] clip_embed_dim)`, *optional*):
-                CLIP image embeddings, not normalised.
-            conditioning_weights (`torch.Tensor` of shape `(n,)` or `(batch_size, n)`, *optional*):
-                Factors on the attention paid to the last n conditioning tokens, in the conditional pass.
-            use_prior (`bool`, *optional*):
-                Whether the prior samples an image embedding; if None, when it is loaded and no image embedding is given.
-            prior_num_inference_steps (`int`, defaults to 60): Steps of the prior.
-            prior_guidance_scale (`float`, defaults to 3.0): Guidance of the prior.
-            max_sequence_length (`int`, defaults to 768): Prompts are cut to so many bytes.
-            cross_attention_kwargs (`dict`, *optional*): `{"scale": s}` scales LoRA adapters.
-            output_type (`str`, defaults to `"pil"`): `"pil"`, `"np"`, `"pt"`, or `"latent"` for the token grid.
-            return_dict (`bool`, defaults to `True`): Whether to return an `ImagePipelineOutput` rather than a tuple.
-            callback_on_step_end (`Callable`, *optional*):
-                Called after each step with `(pipeline, step, timestep, tensors)`; may return replaced `latents`.
-            callback_on_step_end_tensor_inputs (`list[str]`, defaults to `["latents"]`):
-                What it is given: `latents`, the re-noised tokens, and `pred_original_sample`, those before re-noising.
+            {shared}
 
         Examples:
 
@@ -114,87 +43,86 @@ class PaellaPipeline(PaellaPipelineBase):
         Raises:
             ValueError: If an argument is out of range, or needs a component that is not there.
         """
-        if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
-            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
-        height = self.unet.config.sample_size * self.vae_scale_factor if height is None else height
-        width = self.unet.config.sample_size * self.vae_scale_factor if width is None else width
+        return self.generate(**kwargs)
 
-        # 1. check inputs
-        batch_size = self.check_inputs(
-            prompt=prompt,
-            negative_prompt=negative_prompt,
-            height=height,
-            width=width,
-            num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
-            guidance_steps=guidance_steps,
-            num_images_per_prompt=num_images_per_prompt,
-            generator=generator,
-            latents=latents,
-            condition_image=condition_image,
-            prompt_embeds=prompt_embeds,
-            negative_prompt_embeds=negative_prompt_embeds,
-            prompt_attention_mask=prompt_attention_mask,
-            negative_prompt_attention_mask=negative_prompt_attention_mask,
-            clip_text_embeds=clip_text_embeds,
-            negative_clip_text_embeds=negative_clip_text_embeds,
-            clip_image_embeds=clip_image_embeds,
-            conditioning_weights=conditioning_weights,
-            use_prior=use_prior,
-            prior_num_inference_steps=prior_num_inference_steps,
-            max_sequence_length=max_sequence_length,
-            output_type=output_type,
-            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
-        )
-        self._guidance_scale = guidance_scale
-        self._guidance_steps = guidance_steps
-        self._interrupt = False
-        device = self._execution_device
+    @torch.no_grad()
+    def interpolate(
+        self,
+        a: str | PIL.Image.Image,
+        b: str | PIL.Image.Image,
+        num_images: int = 8,
+        generator: torch.Generator | None = None,
+        **kwargs,
+    ) -> ImagePipelineOutput | tuple:
+        r"""
+        Images on the way from `a` to `b`: their embeddings are interpolated spherically, token by token and the CLIP ones
+        whole, and every image begins with the same noise and draws the same random numbers.
 
-        # 2. prepare the schedule: cheap, and it may refuse its arguments
-        self.set_timesteps(num_inference_steps, device, temperature, renoise_steps)
+        Args:
+            a, b (`str` or `PIL.Image.Image`):
+                Prompts, or images to condition on. Between a prompt and an image, the prompt takes part with the image
+                embedding that the prior gives it, or, without a prior, with its CLIP text embedding, of the same space.
+            num_images (`int`, defaults to 8): Including both ends, at least 2.
+            generator (`torch.Generator`, *optional*): The source of randomness.
+            kwargs: Of `__call__`, but what describes the prompt.
 
-        # 3. encode prompts and images
-        conditioning, negative_conditioning = self.prepare_conditioning(
-            batch_size,
-            num_images_per_prompt,
-            generator,
-            prompt=prompt,
-            negative_prompt=negative_prompt,
-            prompt_embeds=prompt_embeds,
-            negative_prompt_embeds=negative_prompt_embeds,
-            prompt_attention_mask=prompt_attention_mask,
-            negative_prompt_attention_mask=negative_prompt_attention_mask,
-            clip_text_embeds=clip_text_embeds,
-            negative_clip_text_embeds=negative_clip_text_embeds,
-            max_sequence_length=max_sequence_length,
-            condition_image=condition_image,
-            clip_image_embeds=clip_image_embeds,
-            conditioning_weights=conditioning_weights,
-            use_prior=use_prior,
-            prior_num_inference_steps=prior_num_inference_steps,
-            prior_guidance_scale=prior_guidance_scale,
-        )
+        Returns:
+            As `__call__`, from `a` to `b`.
 
-        # 4. start from noise
-        latents = self.prepare_latents(batch_size * num_images_per_prompt, height, width, device, generator, latents)
+        Raises:
+            ValueError: If an argument is out of range, or needs a component that is not there.
+        """
+        ends = (a, b)
+        for name, end in zip("ab", ends):
+            if not isinstance(end, str | PIL.Image.Image):
+                raise ValueError(f"`{name}` must be a prompt or a PIL image, got {type(end).__name__}.")
+        if not isinstance(num_images, int) or num_images < 2:
+            raise ValueError(f"`num_images` must be an integer of at least 2, got {num_images!r}.")
+        if not isinstance(generator, torch.Generator | None):
+            raise ValueError(f"`generator` must be one torch.Generator, got {type(generator).__name__}.")
+        if self.text_encoder is None or self.tokenizer is None:
+            raise ValueError("`interpolate` needs the components `text_encoder` and `tokenizer`.")
+        with_images = any(isinstance(end, PIL.Image.Image) for end in ends)
+        if with_images and (self.image_encoder is None or self.feature_extractor is None):
+            raise ValueError("Interpolating images needs the components `image_encoder` and `feature_extractor`.")
+        if with_images and self.text_encoder_2 is None:
+            raise ValueError("Interpolating images needs the component `text_encoder_2`.")
+        if generator is None:
+            generator = torch.Generator()
+            generator.seed()
 
-        # 5. denoise
-        latents = self.denoise(
-            latents,
-            conditioning,
-            negative_conditioning,
-            noise=latents,
-            generator=generator,
-            cross_attention_kwargs=cross_attention_kwargs,
-            callback_on_step_end=callback_on_step_end,
-            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+        prompts = [end if isinstance(end, str) else "" for end in ends]
+        embeds, _, mask, _, clip_text, _ = self.encode_prompt(prompts, do_classifier_free_guidance=False)
+        mask = torch.ones(embeds.shape[:2], device=embeds.device) if mask is None else mask
+        share = torch.linspace(0, 1, num_images, device=embeds.device)
+        attended = (mask[0].bool() & (share < 1)[:, None]) | (mask[1].bool() & (share > 0)[:, None])
+        clip_image = None
+        if with_images:
+            clip_image = torch.cat([self._image_embeds(end, row, generator) for end, row in zip(ends, clip_text.split(1))])
+        return self(
+            prompt_embeds=slerp(*embeds * mask[..., None].to(embeds), share),
+            prompt_attention_mask=None if attended.all() else attended,
+            clip_text_embeds=None if clip_text is None else slerp(*clip_text, share),
+            clip_image_embeds=None if clip_image is None else slerp(*clip_image, share),
+            generator=[generator.clone_state() for _ in range(num_images)],
+            **kwargs,
         )
 
-        # 6. decode
-        images = self.decode(latents, output_type)
-        self.maybe_free_model_hooks()
+    def _image_embeds(self, end: str | PIL.Image.Image, clip_text: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        """The image embedding `(1, clip_embed_dim)` of one end of an interpolation."""
+        if isinstance(end, PIL.Image.Image):
+            return self.encode_image(end, batch_size=1)[:, 0]
+        if self.prior is None or self.prior_scheduler is None:
+            return clip_text
+        return self.sample_prior(clip_text, generator=generator.clone_state())
 
-        if not return_dict:
-            return (images,)
-        return ImagePipelineOutput(images=images)
+
+def slerp(first: torch.Tensor, last: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
+    """Spherical interpolation of vectors `(..., channels)` at every share in [0, 1]: `(len(share), ..., channels)`."""
+    angle = F.cosine_similarity(first.float(), last.float(), dim=-1)[..., None].clamp(-1, 1).acos()
+    share = share.view(-1, *[1] * first.ndim)
+    along = angle.sin() > 1e-4  # else they are parallel, and a straight line is as good
+    sine = torch.where(along, angle.sin(), 1.0)
+    weight_first = torch.where(along, ((1 - share) * angle).sin() / sine, 1 - share)
+    weight_last = torch.where(along, (share * angle).sin() / sine, share)
+    return (weight_first * first + weight_last * last).to(first.dtype)

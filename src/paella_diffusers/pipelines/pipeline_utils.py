@@ -1,6 +1,8 @@
 """What Paella's pipelines share: components, prompt encoding, conditioning, the denoising loop and decoding."""
 
+import functools
 import inspect
+import re
 from collections.abc import Callable
 from numbers import Integral, Real
 
@@ -8,7 +10,9 @@ import PIL.Image
 import torch
 import torch.nn.functional as F
 from diffusers import DiffusionPipeline
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
+from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
@@ -24,8 +28,9 @@ from .. import registration
 from ..models.prior_paella import PaellaPrior
 from ..models.unet_paella import PaellaUNet
 from ..models.vq_model import PaellaVQModel
-from ..schedulers.scheduling_paella import random_tokens
+from ..schedulers.scheduling_paella import draw, random_tokens
 from .original_repo import has_original_layout, load_original_components
+from .source_image import SourceImage, read_mask
 
 logger = logging.get_logger(__name__)
 
@@ -144,6 +149,192 @@ class PaellaPipelineBase(DiffusionPipeline):
             return pipeline
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
+    # ----------------------------------------------------------------------------------------------- the whole call
+
+    def generate(
+        self,
+        prompt: str | list[str] | None = None,
+        negative_prompt: str | list[str] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int = 12,
+        guidance_scale: float | tuple[float, float] | None = 8.0,
+        guidance_steps: int | None = None,
+        temperature: float | tuple[float, float] | None = None,
+        renoise_steps: int | None = None,
+        num_images_per_prompt: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.LongTensor | None = None,
+        condition_image: PIL.Image.Image | list | None = None,
+        prompt_embeds: torch.Tensor | None = None,
+        negative_prompt_embeds: torch.Tensor | None = None,
+        prompt_attention_mask: torch.Tensor | None = None,
+        negative_prompt_attention_mask: torch.Tensor | None = None,
+        clip_text_embeds: torch.Tensor | None = None,
+        negative_clip_text_embeds: torch.Tensor | None = None,
+        clip_image_embeds: torch.Tensor | None = None,
+        conditioning_weights: torch.Tensor | None = None,
+        use_prior: bool | None = None,
+        prior_num_inference_steps: int = 60,
+        prior_guidance_scale: float = 3.0,
+        max_sequence_length: int = 768,
+        region_masks: list | torch.Tensor | None = None,
+        cross_attention_kwargs: dict | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable | PipelineCallback | MultiPipelineCallbacks | None = None,
+        callback_on_step_end_tensor_inputs: list[str] = ["latents"],
+        *,
+        source: SourceImage | None = None,
+        strength: float = 1.0,
+        step: Callable | None = None,
+    ) -> ImagePipelineOutput | tuple:
+        r"""
+        What the `__call__` of every task does, with `source` and `strength` for those that begin with an image.
+
+        Args:
+            prompt (`str` or `list[str]`, *optional*): What to draw; or pass `prompt_embeds`.
+            negative_prompt (`str` or `list[str]`, *optional*): What guidance moves away from; "" unless given.
+            height, width (`int`, *optional*): Size in pixels, multiples of 32 in the released model; its default is 256.
+            num_inference_steps (`int`, defaults to 12): Sampling steps.
+            guidance_scale (`float` or `tuple[float, float]`, defaults to 8.0):
+                w in `w · conditional + (1 - w) · unconditional` logits, or (first, last) for a linear ramp over the steps.
+                With 1 or less, or None, there is no second pass.
+            guidance_steps (`int`, *optional*): Only the first so many steps are guided; all unless given.
+            temperature (`float` or `tuple[float, float]`, *optional*): The scheduler's, for this call: (first, last).
+            renoise_steps (`int`, *optional*): The scheduler's, for this call.
+            num_images_per_prompt (`int`, defaults to 1): Images for each prompt.
+            generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
+                The source of randomness; a list has one for each image, which then does not depend on its batch.
+            latents (`torch.LongTensor` of shape `(num_images, height / 4, width / 4)`, *optional*):
+                Tokens to start from in place of random ones, int64 in `[0, num_vq_embeddings)`.
+            condition_image (`PIL.Image.Image` or list, *optional*):
+                Condition on the CLIP embedding of an image, or of several in a list; a nested list has one list a prompt.
+            prompt_embeds, negative_prompt_embeds (`torch.Tensor` of shape `(batch_size, length, text_embed_dim)`):
+                Text encoder outputs, in place of prompts; their lengths may differ.
+            prompt_attention_mask, negative_prompt_attention_mask (`torch.Tensor` of shape `(batch_size, length)`):
+                0 where these are padding.
+            clip_text_embeds, negative_clip_text_embeds (`torch.Tensor` of shape `(batch_size, clip_embed_dim)`, *optional*):
+                CLIP text embeddings, not normalised.
+            clip_image_embeds (`torch.Tensor` of shape `(batch_size, [num_images,] clip_embed_dim)`, *optional*):
+                CLIP image embeddings, not normalised.
+            conditioning_weights (`torch.Tensor` of shape `(n,)` or `(batch_size, n)`, *optional*):
+                Factors on the attention paid to the last n conditioning tokens, in the conditional pass.
+            use_prior (`bool`, *optional*):
+                Whether the prior samples an image embedding; if None, when it is loaded and no image embedding is given.
+            prior_num_inference_steps (`int`, defaults to 60): Steps of the prior.
+            prior_guidance_scale (`float`, defaults to 3.0): Guidance of the prior.
+            max_sequence_length (`int`, defaults to 768): Prompts are cut to so many bytes.
+            region_masks (`list` or `torch.Tensor`, *optional*):
+                One mask a prompt, all for one image: where it is 1 the prompt governs, and between them logits are blended.
+                PIL, arrays or tensors `(height, width)` in [0, 1], or over the token grid, `(height / 4, width / 4)`; masks
+                need not sum to 1 but must cover every token.
+            cross_attention_kwargs (`dict`, *optional*): `{"scale": s}` scales LoRA adapters.
+            output_type (`str`, defaults to `"pil"`): `"pil"`, `"np"`, `"pt"`, or `"latent"` for the token grid.
+            return_dict (`bool`, defaults to `True`): Whether to return an `ImagePipelineOutput` rather than a tuple.
+            callback_on_step_end (`Callable`, *optional*):
+                Called after each step with `(pipeline, step, timestep, tensors)`; may return replaced `latents`.
+            callback_on_step_end_tensor_inputs (`list[str]`, defaults to `["latents"]`):
+                What it is given: `latents`, the re-noised tokens, and `pred_original_sample`, those before re-noising.
+
+            source ([`SourceImage`], *optional*): The image to begin with.
+            strength (`float`, defaults to 1.0): The first noise level, in (0, 1].
+            step (`Callable`, *optional*): Takes the place of `scheduler_step`.
+
+        Returns:
+            `ImagePipelineOutput` or `tuple`: The images, or int64 tokens `(num_images, height / 4, width / 4)`.
+
+        Raises:
+            ValueError: If an argument is out of range, or needs a component that is not there.
+        """
+        if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
+            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
+        height = self.unet.config.sample_size * self.vae_scale_factor if height is None else height
+        width = self.unet.config.sample_size * self.vae_scale_factor if width is None else width
+        prompts = {
+            "prompt": prompt,
+            "negative_prompt": negative_prompt,
+            "prompt_embeds": prompt_embeds,
+            "negative_prompt_embeds": negative_prompt_embeds,
+            "prompt_attention_mask": prompt_attention_mask,
+            "negative_prompt_attention_mask": negative_prompt_attention_mask,
+            "clip_text_embeds": clip_text_embeds,
+            "negative_clip_text_embeds": negative_clip_text_embeds,
+            "max_sequence_length": max_sequence_length,
+        }
+        images = {
+            "condition_image": condition_image,
+            "clip_image_embeds": clip_image_embeds,
+            "conditioning_weights": conditioning_weights,
+            "use_prior": use_prior,
+            "prior_num_inference_steps": prior_num_inference_steps,
+        }
+
+        # 1. check inputs
+        regions = None if region_masks is None else self.read_regions(region_masks, height, width)
+        batch_size = self.check_inputs(
+            **prompts,
+            **images,
+            height=height,
+            width=width,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            guidance_steps=guidance_steps,
+            num_images_per_prompt=num_images_per_prompt,
+            generator=generator,
+            latents=latents,
+            output_type=output_type,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+            source=source,
+            strength=strength,
+            regions=regions,
+        )
+        self._guidance_scale = guidance_scale
+        self._guidance_steps = guidance_steps
+        self._interrupt = False
+        device = self._execution_device
+
+        # 2. prepare the schedule: cheap, and it may refuse its arguments
+        self.set_timesteps(num_inference_steps, device, temperature, renoise_steps, strength)
+
+        # 3. encode prompts and images
+        conditioning, negative_conditioning = self.prepare_conditioning(
+            batch_size,
+            num_images_per_prompt,
+            generator,
+            prior_guidance_scale=prior_guidance_scale,
+            **prompts,
+            **images,
+        )
+
+        # 4. start from noise, or from an image with some
+        num_images = (batch_size if regions is None else 1) * num_images_per_prompt
+        shape = (num_images, height // self.vae_scale_factor, width // self.vae_scale_factor)
+        latents, noise, mask = self.prepare_latents(shape, device, generator, latents, source, strength)
+
+        # 5. denoise
+        latents = self.denoise(
+            latents,
+            conditioning,
+            negative_conditioning,
+            noise=noise,
+            mask=mask,
+            regions=regions,
+            step=step,
+            generator=generator,
+            cross_attention_kwargs=cross_attention_kwargs,
+            callback_on_step_end=callback_on_step_end,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+        )
+
+        # 6. decode
+        images = self.decode(latents, output_type, source)
+        self.maybe_free_model_hooks()
+
+        if not return_dict:
+            return (images,)
+        return ImagePipelineOutput(images=images)
+
     # ------------------------------------------------------------------------------------------------ input checks
 
     def check_inputs(
@@ -172,15 +363,12 @@ class PaellaPipelineBase(DiffusionPipeline):
         max_sequence_length,
         output_type,
         callback_on_step_end_tensor_inputs,
+        source,
+        strength,
+        regions,
     ) -> int:
         """Refuse bad input, naming the argument, the value and the remedy; the number of prompts otherwise."""
-        multiple = self.vae_scale_factor * self.unet.sample_multiple
-        if not all(isinstance(side, Integral) and side > 0 and side % multiple == 0 for side in (height, width)):
-            nearest = [max(1, round(side / multiple)) * multiple for side in (height, width)]
-            raise ValueError(
-                f"`height` and `width` must be multiples of {multiple}, got {height} and {width}: the nearest are "
-                f"{nearest[0]} and {nearest[1]}."
-            )
+        self.check_size(height, width)
         for name, value, least in (
             ("num_inference_steps", num_inference_steps, 1),
             ("num_images_per_prompt", num_images_per_prompt, 1),
@@ -193,8 +381,9 @@ class PaellaPipelineBase(DiffusionPipeline):
         scales = guidance_scale if isinstance(guidance_scale, tuple | list) else (guidance_scale or 0.0,) * 2
         if len(scales) != 2 or not all(isinstance(scale, Real) for scale in scales):
             raise ValueError(f"`guidance_scale` must be a number, (first, last) or None, got {guidance_scale}.")
-        if output_type not in ("pil", "np", "pt", "latent"):
-            raise ValueError(f"`output_type` must be 'pil', 'np', 'pt' or 'latent', got {output_type!r}.")
+        if not (isinstance(strength, Real) and 0 < strength <= 1):
+            raise ValueError(f"`strength` must be a number in (0, 1], got {strength!r}: 1 keeps nothing of the image.")
+        self.check_output_type(output_type)
         unknown = set(callback_on_step_end_tensor_inputs or ()) - set(self._callback_tensor_inputs)
         if unknown:
             raise ValueError(
@@ -291,7 +480,10 @@ class PaellaPipelineBase(DiffusionPipeline):
                 )
 
         # randomness and start
-        total = batch_size * num_images_per_prompt
+        if regions is not None and len(regions) != batch_size:
+            raise ValueError(f"`region_masks` has {len(regions)} masks for {batch_size} prompts: pass one for each.")
+        batch_size_of_images = batch_size if regions is None else 1
+        total = batch_size_of_images * num_images_per_prompt
         if not isinstance(generator, torch.Generator | list | None):
             raise ValueError(f"`generator` must be a torch.Generator or a list of them, got {type(generator).__name__}.")
         if isinstance(generator, list) and len(generator) != total:
@@ -303,7 +495,37 @@ class PaellaPipelineBase(DiffusionPipeline):
                 (total, height // self.vae_scale_factor, width // self.vae_scale_factor),
                 self.unet.config.num_vq_embeddings,
             )
+        if source is not None and len(source.image) not in (1, batch_size_of_images):
+            raise ValueError(
+                f"`image` has {len(source.image)} images for {batch_size_of_images} prompts: pass one, or one each."
+            )
         return batch_size
+
+    def check_size(self, height, width):
+        """Refuse sizes in pixels that are no whole number of the U-Net's token patches."""
+        multiple = self.vae_scale_factor * self.unet.sample_multiple
+        if not all(isinstance(side, Integral) and side > 0 and side % multiple == 0 for side in (height, width)):
+            nearest = [max(1, round(side / multiple)) * multiple for side in (height, width)]
+            raise ValueError(
+                f"`height` and `width` must be multiples of {multiple}, got {height} and {width}: the nearest are "
+                f"{nearest[0]} and {nearest[1]}."
+            )
+
+    def check_output_type(self, output_type):
+        """Refuse unknown kinds of results."""
+        if output_type not in ("pil", "np", "pt", "latent"):
+            raise ValueError(f"`output_type` must be 'pil', 'np', 'pt' or 'latent', got {output_type!r}.")
+
+    def check_image(self, image: torch.Tensor) -> torch.Tensor:
+        """Refuse tokens that this VQGAN does not have."""
+        if not image.is_floating_point():
+            check_tokens("image", image, tuple(image.shape), self.unet.config.num_vq_embeddings)
+        return image
+
+    def size_of(self, image: torch.Tensor) -> tuple[int, int]:
+        """Height and width in pixels of pixels or tokens."""
+        unit = 1 if image.is_floating_point() else self.vae_scale_factor
+        return image.shape[-2] * unit, image.shape[-1] * unit
 
     # ------------------------------------------------------------------------------------------------ conditioning
 
@@ -468,7 +690,10 @@ class PaellaPipelineBase(DiffusionPipeline):
         else:
             needed = (self.prior, self.prior_scheduler, clip_text)
             if use_prior or (use_prior is None and all(part is not None for part in needed)):
-                embeds = self.sample_prior(clip_text, prior_num_inference_steps, prior_guidance_scale, generator)
+                rows = generator
+                if isinstance(generator, list):  # with regions, an image has several prompts
+                    rows = generator * (len(clip_text) // len(generator))
+                embeds = self.sample_prior(clip_text, prior_num_inference_steps, prior_guidance_scale, rows)
                 clip_image_embeds = embeds[:, None]
         if conditioning_weights is not None:
             weights = conditioning_weights[None] if conditioning_weights.ndim == 1 else conditioning_weights
@@ -521,8 +746,11 @@ class PaellaPipelineBase(DiffusionPipeline):
             return None
         return scale if self._needs_guidance(scale) else None
 
-    def set_timesteps(self, num_inference_steps: int, device, temperature=None, renoise_steps=None):
-        """Prepare the scheduler; an override that neither its `set_timesteps` nor its `step` takes is refused."""
+    def set_timesteps(self, num_inference_steps: int, device, temperature=None, renoise_steps=None, strength: float = 1.0):
+        """
+        Prepare the scheduler to descend from noise level `strength` in `num_inference_steps` steps. An override that neither
+        its `set_timesteps` nor its `step` takes is refused.
+        """
         overrides = {"temperature": temperature, "renoise_steps": renoise_steps}
         overrides = {name: value for name, value in overrides.items() if value is not None}
         here, in_step = (inspect.signature(f).parameters for f in (self.scheduler.set_timesteps, self.scheduler.step))
@@ -530,16 +758,74 @@ class PaellaPipelineBase(DiffusionPipeline):
         if unknown:
             raise ValueError(f"{type(self.scheduler).__name__} takes no {sorted(unknown)}: leave it out.")
         now = {name: overrides.pop(name) for name in here if name in overrides}
-        self.scheduler.set_timesteps(num_inference_steps, device=device, **now)
-        self._num_timesteps = len(self.scheduler.timesteps)
+        total = num_inference_steps
+        if strength < 1 and "timesteps" in here:
+            end = min(self.scheduler.config.get("t_end", 0.0), strength)
+            now["timesteps"] = torch.linspace(strength, end, num_inference_steps + 1)[:-1]
+        elif strength < 1:  # the last steps of a longer run
+            total = round(num_inference_steps / strength)
+        self.scheduler.set_timesteps(total, device=device, **now)
+        self._timesteps = self.scheduler.timesteps[-num_inference_steps:]
+        if (
+            not self._timesteps.is_floating_point()
+        ):  # diffusers' discrete schedulers count steps upwards, ours give the level
+            self._levels = 1 - self._timesteps / total
+        else:
+            self._levels = self._timesteps
+        self._num_timesteps = len(self._timesteps)
         self._step_overrides = overrides
 
-    def prepare_latents(self, batch_size, height, width, device, generator=None, latents=None) -> torch.LongTensor:
-        """The token grid to start from, `(batch_size, height / 4, width / 4)`: uniformly random unless given."""
-        if latents is not None:
-            return latents.to(device)
-        shape = (batch_size, height // self.vae_scale_factor, width // self.vae_scale_factor)
-        return random_tokens(self.unet.config.num_vq_embeddings, shape, device, generator)
+    def prepare_latents(
+        self,
+        shape: tuple[int, int, int],
+        device,
+        generator=None,
+        latents: torch.LongTensor | None = None,
+        source: SourceImage | None = None,
+        strength: float = 1.0,
+    ) -> tuple[torch.LongTensor, torch.LongTensor, torch.BoolTensor | None]:
+        """
+        The tokens to start from, those that re-noising returns to, and where tokens are generated (None: everywhere): three
+        grids of `shape`, `(num_images, height / 4, width / 4)`. Both grids are uniformly random, or `latents`, but for what
+        comes from the source.
+        """
+        num_tokens = self.unet.config.num_vq_embeddings
+        if source is None or (source.mask is None and strength == 1):
+            noise = random_tokens(num_tokens, shape, device, generator) if latents is None else latents.to(device)
+            return noise, noise, None
+        tokens = self.encode_source(source, shape[0], device)
+        if strength < 1:
+            noised = draw(torch.rand, shape, device, generator) <= strength
+            start = torch.where(noised, random_tokens(num_tokens, shape, device, generator), tokens)
+        noise = random_tokens(num_tokens, shape, device, generator) if latents is None else latents.to(device)
+        if strength == 1:
+            start = noise
+        if source.mask is None:
+            return start, noise, None
+        mask = _repeat_to(source.mask, shape[0]).to(device)
+        return torch.where(mask, start, tokens), torch.where(mask, noise, tokens), mask
+
+    def read_regions(self, region_masks, height: int, width: int) -> torch.Tensor:
+        """Masks as a share for every prompt at every token, `(num_prompts, height / 4, width / 4)`, summing to 1."""
+        self.check_size(height, width)
+        grid = (height // self.vae_scale_factor, width // self.vae_scale_factor)
+        shapes = {tuple(mask.shape[-2:]) for mask in region_masks if isinstance(mask, torch.Tensor)}
+        masks = read_mask(region_masks, grid if shapes == {grid} else (height, width), name="region_masks")
+        masks = F.adaptive_avg_pool2d(masks, grid)[:, 0]
+        total = masks.sum(0)
+        if (total == 0).any():
+            row, column = (total == 0).nonzero()[0].tolist()
+            raise ValueError(
+                f"`region_masks` leave the token in row {row} and column {column} without a prompt: let one cover it."
+            )
+        return masks / total
+
+    def encode_source(self, source: SourceImage, num_images: int, device) -> torch.LongTensor:
+        """The source's tokens, `(num_images, height / 4, width / 4)`."""
+        tokens = source.image
+        if not source.is_tokens:
+            tokens = self.vqgan.encode(source.image.to(device, self.vqgan.dtype)).indices
+        return _repeat_to(tokens, num_images).to(device)
 
     def denoise(
         self,
@@ -548,12 +834,15 @@ class PaellaPipelineBase(DiffusionPipeline):
         negative_conditioning: dict[str, torch.Tensor | None] | None,
         noise: torch.LongTensor,
         mask: torch.Tensor | None = None,
+        regions: torch.Tensor | None = None,
+        step: Callable | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         cross_attention_kwargs: dict | None = None,
         callback_on_step_end: Callable | None = None,
         callback_on_step_end_tensor_inputs: list[str] | None = None,
     ) -> torch.LongTensor:
         """The sampling loop: logits, guidance, and a step of the scheduler, until the tokens are clean."""
+        step = step or self.scheduler_step
         lora = {"cross_attention_kwargs": cross_attention_kwargs}
         both = negative_conditioning and join_conditioning(
             conditioning, negative_conditioning, self.unet.config.clip_seq_len
@@ -561,19 +850,20 @@ class PaellaPipelineBase(DiffusionPipeline):
         takes_codebook = "codebook" in inspect.signature(self.scheduler.step).parameters
         codebook = self.vqgan.codebook(latents.device) if takes_codebook else None
         with self.progress_bar(total=self._num_timesteps) as progress_bar:
-            for i, t in enumerate(self.scheduler.timesteps):
+            for i, (t, level) in enumerate(zip(self._timesteps, self._levels)):
                 if self.interrupt:
                     break
-                # discrete schedulers of diffusers count steps upwards; ours give the noise level itself
-                level = t if t.is_floating_point() else 1 - t / self._num_timesteps
                 scale = self._guidance_at(i)
+                sample = latents if regions is None else latents.repeat(len(regions), 1, 1)
                 if scale is None or both is None:  # a callback cannot turn on what was not encoded
-                    logits = self.unet(latents, level, **conditioning, **lora).sample
+                    logits = self.unet(sample, level, **conditioning, **lora).sample
                 else:
-                    logits = self.unet(torch.cat([latents, latents]), level, **both, **lora).sample
+                    logits = self.unet(torch.cat([sample, sample]), level, **both, **lora).sample
                     conditional, unconditional = logits.float().chunk(2)
                     logits = scale * conditional + (1 - scale) * unconditional
-                latents, pred_original_sample = self.scheduler_step(logits, t, latents, noise, mask, codebook, generator)
+                if regions is not None:  # rows are prompts, then images
+                    logits = (regions.to(logits)[:, None, None] * logits.unflatten(0, (len(regions), -1))).sum(0)
+                latents, pred_original_sample = step(logits, t, latents, noise, mask, codebook, generator)
                 if callback_on_step_end is not None:
                     tensors = {"latents": latents, "pred_original_sample": pred_original_sample}
                     wanted = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
@@ -607,14 +897,45 @@ class PaellaPipelineBase(DiffusionPipeline):
             latents.flatten(1),
             **{name: value for name, value in arguments.items() if name in accepted},
         )
-        return output.prev_sample.view_as(latents), output.sampled_tokens.view_as(latents)
+        tokens = output.prev_sample.view_as(latents), output.sampled_tokens.view_as(latents)
+        if mask is not None and "mask" not in accepted:
+            tokens = tuple(torch.where(mask, grid, latents) for grid in tokens)
+        return tokens
 
-    def decode(self, latents: torch.LongTensor, output_type: str):
-        """Tokens to images of the wanted type; `"latent"` returns the tokens."""
+    def decode(self, latents: torch.LongTensor, output_type: str, source: SourceImage | None = None):
+        """Tokens to images of the wanted type, with what the source keeps of its pixels; `"latent"` returns the tokens."""
         if output_type == "latent":
             return latents
         images = self.vqgan.decode_indices(latents).sample.clamp(0, 1)
+        if source is not None and source.blend is not None:
+            kept, blend = (_repeat_to(part, len(images)).to(images.device) for part in (source.image, source.blend))
+            images = torch.lerp(kept, images.float(), blend)
         return self.image_processor.postprocess(images, output_type, do_denormalize=[False] * len(images))
+
+
+def with_shared_arguments(call: Callable) -> Callable:
+    """
+    For a task's `__call__(self, its_own, **kwargs)`: it gets the arguments of [`PaellaPipelineBase.generate`] after its own,
+    in the signature and, at "{shared}", in the docstring.
+    """
+    own = inspect.signature(call)
+    parameters = {name: p for name, p in own.parameters.items() if p.kind is not p.VAR_KEYWORD}
+    for name, parameter in inspect.signature(PaellaPipelineBase.generate).parameters.items():
+        if parameter.kind is not parameter.KEYWORD_ONLY:
+            parameters.setdefault(name, parameter)
+    signature = own.replace(parameters=parameters.values())
+
+    @functools.wraps(call)
+    def wrapper(self, *args, **kwargs):
+        return call(**signature.bind(self, *args, **kwargs).arguments)
+
+    wrapper.__signature__ = signature
+    shared = PaellaPipelineBase.generate.__doc__.partition("Args:\n")[2].partition("            source (")[0]
+    entries = re.split(r"\n(?=            \w)", "\n" + shared.rstrip())[1:]
+    names = [set(re.match(r"\s*([\w, ]+)", entry)[1].strip().split(", ")) for entry in entries]
+    entries = [entry for entry, documented in zip(entries, names) if not documented & own.parameters.keys()]
+    wrapper.__doc__ = call.__doc__.replace("            {shared}", "\n".join(entries))
+    return wrapper
 
 
 def join_conditioning(positive: dict, negative: dict, clip_seq_len: int) -> dict:
@@ -682,6 +1003,11 @@ def _repeat(tensor: torch.Tensor | None, batch_size: int, num_images_per_prompt:
         return None
     rows = tensor.expand(batch_size, *tensor.shape[1:]) if len(tensor) == 1 else tensor
     return rows.to(device).repeat_interleave(num_images_per_prompt, dim=0)
+
+
+def _repeat_to(rows: torch.Tensor, num_images: int) -> torch.Tensor:
+    """A row for every image, from one for all or one for each prompt."""
+    return rows.repeat_interleave(num_images // len(rows), dim=0)
 
 
 def _distinct(prompts: list[str]) -> tuple[list[str], list[int]]:

@@ -174,7 +174,7 @@ class PaellaScheduler(SchedulerMixin, ConfigMixin):
 
         prev_sample = sampled_tokens
         if index < self.renoise_steps:
-            renoise = _draw(torch.rand, sample.shape, sample.device, generator) <= self._levels[index + 1]
+            renoise = draw(torch.rand, sample.shape, sample.device, generator) <= self._levels[index + 1]
             if mask is not None:
                 renoise &= mask.bool()
             if self.config.noise_source == "fresh":
@@ -227,7 +227,7 @@ class PaellaScheduler(SchedulerMixin, ConfigMixin):
         """
         shape, device = original_samples.shape, original_samples.device
         timesteps = torch.as_tensor(timesteps, device=device).view(-1, *[1] * (len(shape) - 1))
-        noised = _draw(torch.rand, shape, device, generator) <= timesteps
+        noised = draw(torch.rand, shape, device, generator) <= timesteps
         if noise is None:
             noise = random_tokens(self.config.num_vq_embeddings, shape, device, generator)
         return torch.where(noised, noise, original_samples)
@@ -270,14 +270,14 @@ def random_tokens(
     generator: torch.Generator | list[torch.Generator] | None = None,
 ) -> torch.LongTensor:
     """Uniform tokens in `[0, num_tokens)`; with a list of generators, each image from its own."""
-    return _draw(lambda size, **kwargs: torch.randint(num_tokens, size, **kwargs), shape, device, generator)
+    return draw(lambda size, **kwargs: torch.randint(num_tokens, size, **kwargs), shape, device, generator)
 
 
-def _draw(function: Callable, shape, device, generator) -> torch.Tensor:
+def draw(function: Callable, shape, device, generator) -> torch.Tensor:
     """A random tensor, drawn where the generator lives; with a list of generators, each image from its own."""
     if isinstance(generator, list):
         _check_generators(generator, shape[0])
-        return torch.cat([_draw(function, (1, *shape[1:]), device, g) for g in generator])
+        return torch.cat([draw(function, (1, *shape[1:]), device, g) for g in generator])
     return function(shape, generator=generator, device=generator.device if generator else device).to(device)
 
 
