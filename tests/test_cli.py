@@ -84,3 +84,61 @@ def test_missing_model_is_explained(tmp_path, capsys):
 def test_the_command_is_installed():
     command = Path(sys.executable).with_name("paella-diffusers")
     assert "generate" in subprocess.run([command, "--help"], capture_output=True, text=True, check=True).stdout
+
+
+# ------------------------------------------------------------------------------------------------ pictures from pictures
+
+
+@pytest.fixture(scope="module")
+def picture(tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("pictures") / "picture.png"
+    Image.linear_gradient("L").resize((32, 32)).convert("RGB").save(path)
+    return str(path)
+
+
+def run(model, *arguments):
+    return main([*arguments, "--model", model, "--steps", "2", "--device", "cpu"])
+
+
+def test_edit(model, picture, tmp_path):
+    for name, more in {"a.png": [], "b.png": ["--source-prompt", "b"], "c.png": ["--size", "48x32"]}.items():
+        assert run(model, "edit", "a", "--image", picture, "--out", str(tmp_path / name), *more) == 0
+    assert Image.open(tmp_path / "a.png").tobytes() != Image.open(tmp_path / "b.png").tobytes()
+    assert Image.open(tmp_path / "c.png").size == (48, 32)
+
+
+def test_inpaint(model, picture, tmp_path):
+    mask, out = tmp_path / "mask.png", tmp_path / "out.png"
+    Image.new("L", (32, 32), 0).save(mask)
+    assert run(model, "inpaint", "a", "--image", picture, "--mask", str(mask), "--out", str(out)) == 0
+    assert Image.open(out).tobytes() == Image.open(picture).tobytes()
+
+
+def test_outpaint(model, picture, tmp_path):
+    out = tmp_path / "out.png"
+    assert run(model, "outpaint", "a", "--image", picture, "--padding", "16", "0", "0", "32", "--out", str(out)) == 0
+    assert Image.open(out).size == (48, 64)
+
+
+def test_vary(model, picture, tmp_path):
+    out = tmp_path / "out.png"
+    assert run(model, "vary", "--image", picture, picture, "--num-images", "2", "--out", str(out)) == 0
+    assert Image.open(out).size == (64, 32)
+
+
+@pytest.mark.parametrize("suffix", ["gif", "webp"])
+def test_interpolate(model, picture, tmp_path, suffix):
+    out = tmp_path / f"film.{suffix}"
+    assert run(model, "interpolate", "a", picture, "--frames", "3", "--out", str(out)) == 0
+    assert Image.open(out).n_frames == 4  # there and back
+
+
+def test_bad_pictures_are_refused(model, picture, tmp_path, capsys):
+    text = tmp_path / "text.png"
+    text.write_text("no picture")
+    assert run(model, "edit", "a", "--image", str(text)) == 2
+    assert "text.png is not a picture" in capsys.readouterr().err
+    assert run(model, "edit", "a", "--image", "nowhere.png") == 2
+    assert "nowhere.png" in capsys.readouterr().err
+    assert run(model, "interpolate", "a", "b", "--out", "film.jpg") == 2
+    assert "--out must end in .gif, .webp, .png to be a film" in capsys.readouterr().err

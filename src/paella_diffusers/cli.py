@@ -1,4 +1,4 @@
-"""The command line: `paella-diffusers generate "red heart" --out heart.png`."""
+"""The command line: `paella-diffusers generate "red heart" --out heart.png`, and one command for each other task."""
 
 import argparse
 import math
@@ -8,50 +8,102 @@ from pathlib import Path
 
 from . import EMOJI_MODEL, __version__
 
+FILMS = (".gif", ".webp", ".png")
 DTYPES = ("float32", "bfloat16", "float16")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command; its exit status: 0, or 2 if the input was refused."""
-    parser = argparse.ArgumentParser(prog="paella-diffusers", description="Text to image with Paella.")
+    parser = argparse.ArgumentParser(prog="paella-diffusers", description="Pictures with Paella.")
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    _add_generate(commands)
+    _add_commands(commands)
     args = parser.parse_args(argv)
     try:
-        args.run(args)
+        run(args)
     except (ValueError, OSError) as error:
         print(f"paella-diffusers {args.command}: {error}", file=sys.stderr)
         return 2
     return 0
 
 
-def _add_generate(commands):
-    parser = commands.add_parser(
-        "generate",
-        help="pictures from prompts",
-        description="Make a picture for each prompt. Several pictures also make a contact sheet.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+def _add_commands(commands):
+    generate = _add_command(commands, "generate", "pictures from prompts", "Make a picture for each prompt.")
+    generate.add_argument("prompt", nargs="+", help="what to draw; quote it")
+    _add_size(generate)
+
+    edit = _add_command(
+        commands,
+        "edit",
+        "change a picture",
+        "Change a picture towards a prompt. With --source-prompt, what is in it is kept by discrete inversion.",
     )
-    parser.add_argument("prompt", nargs="+", help="what to draw; quote it")
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=Path("paella.png"),
-        help="picture; with several, the sheet, and OUT-1, OUT-2, … beside it",
+    edit.add_argument("prompt", nargs="+", help="what the result shall show")
+    edit.add_argument("--image", type=Path, required=True, metavar="PICTURE")
+    edit.add_argument("--source-prompt", metavar="TEXT", help="what the picture shows now")
+    edit.add_argument("--strength", type=float, default=0.75, metavar="S", help="share of the picture made anew, in (0, 1]")
+    edit.add_argument(
+        "--residual-scale", type=float, default=0.9, metavar="L", help="with --source-prompt: what is put back"
     )
+    _add_size(edit)
+
+    inpaint = _add_command(commands, "inpaint", "redraw a part of a picture", "Redraw what is white in a mask.")
+    inpaint.add_argument("prompt", nargs="+", help="what the whole result shall show")
+    inpaint.add_argument("--image", type=Path, required=True, metavar="PICTURE")
+    inpaint.add_argument("--mask", type=Path, required=True, metavar="PICTURE", help="white where to draw")
+
+    outpaint = _add_command(commands, "outpaint", "continue a picture", "Continue a picture beyond its edges.")
+    outpaint.add_argument("prompt", nargs="+", help="what the whole result shall show")
+    outpaint.add_argument("--image", type=Path, required=True, metavar="PICTURE")
+    outpaint.add_argument(
+        "--padding", type=int, nargs=4, required=True, metavar=("LEFT", "TOP", "RIGHT", "BOTTOM"), help="new pixels"
+    )
+
+    vary = _add_command(commands, "vary", "variations of pictures", "Make pictures like others, by their CLIP embeddings.")
+    vary.add_argument("prompt", nargs="*", default=[""], help="what to draw, beside")
+    vary.add_argument("--image", type=Path, nargs="+", required=True, metavar="PICTURE", help="several are mixed")
+    _add_size(vary)
+
+    interpolate = _add_command(
+        commands,
+        "interpolate",
+        "a film from one prompt or picture to another",
+        "Go from one prompt or picture to another, and back.",
+        film=True,
+    )
+    interpolate.add_argument("a", help="a prompt, or a file that is a picture")
+    interpolate.add_argument("b", help="likewise")
+    interpolate.add_argument("--frames", type=int, default=16, metavar="N", help="with both ends")
+    interpolate.add_argument("--frame-ms", type=int, default=120, metavar="MS", help="how long each is shown")
+    _add_size(interpolate)
+
+
+def _add_command(commands, name: str, summary: str, description: str, film: bool = False) -> argparse.ArgumentParser:
+    """A command with the options that all have."""
+    if not film:
+        description += " Several pictures also make a contact sheet."
+    formatter = argparse.ArgumentDefaultsHelpFormatter
+    parser = commands.add_parser(name, help=summary, description=description, formatter_class=formatter)
+    if film:
+        parser.add_argument("--out", type=Path, default=Path("paella.gif"), help="film: .gif, .webp or .png")
+    else:
+        out_help = "picture; with several, the sheet, and OUT-1, OUT-2, … beside it"
+        parser.add_argument("--out", type=Path, default=Path("paella.png"), help=out_help)
+        parser.add_argument("--num-images", type=int, default=1, metavar="N", help="pictures for each prompt")
     parser.add_argument("--model", default=EMOJI_MODEL, help="folder or Hub id, in diffusers' or the published layout")
-    parser.add_argument("--num-images", type=int, default=1, metavar="N", help="pictures for each prompt")
     parser.add_argument("--seed", type=int, default=0, help="of the first picture; each further one takes the next")
     parser.add_argument("--steps", type=int, default=12, metavar="N", help="sampling steps")
     parser.add_argument(
         "--guidance-scale", type=float, default=8.0, metavar="W", help="how strictly to follow the prompt; 1 for no guidance"
     )
     parser.add_argument("--negative-prompt", default="", metavar="TEXT", help="what to keep away from")
-    parser.add_argument("--size", type=_size, default=None, metavar="N or WxH", help="pixels; the model's own unless given")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights")
     parser.add_argument("--device", default=None, help="such as cpu or cuda; an accelerator if there is one")
-    parser.set_defaults(run=generate)
+    return parser
+
+
+def _add_size(parser: argparse.ArgumentParser):
+    parser.add_argument("--size", type=_size, default=None, metavar="N or WxH", help="pixels; the model's own unless given")
 
 
 def _size(text: str) -> tuple[int, int]:
@@ -62,17 +114,19 @@ def _size(text: str) -> tuple[int, int]:
     return width, height
 
 
-def generate(args: argparse.Namespace):
-    """Load the model, make the pictures and write them."""
+def run(args: argparse.Namespace):
+    """Read the pictures, load the model, make pictures and write them."""
+    film = args.command == "interpolate"
     _check_output(args.out)
-    if args.num_images < 1:
+    if film and args.out.suffix.lower() not in FILMS:
+        raise ValueError(f"--out must end in {', '.join(FILMS)} to be a film, got {args.out}.")
+    if not film and args.num_images < 1:
         raise ValueError(f"--num-images must be at least 1, got {args.num_images}.")
+    task, call = _task(args)
 
     import torch
-    from diffusers.utils import make_image_grid
-    from PIL import Image
 
-    from . import PaellaPipeline
+    import paella_diffusers
 
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
     device = args.device or accelerator
@@ -80,20 +134,60 @@ def generate(args: argparse.Namespace):
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"--device {device} is not to be had here: {str(error).splitlines()[0]}") from error
-    pipe = PaellaPipeline.from_pretrained(args.model, dtype=getattr(torch, args.dtype))
+    pipe = getattr(paella_diffusers, task).from_pretrained(args.model, dtype=getattr(torch, args.dtype))
     pipe.to(device)
-    width, height = args.size or (None, None)
+    call |= {"num_inference_steps": args.steps, "guidance_scale": args.guidance_scale}
+    call |= {"negative_prompt": args.negative_prompt}
+    if getattr(args, "size", None):
+        call["width"], call["height"] = args.size
+    if film:
+        frames = pipe.interpolate(**call, generator=torch.Generator().manual_seed(args.seed)).images
+        _write_film(frames, args.out, args.frame_ms)
+        return
     count = len(args.prompt) * args.num_images
-    images = pipe(
-        args.prompt,
-        negative_prompt=args.negative_prompt,
-        width=width,
-        height=height,
-        num_inference_steps=args.steps,
-        guidance_scale=args.guidance_scale,
-        num_images_per_prompt=args.num_images,
-        generator=[torch.Generator().manual_seed(args.seed + i) for i in range(count)],
-    ).images
+    generators = [torch.Generator().manual_seed(args.seed + i) for i in range(count)]
+    _write_sheet(pipe(**call, num_images_per_prompt=args.num_images, generator=generators).images, args)
+
+
+def _task(args: argparse.Namespace) -> tuple[str, dict]:
+    """The pipeline of a command, and the arguments that only it has."""
+    if args.command == "generate":
+        return "PaellaPipeline", {"prompt": args.prompt}
+    if args.command == "edit":
+        call = {"prompt": args.prompt, "image": _read(args.image), "strength": args.strength}
+        if args.source_prompt is None:
+            return "PaellaImg2ImgPipeline", call
+        call |= {"source_prompt": args.source_prompt, "residual_scale": args.residual_scale}
+        return "PaellaInversionPipeline", call
+    if args.command == "inpaint":
+        call = {"prompt": args.prompt, "image": _read(args.image), "mask_image": _read(args.mask)}
+        return "PaellaInpaintPipeline", call
+    if args.command == "outpaint":
+        call = {"prompt": args.prompt, "image": _read(args.image), "padding": tuple(args.padding)}
+        return "PaellaInpaintPipeline", call
+    if args.command == "vary":
+        return "PaellaPipeline", {"prompt": args.prompt, "condition_image": [_read(path) for path in args.image]}
+    a, b = (_read(Path(end)) if Path(end).is_file() else end for end in (args.a, args.b))
+    return "PaellaPipeline", {"a": a, "b": b, "num_images": args.frames}
+
+
+def _read(path: Path):
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return image
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{path} is not a picture that can be read.") from error
+
+
+def _write_sheet(images: list, args: argparse.Namespace):
+    """One picture as it is; of several each, and a contact sheet."""
+    from diffusers.utils import make_image_grid
+    from PIL import Image
+
+    count = len(images)
     if count == 1:
         _write(images[0], args.out)
         return
@@ -105,6 +199,12 @@ def generate(args: argparse.Namespace):
     _write(make_image_grid(images, rows=len(images) // columns, cols=columns), args.out)
 
 
+def _write_film(frames: list, path: Path, duration: int):
+    """Forwards and back, for ever."""
+    there_and_back = [*frames, *frames[-2:0:-1]]
+    _write(frames[0], path, save_all=True, append_images=there_and_back[1:], duration=duration, loop=0)
+
+
 def _check_output(path: Path):
     from PIL import Image
 
@@ -114,11 +214,11 @@ def _check_output(path: Path):
         raise ValueError(f"--out: the folder {path.parent} does not exist; make it first.")
 
 
-def _write(image, path: Path):
+def _write(image, path: Path, **options):
     """Save a picture, whole or not at all, and say where."""
     unfinished = path.with_stem(f".{path.stem}.{os.getpid()}")
     try:
-        image.save(unfinished)
+        image.save(unfinished, **options)
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
