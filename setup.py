@@ -31,6 +31,7 @@ setup(
     ],
     extras_require={
         "emoji": ["resvg_py>=0.2", "tqdm"],  # examples/train_emoji.py
+        "train": ["peft>=0.17"],  # LoRA adapters
         "test": ["pytest>=8.0", "ruff"],
     },
     entry_points={"console_scripts": ["paella-diffusers = paella_diffusers.cli:main"]},

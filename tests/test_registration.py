@@ -49,6 +49,19 @@ def test_automatic_pipelines_and_models(saved):
     assert run(code, saved) == "PaellaPipeline PaellaUNet PaellaVQModel PaellaPrior PaellaUNet"
 
 
+def test_automatic_pipelines_between_tasks(saved):
+    code = (
+        "import sys, paella_diffusers; from diffusers import AutoPipelineForText2Image as T, "
+        "AutoPipelineForImage2Image as I, AutoPipelineForInpainting as P; "
+        "names = [type(A.from_pretrained(sys.argv[1])).__name__ for A in (T, I, P)]; "
+        "pipe = T.from_pretrained(sys.argv[1]); other = I.from_pipe(pipe); "
+        "print(*names, *[type(A.from_pipe(pipe)).__name__ for A in (I, P)], type(T.from_pipe(other)).__name__, "
+        "other.unet is pipe.unet)"
+    )
+    three = "PaellaPipeline PaellaImg2ImgPipeline PaellaInpaintPipeline"
+    assert run(code, saved) == f"{three} PaellaImg2ImgPipeline PaellaInpaintPipeline PaellaPipeline True"
+
+
 def test_names_on_diffusers_load_lazily():
     code = (
         "import sys, paella_diffusers, diffusers, diffusers.pipelines; from diffusers import DiffusionPipeline; "

@@ -25,6 +25,7 @@ from transformers import (
 from transformers.image_processing_utils import BaseImageProcessor
 
 from .. import registration
+from ..loaders.lora import PaellaLoraLoaderMixin
 from ..models.prior_paella import PaellaPrior
 from ..models.unet_paella import PaellaUNet
 from ..models.vq_model import PaellaVQModel
@@ -35,7 +36,7 @@ from .source_image import SourceImage, read_mask
 logger = logging.get_logger(__name__)
 
 
-class PaellaPipelineBase(DiffusionPipeline):
+class PaellaPipelineBase(DiffusionPipeline, PaellaLoraLoaderMixin):
     r"""
     Components and steps of every Paella pipeline.
 

@@ -1,0 +1,145 @@
+import peft
+import pytest
+import torch
+from conftest import tiny_pipeline
+from safetensors.torch import save_file
+
+from paella_diffusers import PaellaImg2ImgPipeline
+
+
+@pytest.fixture
+def pipe():
+    return tiny_pipeline(prior=None, prior_scheduler=None)
+
+
+def tokens(pipe, **kwargs):
+    call = {"num_inference_steps": 2, "generator": torch.Generator().manual_seed(0), "output_type": "latent"}
+    return pipe("a", **call | kwargs).images
+
+
+def logits(pipe) -> torch.Tensor:
+    """What the U-Net says of fixed input: finer than the tokens."""
+    text = torch.randn(1, 3, 16, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        return pipe.unet(torch.arange(16).view(1, 4, 4), 0.5, text).sample
+
+
+def add_adapter(pipe, name: str, seed: int) -> dict[str, torch.Tensor]:
+    """A random adapter on every attention projection; its weights."""
+    modules = ["to_q", "to_k", "to_v", "to_out.0"]
+    pipe.unet.add_adapter(peft.LoraConfig(r=2, lora_alpha=4, target_modules=modules, init_lora_weights=False), name)
+    torch.manual_seed(seed)
+    for key, parameter in pipe.unet.named_parameters():
+        if f".{name}." in key:
+            torch.nn.init.normal_(parameter, std=0.5)
+    return peft.get_peft_model_state_dict(pipe.unet, adapter_name=name)
+
+
+def saved_adapter(folder, seed: int = 1):
+    """A folder with an adapter, and the logits with it."""
+    pipe = tiny_pipeline(prior=None, prior_scheduler=None)
+    weights = add_adapter(pipe, "made", seed)
+    pipe.save_lora_weights(folder, weights, unet_lora_adapter_metadata=pipe.unet.peft_config["made"].to_dict())
+    return folder, logits(pipe)
+
+
+def test_save_and_load(pipe, tmp_path):
+    plain = logits(pipe)
+    folder, expected = saved_adapter(tmp_path)
+    assert [path.name for path in folder.iterdir()] == ["pytorch_lora_weights.safetensors"]
+    for source in (folder, str(folder), folder / "pytorch_lora_weights.safetensors"):
+        pipe.load_lora_weights(source)
+        torch.testing.assert_close(logits(pipe), expected)
+        pipe.unload_lora_weights()
+        assert torch.equal(logits(pipe), plain)
+
+
+def test_every_task_has_adapters(pipe, tmp_path):
+    folder, expected = saved_adapter(tmp_path)
+    edit = PaellaImg2ImgPipeline.from_pipe(pipe)
+    edit.load_lora_weights(folder)
+    torch.testing.assert_close(logits(edit), expected)
+
+
+def test_several_adapters_with_weights(pipe, tmp_path):
+    plain = logits(pipe)
+    first, one = saved_adapter(tmp_path / "1", seed=1)
+    second, two = saved_adapter(tmp_path / "2", seed=2)
+    pipe.load_lora_weights(first, adapter_name="first")
+    pipe.load_lora_weights(second, adapter_name="second")
+    assert pipe.get_list_adapters() == {"unet": ["first", "second"]}
+    pipe.set_adapters("first")
+    torch.testing.assert_close(logits(pipe), one)
+    pipe.set_adapters(["first", "second"], adapter_weights=[0.0, 1.0])
+    torch.testing.assert_close(logits(pipe), two)
+    pipe.set_adapters(["first", "second"], adapter_weights=[0.5, 0.7])
+    assert not torch.allclose(logits(pipe), one) and not torch.allclose(logits(pipe), two)
+    pipe.disable_lora()
+    torch.testing.assert_close(logits(pipe), plain)
+    pipe.enable_lora()
+    pipe.delete_adapters("second")
+    assert pipe.get_list_adapters() == {"unet": ["first"]}
+
+
+def test_scale_for_one_call(pipe, tmp_path):
+    plain = tokens(pipe)
+    folder, _ = saved_adapter(tmp_path)
+    pipe.load_lora_weights(folder)
+    adapted = tokens(pipe)
+    assert not torch.equal(adapted, plain)
+    assert torch.equal(tokens(pipe, cross_attention_kwargs={"scale": 0.0}), plain)
+    assert torch.equal(tokens(pipe, cross_attention_kwargs={"scale": 1.0}), adapted)
+    assert torch.equal(tokens(pipe), adapted)  # the scale was that call's alone
+
+
+def test_fuse_and_unfuse(pipe, tmp_path):
+    plain = logits(pipe)
+    folder, expected = saved_adapter(tmp_path)
+    pipe.load_lora_weights(folder)
+    pipe.fuse_lora()
+    torch.testing.assert_close(logits(pipe), expected, atol=1e-5, rtol=1e-4)
+    pipe.unfuse_lora()
+    pipe.unload_lora_weights()
+    torch.testing.assert_close(logits(pipe), plain, atol=1e-5, rtol=1e-4)
+    pipe.load_lora_weights(folder)
+    pipe.fuse_lora(lora_scale=0.5)
+    pipe.unload_lora_weights()
+    fused = pipe.unet.to_original_state_dict()  # a finetune for the published code
+    assert not any("lora" in key for key in fused) and not torch.allclose(logits(pipe), plain)
+
+
+def test_weights_in_memory_are_not_changed(pipe, tmp_path):
+    folder, _ = saved_adapter(tmp_path)
+    weights = pipe.lora_state_dict(folder)
+    before = dict(weights)
+    pipe.load_lora_weights(weights)
+    assert weights.keys() == before.keys()
+
+
+def test_what_is_no_adapter_is_refused(pipe, tmp_path):
+    canary = tmp_path / "canary"
+
+    class Malicious:
+        def __reduce__(self):
+            return (canary.touch, ())
+
+    torch.save({"unet.lora": Malicious()}, tmp_path / "adapter.bin")
+    torch.save({"unet.lora": Malicious()}, tmp_path / "pytorch_lora_weights.bin")
+    with pytest.raises(ValueError, match="safetensors files only"):
+        pipe.load_lora_weights(tmp_path, weight_name="adapter.bin")
+    with pytest.raises(ValueError, match="safetensors files only"):
+        pipe.load_lora_weights(tmp_path / "adapter.bin")
+    with pytest.raises(OSError, match="safetensors"):
+        pipe.load_lora_weights(tmp_path)
+    assert not canary.exists()
+    save_file({"transformer.lora_A.weight": torch.zeros(2)}, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match="no LoRA adapter of Paella's U-Net.*transformer.lora_A"):
+        pipe.load_lora_weights(tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match="`unet_lora_layers`"):
+        pipe.save_lora_weights(tmp_path)
+
+
+def test_without_peft(pipe, monkeypatch):
+    monkeypatch.setattr("paella_diffusers.loaders.lora.is_peft_available", lambda: False)
+    with pytest.raises(ValueError, match=r"pip install 'paella-diffusers\[train\]'"):
+        pipe.load_lora_weights({})
