@@ -8,6 +8,8 @@ from diffusers.loaders.lora_base import LoraBaseMixin, _fetch_state_dict
 from diffusers.loaders.lora_pipeline import _LOW_CPU_MEM_USAGE_DEFAULT_LORA
 from diffusers.utils import is_peft_available
 
+from .hub import push_lora
+
 
 class PaellaLoraLoaderMixin(LoraBaseMixin):
     """Loads LoRA adapters into `unet`, and saves them: https://huggingface.co/papers/2106.09685."""
@@ -123,6 +125,19 @@ class PaellaLoraLoaderMixin(LoraBaseMixin):
             save_function=save_function,
             safe_serialization=safe_serialization,
         )
+
+    def push_lora_to_hub(self, repo_id: str, adapter_name: str | None = None, **kwargs) -> str:
+        """
+        Upload an adapter to a Hub repository.
+
+        Args:
+            repo_id (`str`): `owner/name`.
+            adapter_name (`str`, *optional*): Which, if several are attached.
+            kwargs:
+                `commit_message`, `private`, `token`, `create_pr` and `subfolder` of [`PaellaHubMixin.push_to_hub`], and what
+                goes into the card: see [`model_card`].
+        """
+        return push_lora(self, repo_id, adapter_name, **kwargs)
 
     def fuse_lora(
         self,

@@ -9,6 +9,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 from torch import nn
 
+from ..loaders.hub import PaellaHubMixin, WholeOrNotAtAllMixin
 from ..loaders.original_checkpoint import OriginalCheckpointMixin
 from .unet_paella import sinusoidal_embedding
 
@@ -40,7 +41,7 @@ class PaellaPriorBlock(nn.Module):
         return hidden_states + self.norm_out(self.proj_out(F.gelu(self.norm_in(inner))))
 
 
-class PaellaPrior(ModelMixin, ConfigMixin, OriginalCheckpointMixin):
+class PaellaPrior(PaellaHubMixin, WholeOrNotAtAllMixin, ModelMixin, ConfigMixin, OriginalCheckpointMixin):
     r"""
     The prior released beside Paella: a stack of residual MLPs that predicts the noise in a CLIP image embedding. Its
     noise schedule is the continuous cosine of diffusers' `DDPMWuerstchenScheduler`. Defaults: the released sizes, 900 M

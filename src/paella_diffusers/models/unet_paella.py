@@ -13,6 +13,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput, apply_lora_scale
 from torch import nn
 
+from ..loaders.hub import PaellaHubMixin, WholeOrNotAtAllMixin
 from ..loaders.original_checkpoint import OriginalCheckpointMixin
 
 
@@ -265,7 +266,9 @@ class PaellaUpsample(nn.Module):
         return self.conv(self.norm(hidden_states).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
-class PaellaUNet(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin, OriginalCheckpointMixin):
+class PaellaUNet(
+    PaellaHubMixin, WholeOrNotAtAllMixin, ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin, OriginalCheckpointMixin
+):
     r"""
     The denoiser of Paella (https://huggingface.co/papers/2211.07292, section 3.2; released version 3). The defaults are
     the released sizes: 1008 M parameters.

@@ -7,7 +7,14 @@ import torch
 from diffusers import DDPMWuerstchenScheduler
 from diffusers.utils import logging
 from huggingface_hub import file_exists, hf_hub_download, try_to_load_from_cache
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from transformers import (
     AutoTokenizer,
     CLIPConfig,
@@ -44,18 +51,21 @@ def has_original_layout(path: str | Path, revision: str | None = None, **kwargs)
     else:
         path = str(path)
         try:
-            hf_hub_download(path, "model_index.json", revision=revision, **options)
+            download(path, "model_index.json", revision, options)
             return False
-        except LocalEntryNotFoundError:  # offline
+        except LocalEntryNotFoundError as error:  # offline
             found = isinstance(try_to_load_from_cache(path, checkpoint, options.get("cache_dir"), revision), str)
             if not found:
-                raise
+                raise OSError(
+                    f"{path} has neither model_index.json nor {checkpoint} in the cache, and the Hub is out of reach: load "
+                    "it once while online, without `local_files_only`, or pass the `cache_dir` that it is in."
+                ) from error
         except EntryNotFoundError:
             found = file_exists(path, checkpoint, revision=revision, token=options.get("token"))
     if not found:
         raise ValueError(
-            f"{path} is in neither layout that can be loaded: it has no `model_index.json`, as `save_pretrained` writes, "
-            f"and no `{checkpoint}`, as `dome272/Paella` has."
+            f"{path} is in neither layout that can be loaded: it has no `model_index.json`, which `save_pretrained` writes "
+            f"last (was it interrupted?), and no `{checkpoint}`, as `dome272/Paella` has."
         )
     return True
 
@@ -142,4 +152,30 @@ def _file(path, filename, revision, options) -> str:
         if not (Path(path) / filename).is_file():
             raise FileNotFoundError(f"{path} has no {filename}, which the published layout needs.")
         return str(Path(path) / filename)
-    return hf_hub_download(str(path), filename, revision=revision, **options)
+    return download(str(path), filename, revision, options)
+
+
+def download(repo_id: str, filename: str, revision: str | None, options: dict) -> str:
+    """
+    A file of a Hub repository, in the cache.
+
+    Raises:
+        OSError: If the repository, its revision or access to it is missing.
+        EntryNotFoundError: If the file is, or, while offline, is not in the cache.
+    """
+    try:
+        return hf_hub_download(repo_id, filename, revision=revision, **options)
+    except HFValidationError as error:
+        raise OSError(f"{repo_id} is neither a folder nor a Hub id like owner/name.") from error
+    except GatedRepoError as error:
+        raise OSError(
+            f"{repo_id} is gated: {filename} needs its owners' consent. Ask for it on {repo_id}'s page on the Hub, then log "
+            "in with `hf auth login`, or pass `token`."
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise OSError(
+            f"There is no {repo_id} on the Hub, or it is private ({filename} was asked for). Check the name; for a private "
+            "one log in with `hf auth login`, or pass `token`."
+        ) from error
+    except RevisionNotFoundError as error:
+        raise OSError(f"{repo_id} has no revision {revision} ({filename} was asked for).") from error

@@ -2,9 +2,11 @@
 
 import functools
 import inspect
+import os
 import re
 from collections.abc import Callable
 from numbers import Integral, Real
+from pathlib import Path
 
 import PIL.Image
 import torch
@@ -25,6 +27,7 @@ from transformers import (
 from transformers.image_processing_utils import BaseImageProcessor
 
 from .. import registration
+from ..loaders.hub import PaellaHubMixin
 from ..loaders.lora import PaellaLoraLoaderMixin
 from ..models.prior_paella import PaellaPrior
 from ..models.unet_paella import PaellaUNet
@@ -36,7 +39,7 @@ from .source_image import SourceImage, read_mask
 logger = logging.get_logger(__name__)
 
 
-class PaellaPipelineBase(DiffusionPipeline, PaellaLoraLoaderMixin):
+class PaellaPipelineBase(PaellaHubMixin, DiffusionPipeline, PaellaLoraLoaderMixin):
     r"""
     Components and steps of every Paella pipeline.
 
@@ -149,6 +152,24 @@ class PaellaPipelineBase(DiffusionPipeline, PaellaLoraLoaderMixin):
             pipeline.register_to_config(_name_or_path=str(pretrained_model_name_or_path))
             return pipeline
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str | None = None,
+        push_to_hub: bool = False,
+        **kwargs,
+    ):
+        """
+        As `DiffusionPipeline.save_pretrained`. Until it returns there is no `model_index.json`: nothing loads the folder.
+        """
+        Path(save_directory, self.config_name).unlink(missing_ok=True)
+        super().save_pretrained(save_directory, safe_serialization, variant, max_shard_size)
+        if push_to_hub:
+            repo_id = kwargs.pop("repo_id", Path(save_directory).name)
+            self.push_to_hub(repo_id, variant=variant, max_shard_size=max_shard_size, **kwargs)
 
     # ----------------------------------------------------------------------------------------------- the whole call
 

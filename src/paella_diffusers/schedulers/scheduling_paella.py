@@ -8,6 +8,8 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import BaseOutput
 
+from ..loaders.hub import PaellaHubMixin
+
 
 @dataclass
 class PaellaSchedulerOutput(BaseOutput):
@@ -23,7 +25,7 @@ class PaellaSchedulerOutput(BaseOutput):
     sampled_tokens: torch.LongTensor
 
 
-class PaellaScheduler(SchedulerMixin, ConfigMixin):
+class PaellaScheduler(PaellaHubMixin, SchedulerMixin, ConfigMixin):
     r"""
     The renoising sampler of Paella (https://huggingface.co/papers/2211.07292, algorithm 2).
 

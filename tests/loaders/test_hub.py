@@ -1,0 +1,329 @@
+"""Pushing to the Hub and loading from it, in another process, over a local server."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import peft
+import pytest
+import torch
+from conftest import tiny_pipeline, tiny_unet
+from huggingface_hub import ModelCard
+from PIL import Image
+
+from paella_diffusers import PaellaPipeline, PaellaScheduler, PaellaUNet
+from paella_diffusers.training import corrupt, paella_loss
+
+CALL = {"num_inference_steps": 2, "guidance_scale": 3.0, "output_type": "latent"}
+
+
+def tokens(pipe, **kwargs):
+    return pipe("a", generator=torch.Generator().manual_seed(0), **CALL | kwargs).images
+
+
+@pytest.fixture
+def pipe():
+    pipe = tiny_pipeline(prior=None, prior_scheduler=None)
+    pipe.scheduler = PaellaScheduler(num_vq_embeddings=32, temperature=(1.0, 0.5))
+    return pipe
+
+
+def train(unet, steps: int = 2):
+    """A finetune of two steps."""
+    optimizer = torch.optim.SGD((p for p in unet.parameters() if p.requires_grad), lr=0.1)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(steps):
+        clean = torch.randint(32, (2, 8, 8), generator=generator)
+        timestep = torch.rand(2, generator=generator)
+        noised, mask = corrupt(clean, timestep, 32, generator)
+        logits = unet(noised, timestep, torch.randn(2, 3, 16, generator=generator)).sample
+        paella_loss(logits, clean, mask, timestep).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def in_another_process(code: str, **environment) -> list:
+    """What the code prints last, as JSON."""
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | environment, timeout=300
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def test_finetunes_load_in_another_process(hub, pipe, tmp_path):
+    train(pipe.unet)
+    expected = tokens(pipe).flatten().tolist()
+    url = pipe.push_to_hub("me/whole", commit_message="The finetune", private=True)
+    assert "/me/whole" in url and hub.created[0]["visibility"] == "private"
+    assert hub.commits[0]["summary"] == "The finetune"
+    pipe.push_to_hub("me/sharded", max_shard_size="10KB")
+    assert "unet/diffusion_pytorch_model.safetensors.index.json" in hub.files("me/sharded")
+    pipe.unet.push_to_hub("me/unet")
+    pipe.unet.push_to_hub("me/unet", subfolder="inner", variant="bf16")
+    assert "inner/diffusion_pytorch_model.bf16.safetensors" in hub.files("me/unet")
+    pipe.scheduler.push_to_hub("me/scheduler")
+    tiny_pipeline(prior=None, prior_scheduler=None).push_to_hub("me/request")
+    pipe.push_to_hub("me/request", create_pr=True)
+    assert hub.commits[-1]["revision"] == "refs/pr/1"
+    other = tiny_pipeline(prior=None, prior_scheduler=None)
+    other.unet = pipe.unet
+    other.push_to_hub("me/parts", variant="bf16")
+
+    loaded = in_another_process(f"""
+import json, torch
+from paella_diffusers import PaellaPipeline, PaellaScheduler, PaellaUNet
+from diffusers import DiffusionPipeline
+def tokens(pipe):
+    return pipe("a", generator=torch.Generator().manual_seed(0), **{CALL}).images.flatten().tolist()
+base = PaellaPipeline.from_pretrained("me/whole", use_safetensors=True)
+results = [tokens(pipe) for pipe in (
+    base,
+    DiffusionPipeline.from_pretrained("me/whole"),
+    PaellaPipeline.from_pretrained("me/sharded"),
+    PaellaPipeline.from_pretrained("me/request", revision="refs/pr/1"),
+    PaellaPipeline.from_pretrained("me/parts", variant="bf16", scheduler=PaellaScheduler.from_pretrained("me/scheduler")),
+    PaellaPipeline.from_pretrained("me/request", unet=PaellaUNet.from_pretrained("me/unet"), scheduler=base.scheduler),
+    PaellaPipeline.from_pretrained("me/request", scheduler=base.scheduler,
+                                   unet=PaellaUNet.from_pretrained("me/unet", subfolder="inner", variant="bf16")),
+)]
+results.append(tokens(PaellaPipeline.from_pretrained("me/request")))
+print(json.dumps(results))
+""")
+    assert all(result == expected for result in loaded[:-1])
+    assert loaded[-1] != expected  # the request is not merged
+
+
+def test_adapters_load_in_another_process(hub, pipe):
+    pipe.push_to_hub("me/base")
+    pipe.unet.requires_grad_(False)
+    config = peft.LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False)
+    pipe.unet.add_adapter(config, "style")
+    torch.nn.init.normal_(next(p for n, p in pipe.unet.named_parameters() if "lora_B" in n), std=2.0)
+    train(pipe.unet)
+    url = pipe.push_lora_to_hub("me/adapter", base_model="me/base", license="mit", training={"rank": 2, "steps": 2})
+    assert "/me/adapter" in url
+    assert hub.files("me/adapter") == ["README.md", "pytorch_lora_weights.safetensors"]
+    card = ModelCard.load(hub.repo("me/adapter") / "README.md")
+    assert card.data.base_model == "me/base" and "lora" in card.data.tags and "| rank | 2 |" in card.content
+    loaded = in_another_process(f"""
+import json, torch
+from paella_diffusers import PaellaPipeline
+pipe = PaellaPipeline.from_pretrained("me/base")
+pipe.load_lora_weights("me/adapter")
+print(json.dumps(pipe("a", generator=torch.Generator().manual_seed(0), **{CALL}).images.flatten().tolist()))
+""")
+    assert loaded == tokens(pipe).flatten().tolist()
+    with pytest.raises(ValueError, match=r"`adapter_name` must be one of the attached adapters, \['style'\], got 'other'"):
+        pipe.push_lora_to_hub("me/adapter", "other")
+
+
+def test_custom_pipeline_for_who_never_imported_the_package(hub, pipe):
+    pipe.push_to_hub("me/whole")
+    assert {"pipeline.py", "unet/paella_diffusers.py", "scheduler/paella_diffusers.py"} <= set(hub.files("me/whole"))
+    loaded = in_another_process(f"""
+import json, torch
+from diffusers import DiffusionPipeline
+pipe = DiffusionPipeline.from_pretrained("me/whole", custom_pipeline="me/whole", trust_remote_code=True)
+print(json.dumps(pipe("a", generator=torch.Generator().manual_seed(0), **{CALL}).images.flatten().tolist()))
+""")
+    assert loaded == tokens(pipe).flatten().tolist()
+    # and without the package, the stub says what to install
+    code = (hub.repo("me/whole") / "pipeline.py").read_text()
+    code = "import sys; sys.modules['paella_diffusers'] = None\n" + code
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "me/whole needs paella-diffusers: pip install paella-diffusers" in result.stderr
+
+
+# -------------------------------------------------------------------------------------------------------------- the card
+
+
+def test_card_has_everything_and_is_kept_once_edited(hub, pipe):
+    samples = [{"image": Image.new("RGB", (8, 8)), "prompt": "red heart", "seed": 7}]
+    details = {"base_model": "dome272/Paella", "license": "mit", "training": {"learning rate": "1e-4"}, "samples": samples}
+    pipe.push_to_hub("me/whole", tags=["emoji"], **details)
+    card = ModelCard.load("me/whole")
+    assert card.data.base_model == "dome272/Paella" and card.data.license == "mit"
+    assert {"paella", "text-to-image", "emoji"} <= set(card.data.tags) and card.data.library_name == "diffusers"
+    assert 'PaellaPipeline.from_pretrained("me/whole")' in card.content and "| learning rate | 1e-4 |" in card.content
+    assert "![red heart](samples/0.png) “red heart”, seed 7" in card.content
+    assert "samples/0.png" in hub.files("me/whole")
+
+    pipe.push_to_hub("me/whole", training={"learning rate": "2e-4"})  # not edited: made anew
+    readme = hub.repo("me/whole") / "README.md"
+    assert "2e-4" in readme.read_text()
+    readme.write_text(readme.read_text().replace("# whole", "# My own words"))
+    pipe.push_to_hub("me/whole")
+    assert "# My own words" in readme.read_text() and "2e-4" in readme.read_text()
+
+
+def test_base_model_is_where_it_was_loaded_from(hub, pipe):
+    pipe.push_to_hub("me/base")
+    finetune = PaellaPipeline.from_pretrained("me/base")
+    finetune.push_to_hub("me/finetune")
+    assert ModelCard.load("me/finetune").data.base_model == "me/base"
+
+
+def test_saving_can_push(hub, pipe, tmp_path):
+    pipe.save_pretrained(tmp_path / "pipe", push_to_hub=True, repo_id="me/whole")
+    pipe.unet.save_pretrained(tmp_path / "unet", push_to_hub=True, repo_id="me/unet", commit_message="Mine")
+    assert "model_index.json" in hub.files("me/whole") and "config.json" in hub.files("me/unet")
+    assert hub.commits[-1]["summary"] == "Mine"
+
+
+def test_bad_details_are_refused_before_anything_is_made(hub, pipe):
+    with pytest.raises(TypeError, match="licence"):
+        pipe.push_to_hub("me/whole", licence="mit")
+    with pytest.raises(ValueError, match="`samples` must be dictionaries"):
+        pipe.push_to_hub("me/whole", samples=[{"prompt": "a"}])
+    assert not hub.created
+
+
+# ------------------------------------------------------------------------------------------------------------- faults
+
+
+def test_cut_upload_commits_nothing_and_can_be_repeated(hub, pipe):
+    hub.fail("PUT /lfs/", cut=100, times=99)
+    with pytest.raises(Exception):  # noqa: B017 - whatever the client makes of a closed connection
+        pipe.push_to_hub("me/whole")
+    assert not hub.commits and hub.files("me/whole") == []
+    hub.faults.clear()
+    pipe.push_to_hub("me/whole")
+    assert torch.equal(tokens(PaellaPipeline.from_pretrained("me/whole")), tokens(pipe))
+
+
+def test_cut_download_is_never_loaded(hub, pipe, tmp_path):
+    pipe.push_to_hub("me/whole")
+    hub.fail("GET /me/whole/resolve/.*unet.*safetensors", cut=200, times=99)
+    with pytest.raises(Exception):  # noqa: B017
+        PaellaPipeline.from_pretrained("me/whole", cache_dir=tmp_path)
+    with pytest.raises((OSError, ValueError)):
+        PaellaPipeline.from_pretrained("me/whole", cache_dir=tmp_path, local_files_only=True)
+    hub.faults.clear()
+    assert torch.equal(tokens(PaellaPipeline.from_pretrained("me/whole", cache_dir=tmp_path)), tokens(pipe))
+
+
+@pytest.mark.parametrize("status", [429, 503])
+def test_busy_servers_are_asked_again(hub, pipe, tmp_path, status):
+    pipe.push_to_hub("me/whole")
+    hub.fail("HEAD /me/whole/resolve/.*unet", status=status, headers={"Retry-After": "0"})
+    assert torch.equal(tokens(PaellaPipeline.from_pretrained("me/whole", cache_dir=tmp_path)), tokens(pipe))
+
+
+GATED = {"X-Error-Code": "GatedRepo", "X-Error-Message": "Access to model me/whole is restricted"}
+
+
+@pytest.mark.parametrize(
+    ("fault", "call", "message"),
+    [
+        ({"status": 403, "headers": GATED}, {}, "me/whole is gated: model_index.json needs.*hf auth login"),
+        ({"status": 401, "headers": {"X-Error-Code": "RepoNotFound"}}, {}, "no me/whole on the Hub, or it is private"),
+        ({}, {"revision": "v9"}, "me/whole has no revision v9"),
+        ({}, {"local_files_only": True}, "me/whole has neither model_index.json nor paella_v3.pt in the cache.*online"),
+    ],
+)
+def test_what_cannot_be_read_says_which_file_and_what_to_do(hub, pipe, tmp_path, fault, call, message):
+    pipe.push_to_hub("me/whole")
+    if fault:
+        hub.fail("(GET|HEAD) .*me/whole", times=99, **fault)
+    with pytest.raises(OSError, match=message):
+        PaellaPipeline.from_pretrained("me/whole", cache_dir=tmp_path, **call)
+
+
+def test_what_is_not_there_is_named(hub):
+    with pytest.raises(OSError, match="no me/nothing on the Hub"):
+        PaellaPipeline.from_pretrained("me/nothing")
+    with pytest.raises(OSError, match="/no/where is neither a folder nor a Hub id"):
+        PaellaPipeline.from_pretrained("/no/where")
+
+
+# ------------------------------------------------------------------------------------------------- whole or not at all
+
+SAVE = """
+import sys, torch
+sys.path.insert(0, sys.argv[1])
+from conftest import tiny_pipeline
+pipe = tiny_pipeline(prior=None, prior_scheduler=None)
+with torch.no_grad():
+    for parameter in pipe.unet.parameters():
+        parameter.fill_(2.0)
+pipe.vqgan.requires_grad_(False)
+for parameter in pipe.vqgan.parameters():
+    parameter.fill_(2.0)
+print("ready", flush=True)
+while True:
+    pipe.save_pretrained(sys.argv[2], max_shard_size="10KB")
+"""
+
+
+def values(model) -> set[float]:
+    return {value for parameter in model.parameters() for value in (parameter.min().item(), parameter.max().item())}
+
+
+def test_a_killed_save_is_old_or_new_or_refused(pipe, tmp_path):
+    """SIGKILL at random times while a folder is saved over and over: its U-Net is all 1, all 2, or not to be loaded."""
+    folder = tmp_path / "pipe"
+    for model in (pipe.unet, pipe.vqgan):
+        for parameter in model.parameters():
+            parameter.data.fill_(1.0)
+    rng = random.Random(0)
+    outcomes = set()
+    for _ in range(3):
+        pipe.save_pretrained(folder)
+        command = [sys.executable, "-c", SAVE, os.path.dirname(os.path.dirname(__file__)), str(folder)]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        process.stdout.readline()
+        time.sleep(rng.uniform(0, 0.3))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        for part in ("whole", "unet"):
+            try:
+                unet = (
+                    PaellaPipeline.from_pretrained(folder).unet
+                    if part == "whole"
+                    else PaellaUNet.from_pretrained(folder / "unet")
+                )
+                assert values(unet) in ({1.0}, {2.0})
+                outcomes.add("loaded")
+            except (ValueError, OSError) as error:
+                assert "interrupted" in str(error) or "config.json" in str(error)
+                outcomes.add("refused")
+    assert outcomes  # which of the two depends on the moment
+
+
+def test_interruption_while_the_files_move(pipe, tmp_path, monkeypatch):
+    """Between the first file and the last there is no configuration, and nothing is loaded."""
+    unet = tiny_unet()
+    unet.save_pretrained(tmp_path, max_shard_size="10KB")
+    calls = []
+
+    def replace(*paths):
+        calls.append(paths)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return rename(*paths)
+
+    rename = os.replace
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(KeyboardInterrupt):
+        unet.save_pretrained(tmp_path, max_shard_size="10KB")
+    monkeypatch.undo()
+    with pytest.raises(OSError, match="config.json"):
+        PaellaUNet.from_pretrained(tmp_path)
+    assert not list(tmp_path.glob(".unfinished-*"))
+    unet.save_pretrained(tmp_path)  # whole again, without the stale shards
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "diffusion_pytorch_model.safetensors"]
+    assert torch.equal(PaellaUNet.from_pretrained(tmp_path).token_embedding.weight, unet.token_embedding.weight)
+
+
+def test_saving_one_variant_leaves_another(tmp_path):
+    unet = tiny_unet()
+    unet.save_pretrained(tmp_path)
+    unet.save_pretrained(tmp_path, variant="bf16", max_shard_size="10KB")
+    unet.save_pretrained(tmp_path, variant="bf16")
+    names = ["config.json", "diffusion_pytorch_model.bf16.safetensors", "diffusion_pytorch_model.safetensors"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
