@@ -20,7 +20,7 @@ def main(argv: list[str] | None = None) -> int:
     _add_commands(commands)
     args = parser.parse_args(argv)
     try:
-        run(args)
+        convert(args) if args.command == "convert" else run(args)
     except (ValueError, OSError) as error:
         print(f"paella-diffusers {args.command}: {error}", file=sys.stderr)
         return 2
@@ -76,6 +76,19 @@ def _add_commands(commands):
     interpolate.add_argument("--frames", type=int, default=16, metavar="N", help="with both ends")
     interpolate.add_argument("--frame-ms", type=int, default=120, metavar="MS", help="how long each is shown")
     _add_size(interpolate)
+
+    convert = commands.add_parser(
+        "convert",
+        help="between the published layout and diffusers'",
+        description="Convert the published checkpoints to a folder in diffusers' layout, or back.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    convert.add_argument("source", help="folder or Hub id, such as dome272/Paella")
+    convert.add_argument("folder", type=Path, help="a new one, for the result")
+    convert.add_argument("--to-original", action="store_true", help="from diffusers' layout to the published one")
+    convert.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights")
+    convert.add_argument("--leave-out", nargs="+", default=[], metavar="NAME", help="optional components, such as prior")
+    convert.add_argument("--revision", help="of the repository")
 
 
 def _add_command(commands, name: str, summary: str, description: str, film: bool = False) -> argparse.ArgumentParser:
@@ -147,6 +160,24 @@ def run(args: argparse.Namespace):
     count = len(args.prompt) * args.num_images
     generators = [torch.Generator().manual_seed(args.seed + i) for i in range(count)]
     _write_sheet(pipe(**call, num_images_per_prompt=args.num_images, generator=generators).images, args)
+
+
+def convert(args: argparse.Namespace):
+    """Convert a repository or folder to the other layout."""
+    import torch
+
+    from .pipelines.conversion import convert_to_diffusers, convert_to_original
+
+    options = {"dtype": getattr(torch, args.dtype)} | ({"revision": args.revision} if args.revision else {})
+    if args.to_original:
+        if args.leave_out:
+            raise ValueError(
+                "--leave-out is for the way to diffusers' layout: the published one has no optional components."
+            )
+        convert_to_original(args.source, args.folder, **options)
+    else:
+        convert_to_diffusers(args.source, args.folder, leave_out=tuple(args.leave_out), **options)
+    print(args.folder)
 
 
 def _task(args: argparse.Namespace) -> tuple[str, dict]:

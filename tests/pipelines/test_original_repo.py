@@ -5,34 +5,10 @@ import shutil
 
 import pytest
 import torch
-from conftest import load_golden, tiny_components
-from transformers import ByT5Tokenizer, CLIPConfig, CLIPImageProcessor, CLIPModel, T5Config, T5ForConditionalGeneration
+from conftest import tiny_components
 
 from paella_diffusers import PaellaPipeline
-from paella_diffusers.pipelines.original_repo import BYT5_REPO, CLIP_REPO
-
-
-@pytest.fixture
-def published(hub, tmp_path):
-    """The three repositories in miniature; the keyword arguments that load from them into a cache of the test's own."""
-    golden = load_golden("a")
-    repo = hub.repo("dome272/Paella")
-    for name, published_name in (("paella", "paella_v3"), ("vqgan", "vqgan_f4"), ("prior", "prior_v1")):
-        shutil.copy(golden.folder / f"{name}.pt", repo / f"{published_name}.pt")
-    torch.manual_seed(0)
-    byt5 = T5Config(vocab_size=384, d_model=40, d_kv=8, d_ff=32, num_layers=1, num_heads=2, tie_word_embeddings=False)
-    T5ForConditionalGeneration(byt5).to(torch.bfloat16).save_pretrained(hub.repo(BYT5_REPO))  # the whole T5, as published
-    ByT5Tokenizer().save_pretrained(hub.repo(BYT5_REPO))
-    text = dict(vocab_size=384, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
-    vision = dict(
-        hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=8
-    )
-    text |= dict(max_position_embeddings=32, eos_token_id=1, pad_token_id=0)
-    clip = CLIPConfig(text_config=text, vision_config=vision, projection_dim=24)
-    CLIPModel(clip).save_pretrained(hub.repo(CLIP_REPO))
-    ByT5Tokenizer().save_pretrained(hub.repo(CLIP_REPO))
-    CLIPImageProcessor(size={"shortest_edge": 16}, crop_size=16).save_pretrained(hub.repo(CLIP_REPO))
-    return {"original_config": golden.config, "cache_dir": tmp_path / "cache"}
+from paella_diffusers.pipelines.original_repo import CLIP_REPO
 
 
 def tokens(pipe, **kwargs):

@@ -1,5 +1,6 @@
 """The published layout of Paella's checkpoints, in and out: a pickled flat state dict for each model."""
 
+import json
 import pickle
 import re
 import zipfile
@@ -10,8 +11,9 @@ from urllib.parse import unquote
 import safetensors.torch
 import torch
 from accelerate import init_empty_weights
-from huggingface_hub import hf_hub_download
+from huggingface_hub import hf_hub_download, split_torch_state_dict_into_shards
 
+SHARD = "diffusion_pytorch_model{suffix}.safetensors"
 HUB_URL = re.compile(r"(?:https?://[^/]+/|hf\.co/)([^/]+/[^/]+)/(?:resolve|blob)/([^/]+)/([^?]+)(?:[?].*)?")
 
 
@@ -45,11 +47,7 @@ class OriginalCheckpointMixin:
         Raises:
             ValueError: If the file is no state dict, or a key is missing, unexpected or of the wrong shape.
         """
-        path = _resolve(path_or_hub_url, hub_kwargs)
-        original = read_state_dict(path)
-        with init_empty_weights():
-            model = cls(**_translate_config(cls._original_checkpoint, original_config or {}))
-        state_dict = _from_original(model, original, path)
+        model, state_dict = cls._empty_and_state_dict(_resolve(path_or_hub_url, hub_kwargs), original_config)
         state_dict = {
             key: tensor.to(dtype or torch.float32) if tensor.is_floating_point() else tensor
             for key, tensor in state_dict.items()
@@ -57,6 +55,46 @@ class OriginalCheckpointMixin:
         model.load_state_dict(state_dict, assign=True)
         model.requires_grad_(True)  # assigned tensors bring their own flag
         return model.eval()
+
+    @classmethod
+    def convert_single_file(
+        cls,
+        path: str | Path,
+        save_directory: str | Path,
+        original_config: dict | None = None,
+        dtype: torch.dtype | None = None,
+        max_shard_size: int | str = "512MB",
+    ):
+        """
+        From a checkpoint in the published layout to a folder in diffusers', file by file: no more than one of them, of at
+        most `max_shard_size`, is in memory beside the mapped checkpoint. Other arguments and errors: see `from_single_file`.
+        """
+        model, state_dict = cls._empty_and_state_dict(path, original_config)
+        model.save_config(save_directory)
+        dtypes = {key: dtype or torch.float32 if t.is_floating_point() else t.dtype for key, t in state_dict.items()}
+        empty = {key: torch.empty(t.shape, dtype=dtypes[key], device="meta") for key, t in state_dict.items()}
+        split = split_torch_state_dict_into_shards(empty, filename_pattern=SHARD, max_shard_size=max_shard_size)
+        for filename, keys in split.filename_to_tensors.items():
+            shard = {key: state_dict[key].to(dtypes[key]).contiguous() for key in keys}
+            safetensors.torch.save_file(shard, Path(save_directory) / filename, metadata={"format": "pt"})
+        if split.is_sharded:
+            index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+            path = Path(save_directory) / SHARD.format(suffix="")
+            path.with_name(path.name + ".index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+    @classmethod
+    def _empty_and_state_dict(cls, path, original_config: dict | None):
+        """The model without weights, and its weights: views of the mapped file."""
+        original = read_state_dict(path)
+        with init_empty_weights():
+            model = cls(**_translate_config(cls._original_checkpoint, original_config or {}))
+        return model, _from_original(model, original, path)
+
+    def to_original_config(self) -> dict:
+        """The published constructor's keyword arguments."""
+        names = CONFIG_NAMES[self._original_checkpoint]
+        config = {original: self.config[ours] for original, ours in names.items()}
+        return config | {"c_out": config["c_in"]} if "c_in" in config else config
 
     def to_original_state_dict(self) -> dict[str, torch.Tensor]:
         """

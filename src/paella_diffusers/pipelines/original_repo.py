@@ -1,6 +1,7 @@
 """`dome272/Paella` as its authors published it: three pickled state dicts, and the encoders in repositories of their own."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -70,16 +71,22 @@ def has_original_layout(path: str | Path, revision: str | None = None, **kwargs)
     return True
 
 
-def load_original_components(
+def load_original_components(path: str | Path, names: list[str], dtype: torch.dtype | dict, **kwargs) -> dict:
+    """A pipeline's components from the published layout: see [`original_components`]."""
+    return {name: load() for name, (load, _) in original_components(path, names, dtype, **kwargs).items()}
+
+
+def original_components(
     path: str | Path,
     names: list[str],
     dtype: torch.dtype | dict,
     revision: str | None = None,
     original_config: dict | None = None,
     **kwargs,
-) -> dict:
+) -> dict[str, tuple[Callable, Callable | None]]:
     """
-    A pipeline's components from the published layout; those in `kwargs` are taken as they are, None included.
+    For every component a function that loads it, and, for the models of this package, one that converts it to a folder
+    without loading it whole. Components in `kwargs` are taken as they are, None included.
 
     Args:
         path (`str` or `Path`): A folder or Hub repository with `paella_v3.pt`, `vqgan_f4.pt` and `prior_v1.pt`.
@@ -113,8 +120,11 @@ def load_original_components(
         return dtype.get(name, dtype.get("default", torch.float32)) if isinstance(dtype, dict) else dtype
 
     def model(cls, name, config_name):
-        file = _file(path, cls._original_checkpoint, revision, options)
-        return cls.from_single_file(file, original_config.get(config_name), dtype_of(name))
+        def arguments(*folder):
+            file = _file(path, cls._original_checkpoint, revision, options)
+            return file, *folder, original_config.get(config_name), dtype_of(name)
+
+        return lambda: cls.from_single_file(*arguments()), lambda folder: cls.convert_single_file(*arguments(folder))
 
     def clip(cls, name):
         config = CLIPConfig.from_pretrained(CLIP_REPO, **options)
@@ -127,23 +137,26 @@ def load_original_components(
 
         return CLIPImageProcessor.from_pretrained(CLIP_REPO, **options)
 
+    def scheduler():
+        given = components.get("unet")
+        num_labels = original_config.get("paella", {}).get("num_labels", 8192)
+        return PaellaScheduler(num_vq_embeddings=given.config.num_vq_embeddings if given else num_labels)
+
     loaders = {
-        "unet": lambda: model(PaellaUNet, "unet", "paella"),
-        "vqgan": lambda: model(PaellaVQModel, "vqgan", "vqgan"),
-        "scheduler": lambda: PaellaScheduler(num_vq_embeddings=components["unet"].config.num_vq_embeddings),
+        "unet": model(PaellaUNet, "unet", "paella"),
+        "vqgan": model(PaellaVQModel, "vqgan", "vqgan"),
+        "scheduler": scheduler,
         "text_encoder": lambda: T5EncoderModel.from_pretrained(BYT5_REPO, dtype=dtype_of("text_encoder"), **options),
         "tokenizer": lambda: AutoTokenizer.from_pretrained(BYT5_REPO, **options),
         "text_encoder_2": lambda: clip(CLIPTextModelWithProjection, "text_encoder_2"),
         "tokenizer_2": lambda: AutoTokenizer.from_pretrained(CLIP_REPO, **options),
         "image_encoder": lambda: clip(CLIPVisionModelWithProjection, "image_encoder"),
         "feature_extractor": image_processor,
-        "prior": lambda: model(PaellaPrior, "prior", "prior"),
+        "prior": model(PaellaPrior, "prior", "prior"),
         "prior_scheduler": lambda: DDPMWuerstchenScheduler(),
     }
-    for name, load in loaders.items():
-        if name not in components:
-            components[name] = load()
-    return components
+    loaders = {name: load if isinstance(load, tuple) else (load, None) for name, load in loaders.items()}
+    return loaders | {name: (lambda given=given: given, None) for name, given in components.items()}
 
 
 def _file(path, filename, revision, options) -> str:
