@@ -14,6 +14,8 @@ import torch
 from conftest import tiny_pipeline, tiny_unet
 from huggingface_hub import ModelCard
 from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
 from paella_diffusers import PaellaPipeline, PaellaScheduler, PaellaUNet
 from paella_diffusers.training import corrupt, paella_loss
@@ -327,3 +329,48 @@ def test_saving_one_variant_leaves_another(tmp_path):
     unet.save_pretrained(tmp_path, variant="bf16")
     names = ["config.json", "diffusion_pytorch_model.bf16.safetensors", "diffusion_pytorch_model.safetensors"]
     assert sorted(path.name for path in tmp_path.iterdir()) == names
+
+
+# ------------------------------------------------------------------------------------------------- files that deceive
+
+
+class Malicious:
+    def __init__(self, canary):
+        self.canary = canary
+
+    def __reduce__(self):
+        return (os.mkdir, (str(self.canary),))
+
+
+@pytest.mark.parametrize("part", ["unet", "vqgan", "text_encoder"])
+def test_malicious_pickles_are_refused_and_nothing_is_executed(hub, pipe, tmp_path, part):
+    canary = tmp_path / "canary"
+    pipe.save_pretrained(hub.repo("me/whole"))
+    folder = hub.repo("me/whole") / part
+    weights = next(folder.glob("*.safetensors"))
+    weights.unlink()
+    name = "pytorch_model.bin" if part == "text_encoder" else "diffusion_pytorch_model.bin"
+    torch.save({"weight": Malicious(canary)}, folder / name)
+    with pytest.raises(Exception):  # noqa: B017 - diffusers and transformers differ in what they raise
+        PaellaPipeline.from_pretrained("me/whole", cache_dir=tmp_path / "cache")
+    assert not canary.exists()
+
+
+def test_deceiving_safetensors_are_refused_by_name(pipe, tmp_path):
+    pipe.unet.save_pretrained(tmp_path)
+    path = tmp_path / "diffusion_pytorch_model.safetensors"
+    whole = path.read_bytes()
+    state_dict = load_file(path)
+
+    path.write_bytes(whole[:-100])
+    with pytest.raises((OSError, SafetensorError), match="(?i)unable to load weights|incomplete"):
+        PaellaUNet.from_pretrained(tmp_path)
+    path.write_bytes((10**9).to_bytes(8, "little") + whole[8:])  # the header's length is a lie
+    with pytest.raises((OSError, SafetensorError), match="(?i)unable to load weights|header"):
+        PaellaUNet.from_pretrained(tmp_path)
+    save_file(state_dict | {"head.weight": state_dict["head.weight"][:5].clone()}, path)
+    with pytest.raises((ValueError, RuntimeError), match="head.weight"):
+        PaellaUNet.from_pretrained(tmp_path)
+    save_file(state_dict | {"head.weight": state_dict["head.weight"].long()}, path)
+    with pytest.raises(ValueError, match="must be floating-point, but head.weight torch.int64"):
+        PaellaUNet.from_pretrained(tmp_path)

@@ -103,6 +103,20 @@ class PaellaHubMixin:
 class WholeOrNotAtAllMixin:
     """`save_pretrained` of models: whenever it stops, the folder has the earlier model, the new one, or no `config.json`."""
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+        """As diffusers' `ModelMixin.from_pretrained`; weights that are no floating-point numbers are refused."""
+        loaded = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if getattr(model, "hf_quantizer", None) is None:
+            wrong = [f"{name} {p.dtype}" for name, p in model.named_parameters() if not p.is_floating_point()]
+            if wrong:
+                raise ValueError(
+                    f"{pretrained_model_name_or_path} does not fit {cls.__name__}: its weights must be floating-point, but "
+                    f"{', '.join(wrong[:5])}."
+                )
+        return loaded
+
     def save_pretrained(
         self,
         save_directory: str | os.PathLike,

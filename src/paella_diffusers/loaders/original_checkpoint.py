@@ -179,6 +179,9 @@ def _from_original(model, original, path) -> dict[str, torch.Tensor]:
         if list(tensor.shape) != shape:
             misshapen.append(f"{original_key} {list(tensor.shape)} instead of {shape}")
             continue
+        if tensor.is_floating_point() != expected.is_floating_point():
+            misshapen.append(f"{original_key} is {tensor.dtype} instead of {expected.dtype}")
+            continue
         tensor = tensor if part is None else tensor.chunk(3)[part]
         state_dict[key] = tensor.flatten(1) if is_conv else tensor
     if misshapen:
