@@ -12,6 +12,7 @@ from pathlib import Path
 from huggingface_hub import ModelCard, ModelCardData, create_repo, hf_hub_download, upload_folder
 from huggingface_hub.utils import EntryNotFoundError
 from PIL import Image
+from safetensors import safe_open
 
 CARD = """---
 {{ card_data }}
@@ -101,21 +102,23 @@ class PaellaHubMixin:
 
 
 class WholeOrNotAtAllMixin:
-    """`save_pretrained` of models: whenever it stops, the folder has the earlier model, the new one, or no `config.json`."""
+    """
+    `save_pretrained` of models: whenever it stops, the folder has the earlier model, the new one, or no `config.json`. And
+    `from_pretrained` takes no integers for weights.
+    """
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
-        """As diffusers' `ModelMixin.from_pretrained`; weights that are no floating-point numbers are refused."""
-        loaded = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
-        if getattr(model, "hf_quantizer", None) is None:
-            wrong = [f"{name} {p.dtype}" for name, p in model.named_parameters() if not p.is_floating_point()]
-            if wrong:
-                raise ValueError(
-                    f"{pretrained_model_name_or_path} does not fit {cls.__name__}: its weights must be floating-point, but "
-                    f"{', '.join(wrong[:5])}."
-                )
-        return loaded
+    def _load_pretrained_model(cls, model, state_dict, resolved_model_file, *args, **kwargs):
+        """What `from_pretrained` calls with the files it found: integers, which it would turn into weights, are refused."""
+        quantized = kwargs.get("hf_quantizer") is not None
+        for path in [] if quantized else resolved_model_file or []:
+            if str(path).endswith(".safetensors"):
+                with safe_open(path, framework="pt") as file:
+                    kinds = {key: file.get_slice(key).get_dtype() for key in file.keys()}  # noqa: SIM118 - no dictionary
+                wrong = [f"{key} is {kind}" for key, kind in kinds.items() if not kind.startswith(("F", "BF"))]
+                if wrong:
+                    raise ValueError(f"{path} does not fit {cls.__name__}: weights must be floating-point, but {wrong[:5]}.")
+        return super()._load_pretrained_model(model, state_dict, resolved_model_file, *args, **kwargs)
 
     def save_pretrained(
         self,
