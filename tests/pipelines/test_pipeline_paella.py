@@ -81,20 +81,15 @@ def test_golden_traces(config, name):
 
 @pytest.mark.parametrize("name", ["ddpm", "ddim"])
 def test_golden_prior_steps(golden, golden_models, name):
-    from diffusers.schedulers.scheduling_ddpm_wuerstchen import DDPMWuerstchenScheduler, DDPMWuerstchenSchedulerOutput
+    from diffusers import DDPMWuerstchenScheduler
 
-    class Recording(DDPMWuerstchenScheduler):
-        """Keeps every sample; for "ddim" with the deterministic update in place of the DDPM one."""
+    from paella_diffusers import DDIMWuerstchenScheduler
 
-        def step(self, model_output, timestep, sample, generator=None, return_dict=True):
-            if name == "ddpm":
-                output = super().step(model_output, timestep, sample, generator)
-            else:
-                alpha, following = (
-                    self._alpha_cumprod(t, t.device)[:, None] for t in (timestep, self.previous_timestep(timestep))
-                )
-                clean = (sample - (1 - alpha).sqrt() * model_output) / alpha.sqrt()
-                output = DDPMWuerstchenSchedulerOutput(following.sqrt() * clean + (1 - following).sqrt() * model_output)
+    class Recording({"ddpm": DDPMWuerstchenScheduler, "ddim": DDIMWuerstchenScheduler}[name]):
+        """Keeps every sample."""
+
+        def step(self, *args, **kwargs):
+            output = super().step(*args, **kwargs)
             samples.append(output.prev_sample)
             return output
 
@@ -106,6 +101,19 @@ def test_golden_prior_steps(golden, golden_models, name):
     with torch.no_grad():
         pipe.sample_prior(golden.prior_io["c"], 10, 3.0, generator)
     torch.testing.assert_close(torch.stack(samples), golden.prior_io[f"{name}_steps"], atol=1e-5, rtol=1e-5)
+
+
+def test_prior_scheduler_swaps_and_is_saved(pipe, tmp_path):
+    from paella_diffusers import DDIMWuerstchenScheduler
+
+    before = tokens(pipe, use_prior=True)
+    pipe.prior_scheduler = DDIMWuerstchenScheduler.from_config(pipe.prior_scheduler.config)
+    after = tokens(pipe, use_prior=True)
+    assert not torch.equal(before, after)
+    pipe.save_pretrained(tmp_path)
+    loaded = PaellaPipeline.from_pretrained(tmp_path)
+    assert type(loaded.prior_scheduler) is DDIMWuerstchenScheduler
+    assert torch.equal(tokens(loaded, use_prior=True), after)
 
 
 def test_golden_prior_noise(golden):
@@ -201,6 +209,30 @@ def test_condition_images(pipe):
     assert torch.equal(two, tokens(pipe, ["a", "b"], condition_image=nested, generator=[seeded(0), seeded(1)]))
     own = tokens(pipe, ["a", "b"], condition_image=[[picture(0)], [picture(1)]], generator=[seeded(0), seeded(1)])
     assert torch.equal(own[1:], tokens(pipe, "b", condition_image=picture(1), generator=[seeded(1)]))
+
+
+def test_images_alone_and_their_weights(pipe):
+    images = [picture(0), picture(1)]
+    expected = tokens(pipe, "", condition_image=images)
+    assert torch.equal(tokens(pipe, None, condition_image=images), expected)
+    assert torch.equal(tokens(pipe, None, condition_image=images, condition_image_weights=[1.0, 1.0]), expected)
+    weighted = tokens(pipe, None, condition_image=images, condition_image_weights=[0.2, 1.5])
+    explicit = torch.tensor([0.2, 0.2, 1.5, 1.5])  # two conditioning tokens an image
+    assert torch.equal(weighted, tokens(pipe, "", condition_image=images, conditioning_weights=explicit))
+    rows = tokens(pipe, None, condition_image=[[picture(0)], [picture(1)]], condition_image_weights=[[0.5], [2.0]])
+    assert rows.shape == (2, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ([1.0], r"`condition_image_weights` must be numbers of shape \(2,\) or \(1, 2\), got \(1,\)"),
+        ([[1.0, 2.0]] * 3, r"got \(3, 2\)"),
+    ],
+)
+def test_bad_weights_are_refused(pipe, weights, message):
+    with pytest.raises(ValueError, match=message):
+        tokens(pipe, "a", condition_image=[picture(0), picture(1)], condition_image_weights=weights)
 
 
 def test_image_is_resized_to_the_encoder_without_cropping(pipe):

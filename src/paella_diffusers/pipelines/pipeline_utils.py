@@ -188,6 +188,7 @@ class PaellaPipelineBase(PaellaHubMixin, DiffusionPipeline, PaellaLoraLoaderMixi
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.LongTensor | None = None,
         condition_image: PIL.Image.Image | list | None = None,
+        condition_image_weights: list | torch.Tensor | None = None,
         prompt_embeds: torch.Tensor | None = None,
         negative_prompt_embeds: torch.Tensor | None = None,
         prompt_attention_mask: torch.Tensor | None = None,
@@ -232,6 +233,10 @@ class PaellaPipelineBase(PaellaHubMixin, DiffusionPipeline, PaellaLoraLoaderMixi
                 Tokens to start from in place of random ones, int64 in `[0, num_vq_embeddings)`.
             condition_image (`PIL.Image.Image` or list, *optional*):
                 Condition on the CLIP embedding of an image, or of several in a list; a nested list has one list a prompt.
+                Then `prompt` may be left out, for variations.
+            condition_image_weights (`list` or `torch.Tensor`, *optional*):
+                A factor on the attention paid to each of these images, `(num_images,)` or `(batch_size, num_images)`:
+                `conditioning_weights` for all of its tokens.
             prompt_embeds, negative_prompt_embeds (`torch.Tensor` of shape `(batch_size, length, text_embed_dim)`):
                 Text encoder outputs, in place of prompts; their lengths may differ.
             prompt_attention_mask, negative_prompt_attention_mask (`torch.Tensor` of shape `(batch_size, length)`):
@@ -273,6 +278,11 @@ class PaellaPipelineBase(PaellaHubMixin, DiffusionPipeline, PaellaLoraLoaderMixi
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         height = self.unet.config.sample_size * self.vae_scale_factor if height is None else height
         width = self.unet.config.sample_size * self.vae_scale_factor if width is None else width
+        if prompt is None and prompt_embeds is None and condition_image is not None:
+            nested = isinstance(condition_image, list | tuple) and all(
+                isinstance(row, list | tuple) for row in condition_image
+            )
+            prompt = [""] * max(1, len(condition_image)) if nested else ""
         prompts = {
             "prompt": prompt,
             "negative_prompt": negative_prompt,
@@ -286,6 +296,7 @@ class PaellaPipelineBase(PaellaHubMixin, DiffusionPipeline, PaellaLoraLoaderMixi
         }
         images = {
             "condition_image": condition_image,
+            "condition_image_weights": condition_image_weights,
             "clip_image_embeds": clip_image_embeds,
             "conditioning_weights": conditioning_weights,
             "use_prior": use_prior,
@@ -372,6 +383,7 @@ class PaellaPipelineBase(PaellaHubMixin, DiffusionPipeline, PaellaLoraLoaderMixi
         generator,
         latents,
         condition_image,
+        condition_image_weights,
         prompt_embeds,
         negative_prompt_embeds,
         prompt_attention_mask,
@@ -490,7 +502,16 @@ class PaellaPipelineBase(PaellaHubMixin, DiffusionPipeline, PaellaLoraLoaderMixi
                 raise ValueError("Pass either `condition_image` or `clip_image_embeds`, not both.")
             if self.image_encoder is None or self.feature_extractor is None:
                 raise ValueError("`condition_image` needs the components `image_encoder` and `feature_extractor`.")
-            _nested_images(condition_image, batch_size)
+            rows = _nested_images(condition_image, batch_size)
+            if condition_image_weights is not None:
+                shape, count = tuple(torch.as_tensor(condition_image_weights).shape), len(rows[0])
+                if shape not in ((count,), (batch_size, count)):
+                    raise ValueError(
+                        f"`condition_image_weights` must be numbers of shape ({count},) or ({batch_size}, {count}), got "
+                        f"{shape}."
+                    )
+        if condition_image_weights is not None and (condition_image is None or conditioning_weights is not None):
+            raise ValueError("`condition_image_weights` goes with `condition_image`, and not with `conditioning_weights`.")
         if use_prior:
             if self.prior is None or self.prior_scheduler is None:
                 raise ValueError("`use_prior=True` needs the components `prior` and `prior_scheduler`.")
@@ -691,6 +712,7 @@ class PaellaPipelineBase(PaellaHubMixin, DiffusionPipeline, PaellaLoraLoaderMixi
         num_images_per_prompt: int,
         generator,
         condition_image=None,
+        condition_image_weights=None,
         clip_image_embeds=None,
         conditioning_weights=None,
         use_prior=None,
@@ -717,6 +739,9 @@ class PaellaPipelineBase(PaellaHubMixin, DiffusionPipeline, PaellaLoraLoaderMixi
                     rows = generator * (len(clip_text) // len(generator))
                 embeds = self.sample_prior(clip_text, prior_num_inference_steps, prior_guidance_scale, rows)
                 clip_image_embeds = embeds[:, None]
+        if condition_image_weights is not None:
+            weights = torch.as_tensor(condition_image_weights, dtype=torch.float32)
+            conditioning_weights = weights.repeat_interleave(self.unet.config.clip_seq_len, dim=-1)
         if conditioning_weights is not None:
             weights = conditioning_weights[None] if conditioning_weights.ndim == 1 else conditioning_weights
             conditioning_weights = _repeat(weights, batch_size, num_images_per_prompt, device)
