@@ -110,11 +110,12 @@ class WholeOrNotAtAllMixin:
     @classmethod
     def _load_pretrained_model(cls, model, state_dict, resolved_model_file, *args, **kwargs):
         """What `from_pretrained` calls with the files it found: integers, which it would turn into weights, are refused."""
+        parameters = dict(model.named_parameters())
         quantized = kwargs.get("hf_quantizer") is not None
         for path in [] if quantized else resolved_model_file or []:
             if str(path).endswith(".safetensors"):
                 with safe_open(path, framework="pt") as file:
-                    kinds = {key: file.get_slice(key).get_dtype() for key in file.keys()}  # noqa: SIM118 - no dictionary
+                    kinds = {key: file.get_slice(key).get_dtype() for key in file.keys() if key in parameters}  # noqa: SIM118
                 wrong = [f"{key} is {kind}" for key, kind in kinds.items() if not kind.startswith(("F", "BF"))]
                 if wrong:
                     raise ValueError(f"{path} does not fit {cls.__name__}: weights must be floating-point, but {wrong[:5]}.")
