@@ -6,13 +6,17 @@ BIN := $(VENV)/bin
 DEMO := "red heart" "grinning face" "no entry" "blue heart" "cat face" "red apple" "green heart" "eight oclock" \
 	"globe showing americas"
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-oldest lint clean
 
 demo: $(VENV)/installed
 	$(BIN)/paella-diffusers generate $(DEMO) --guidance-scale 4 --out demo.png
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest
+
+# the same with the oldest diffusers that is supported
+test-oldest:
+	$(MAKE) test VENV=.venv-oldest DIFFUSERS=0.42.0
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
@@ -24,7 +28,8 @@ $(VENV)/installed: requirements.txt setup.py
 	$(BIN)/pip install --disable-pip-version-check --quiet $$(grep '^torch==' requirements.txt)
 	$(BIN)/pip install --disable-pip-version-check --quiet -r requirements.txt
 	$(BIN)/pip install --disable-pip-version-check --quiet --no-deps --no-build-isolation -e .
+	$(if $(DIFFUSERS),$(BIN)/pip install --disable-pip-version-check --quiet --no-deps diffusers==$(DIFFUSERS))
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo*.png
+	rm -rf $(VENV) .venv-oldest demo*.png

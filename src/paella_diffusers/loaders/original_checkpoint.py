@@ -105,14 +105,7 @@ class OriginalCheckpointMixin:
         """
         if getattr(self, "peft_config", None):
             raise ValueError("The published layout has no adapters: first fuse them into the weights, and unload them.")
-        state_dict = self.state_dict()
-        original = {}
-        for key, (original_key, part, is_conv) in _original_keys(self).items():
-            tensor = state_dict[key]
-            if is_conv:
-                tensor = tensor[:, :, None, None]
-            original[original_key] = torch.cat([original[original_key], tensor]) if part else tensor
-        return original
+        return to_original(self, self.state_dict())
 
 
 def read_state_dict(path: str | Path) -> dict[str, torch.Tensor]:
@@ -143,6 +136,18 @@ def read_state_dict(path: str | Path) -> dict[str, torch.Tensor]:
     ):
         raise ValueError(f"{path} holds no state dict, that is, no dictionary from names to tensors.")
     return content
+
+
+def to_original(model, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A state dict of `model`, which need not hold it, under the published names and shapes; views where possible."""
+    original = {}
+    for key, (original_key, part, is_conv) in _original_keys(model).items():
+        tensor = state_dict[key]
+        if part is None:
+            original[original_key] = tensor[:, :, None, None] if is_conv else tensor
+        else:
+            original.setdefault(original_key, []).append(tensor)
+    return {key: torch.cat(value) if isinstance(value, list) else value for key, value in original.items()}
 
 
 def _resolve(path_or_hub_url, hub_kwargs) -> str:

@@ -9,14 +9,18 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import diffusers
+import safetensors.torch
 import torch
+from accelerate import init_empty_weights
+from huggingface_hub.errors import EntryNotFoundError
 from tqdm import tqdm
 
 from .. import registration
+from ..loaders.original_checkpoint import to_original
 from ..models.prior_paella import PaellaPrior
 from ..models.unet_paella import PaellaUNet
 from ..models.vq_model import PaellaVQModel
-from .original_repo import has_original_layout, original_components
+from .original_repo import find_file, has_original_layout, original_components
 from .pipeline_paella import PaellaPipeline
 
 MODELS = {"unet": (PaellaUNet, "paella"), "vqgan": (PaellaVQModel, "vqgan"), "prior": (PaellaPrior, "prior")}
@@ -76,11 +80,31 @@ def convert_to_original(source: str | Path, output_dir: str | Path, dtype: torch
         present = [name for name in MODELS if index.get(name, (None, None)) not in ([None, None], (None, None))]
         for name in tqdm(present, desc="models"):
             cls, config_name = MODELS[name]
-            model = cls.from_pretrained(source, subfolder=name, torch_dtype=dtype, **kwargs)
+            with init_empty_weights():
+                model = cls.from_config(cls.load_config(source, subfolder=name, **kwargs))
             original_config[config_name] = model.to_original_config()
-            torch.save(model.to_original_state_dict(), folder / cls._original_checkpoint)
-            del model
+            weights = _mapped_weights(source, name, **kwargs)
+            weights = {key: t.to(dtype) if t.is_floating_point() else t for key, t in weights.items()}
+            missing = model.state_dict().keys() - weights.keys()
+            if missing:
+                raise ValueError(f"{source}/{name} is no whole {cls.__name__}: it has no {sorted(missing)[:5]}.")
+            torch.save(to_original(model, weights), folder / cls._original_checkpoint)
+            del weights
         (folder / "config.json").write_text(json.dumps(original_config, indent=2) + "\n")
+
+
+def _mapped_weights(source, name: str, revision: str | None = None, **options) -> dict[str, torch.Tensor]:
+    """The weights of a component in safetensors, whole or in shards, memory-mapped."""
+    weights = f"{name}/diffusion_pytorch_model.safetensors"
+    try:
+        index = json.loads(Path(find_file(source, f"{weights}.index.json", revision, options)).read_text())
+        names = [f"{name}/{shard}" for shard in sorted(set(index["weight_map"].values()))]
+    except (EntryNotFoundError, FileNotFoundError):
+        names = [weights]
+    state_dict = {}
+    for filename in names:
+        state_dict |= safetensors.torch.load_file(find_file(source, filename, revision, options))
+    return state_dict
 
 
 @contextmanager

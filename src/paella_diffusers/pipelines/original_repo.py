@@ -112,7 +112,7 @@ def original_components(
             components.setdefault(companion, None)
     if original_config is None:
         try:
-            original_config = json.loads(Path(_file(path, "config.json", revision, options)).read_text())
+            original_config = json.loads(Path(find_file(path, "config.json", revision, options)).read_text())
         except (EntryNotFoundError, FileNotFoundError):
             original_config = {}
 
@@ -121,7 +121,7 @@ def original_components(
 
     def model(cls, name, config_name):
         def arguments(*folder):
-            file = _file(path, cls._original_checkpoint, revision, options)
+            file = find_file(path, cls._original_checkpoint, revision, options)
             return file, *folder, original_config.get(config_name), dtype_of(name)
 
         return lambda: cls.from_single_file(*arguments()), lambda folder: cls.convert_single_file(*arguments(folder))
@@ -159,11 +159,11 @@ def original_components(
     return loaders | {name: (lambda given=given: given, None) for name, given in components.items()}
 
 
-def _file(path, filename, revision, options) -> str:
+def find_file(path, filename, revision, options) -> str:
     """A file of a folder, or of a Hub repository, downloaded."""
     if Path(path).is_dir():
         if not (Path(path) / filename).is_file():
-            raise FileNotFoundError(f"{path} has no {filename}, which the published layout needs.")
+            raise FileNotFoundError(f"{path} has no {filename}.")
         return str(Path(path) / filename)
     return download(str(path), filename, revision, options)
 
