@@ -14,6 +14,7 @@ _MODULES = {
     "PaellaUNet": "models.unet_paella",
     "PaellaPrior": "models.prior_paella",
     "PaellaScheduler": "schedulers.scheduling_paella",
+    "PaellaConfidenceScheduler": "schedulers.scheduling_paella_confidence",
     "DDIMWuerstchenScheduler": "schedulers.scheduling_ddim_wuerstchen",
     "PaellaPipeline": "pipelines.pipeline_paella",
     "PaellaImg2ImgPipeline": "pipelines.pipeline_paella_img2img",

@@ -16,7 +16,14 @@ PIPELINES = {  # and the table of their task, if diffusers has one
     "PaellaInpaintPipeline": "AUTO_INPAINT_PIPELINES_MAPPING",
     "PaellaInversionPipeline": None,
 }
-COMPONENTS = ["PaellaVQModel", "PaellaUNet", "PaellaPrior", "PaellaScheduler", "DDIMWuerstchenScheduler"]
+COMPONENTS = [
+    "PaellaVQModel",
+    "PaellaUNet",
+    "PaellaPrior",
+    "PaellaScheduler",
+    "PaellaConfidenceScheduler",
+    "DDIMWuerstchenScheduler",
+]
 
 
 def install():

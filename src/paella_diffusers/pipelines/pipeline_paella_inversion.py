@@ -9,7 +9,7 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.utils import replace_example_docstring
 
-from ..schedulers.scheduling_paella import draw
+from ..schedulers.scheduling_utils import draw
 from .pipeline_utils import PaellaPipelineBase
 from .source_image import SourceImage, read_image
 

@@ -32,7 +32,7 @@ from ..loaders.lora import PaellaLoraLoaderMixin
 from ..models.prior_paella import PaellaPrior
 from ..models.unet_paella import PaellaUNet
 from ..models.vq_model import PaellaVQModel
-from ..schedulers.scheduling_paella import draw, random_tokens
+from ..schedulers.scheduling_utils import draw, random_tokens
 from .original_repo import has_original_layout, load_original_components
 from .source_image import SourceImage, read_mask
 
@@ -935,6 +935,7 @@ class PaellaPipelineBase(PaellaHubMixin, DiffusionPipeline, PaellaLoraLoaderMixi
             "noise": noise.flatten(1),
             "mask": None if mask is None else mask.flatten(1),
             "codebook": codebook,
+            "grid_size": tuple(latents.shape[1:]),
             "generator": generator,
             **self._step_overrides,
         }

@@ -1,0 +1,175 @@
+"""What the samplers of discrete tokens share: time grids, noise, and random draws."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from diffusers.configuration_utils import ConfigMixin
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from diffusers.utils import BaseOutput
+
+from ..loaders.hub import PaellaHubMixin
+
+
+@dataclass
+class PaellaSchedulerOutput(BaseOutput):
+    """
+    Output of a scheduler's `step`.
+
+    Args:
+        prev_sample (`torch.LongTensor` of the shape of `sample`): The re-noised tokens, the next input of the model.
+        sampled_tokens (`torch.LongTensor` of the same shape): The predicted clean tokens, before re-noising.
+    """
+
+    prev_sample: torch.LongTensor
+    sampled_tokens: torch.LongTensor
+
+
+class PaellaSchedulerBase(PaellaHubMixin, SchedulerMixin, ConfigMixin):
+    """
+    A run descends through the noise levels `timesteps`, the fractions of tokens that are noise. Samplers add `__init__`,
+    which has in its configuration what the methods below read from it, and `step`.
+    """
+
+    order = 1
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        timesteps: list[float] | torch.Tensor | None = None,
+        temperature: float | tuple[float, float] | None = None,
+        renoise_steps: int | None = None,
+    ):
+        """
+        Prepare a run. What is not given comes from the configuration, which no argument changes.
+
+        Args:
+            num_inference_steps (`int`, *optional*): Number of steps, at least 1.
+            device (`str` or `torch.device`, *optional*): Where `timesteps` lie.
+            timesteps (`list[float]` or `torch.Tensor`, *optional*):
+                The noise level of every step, descending, in (0, 1], in place of the linear descent.
+            temperature (`float` or `tuple[float, float]`, *optional*): Replaces the configured one in this run.
+            renoise_steps (`int`, *optional*): Likewise.
+
+        Raises:
+            ValueError: If a value is out of its range, or `timesteps` do not descend.
+        """
+        if timesteps is None:
+            steps = self.config.num_inference_steps if num_inference_steps is None else num_inference_steps
+            if steps < 1:
+                raise ValueError(f"`num_inference_steps` must be at least 1, got {steps}.")
+            levels = torch.linspace(self.config.t_start, self.config.t_end, steps + 1)
+        else:
+            levels = torch.as_tensor(timesteps, dtype=torch.float32).cpu()
+            steps = len(levels)
+            if steps < 1 or num_inference_steps not in (None, steps):
+                raise ValueError(f"`timesteps` must have `num_inference_steps`={num_inference_steps} entries, got {steps}.")
+            if not (levels[-1] > 0 and levels[0] <= 1 and (levels.diff() < 0).all()):
+                raise ValueError(f"`timesteps` must descend within (0, 1], got {levels.tolist()}.")
+            levels = torch.cat([levels, levels.new_tensor([min(self.config.t_end, levels[-1])])])
+
+        temperature = self.config.temperature if temperature is None else temperature
+        ramp = temperature if isinstance(temperature, tuple | list) else (temperature, temperature)
+        if len(ramp) != 2 or not all(value > 0 for value in ramp):  # a NaN is not above 0 either
+            raise ValueError(
+                f"`temperature` must be above 0, one number or (first, last), got {temperature}; "
+                "`sampling_rule='argmax'` is its limit at 0."
+            )
+        renoise_steps = self.config.renoise_steps if renoise_steps is None else renoise_steps
+        if renoise_steps is not None and renoise_steps < 0:
+            raise ValueError(f"`renoise_steps` must be at least 0, got {renoise_steps}.")
+
+        self.num_inference_steps = steps
+        self.timesteps = levels[:-1].to(device)
+        self.temperatures = torch.linspace(*ramp, steps).tolist()
+        self.renoise_steps = steps - 1 if renoise_steps is None else renoise_steps
+        self._levels = levels.tolist()
+
+    def _check_config(self):
+        t_start, t_end, noise_source = self.config.t_start, self.config.t_end, self.config.noise_source
+        if not 0 <= t_end < t_start <= 1:
+            raise ValueError(f"`t_start` and `t_end` must satisfy 0 <= t_end < t_start <= 1, got {t_start} and {t_end}.")
+        if noise_source not in ("initial", "fresh", "previous"):
+            raise ValueError(f"`noise_source` must be 'initial', 'fresh' or 'previous', got {noise_source!r}.")
+
+    def _noise(self, sample, noise, num_tokens: int, generator) -> torch.LongTensor:
+        """The tokens that re-noised ones become."""
+        if self.config.noise_source == "fresh":
+            return random_tokens(num_tokens, sample.shape, sample.device, generator)
+        if self.config.noise_source == "previous":
+            return sample
+        if noise is None:
+            raise ValueError("`noise_source='initial'` needs `noise`, the tokens that sampling began with.")
+        return noise
+
+    def add_noise(
+        self,
+        original_samples: torch.LongTensor,
+        noise: torch.LongTensor | None,
+        timesteps: float | torch.Tensor,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+    ) -> torch.LongTensor:
+        """
+        Make noise of each token with probability t.
+
+        Args:
+            original_samples (`torch.LongTensor` of shape `(batch_size, ...)`): Clean tokens.
+            noise (`torch.LongTensor` of the same shape, *optional*):
+                What noised tokens become; drawn if None, uniformly from `num_vq_embeddings` tokens, after the mask.
+            timesteps (`float` or `torch.Tensor` of shape `(batch_size,)`): Noise levels in [0, 1].
+            generator (`torch.Generator` or a list with one for each image, *optional*): The source of randomness.
+        """
+        shape, device = original_samples.shape, original_samples.device
+        timesteps = torch.as_tensor(timesteps, device=device).view(-1, *[1] * (len(shape) - 1))
+        noised = draw(torch.rand, shape, device, generator) <= timesteps
+        if noise is None:
+            noise = random_tokens(self.config.num_vq_embeddings, shape, device, generator)
+        return torch.where(noised, noise, original_samples)
+
+    def _index(self, timestep: float | torch.Tensor) -> int:
+        timestep = float(timestep)
+        index = min(range(self.num_inference_steps), key=lambda i: abs(self._levels[i] - timestep))
+        if abs(self._levels[index] - timestep) > 1e-5:
+            raise ValueError(f"`timestep` must be one of `timesteps`, {self.timesteps.tolist()}, got {timestep}.")
+        return index
+
+    def __len__(self) -> int:
+        return self.num_inference_steps
+
+
+def random_tokens(
+    num_tokens: int,
+    shape: tuple[int, ...],
+    device: str | torch.device,
+    generator: torch.Generator | list[torch.Generator] | None = None,
+) -> torch.LongTensor:
+    """Uniform tokens in `[0, num_tokens)`; with a list of generators, each image from its own."""
+    return draw(lambda size, **kwargs: torch.randint(num_tokens, size, **kwargs), shape, device, generator)
+
+
+def draw(function: Callable, shape, device, generator) -> torch.Tensor:
+    """A random tensor, drawn where the generator lives; with a list of generators, each image from its own."""
+    if isinstance(generator, list):
+        check_generators(generator, shape[0])
+        return torch.cat([draw(function, (1, *shape[1:]), device, g) for g in generator])
+    return function(shape, generator=generator, device=generator.device if generator else device).to(device)
+
+
+def check_generators(generators: list, batch_size: int):
+    if len(generators) != batch_size:
+        raise ValueError(f"`generator` is a list of {len(generators)} for a batch of {batch_size}: pass one for each image.")
+
+
+def sample_tokens(logits: torch.Tensor, generator: torch.Generator | list[torch.Generator] | None) -> torch.LongTensor:
+    """Tokens `(batch_size, ...)`, each drawn from `softmax(logits)`, `(batch_size, ..., num_tokens)`, independently."""
+    probabilities = logits.softmax(-1)
+    if isinstance(generator, list):
+        check_generators(generator, len(probabilities))
+        return torch.cat([_multinomial(image, g) for image, g in zip(probabilities.split(1), generator)])
+    return _multinomial(probabilities, generator)
+
+
+def _multinomial(probabilities: torch.Tensor, generator: torch.Generator | None) -> torch.LongTensor:
+    rows = probabilities.flatten(0, -2).to(generator.device if generator else probabilities.device)
+    return torch.multinomial(rows, 1, generator=generator).view(probabilities.shape[:-1]).to(probabilities.device)
