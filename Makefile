@@ -3,13 +3,12 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-DEMO := "red heart" "grinning face" "no entry" "blue heart" "cat face" "red apple" "green heart" "eight oclock" \
-	"globe showing americas"
+DEMO := "red heart" "grinning face" "pizza" "dog face" "rocket" "sunflower" "green apple" "soccer ball" "guitar"
 
 .PHONY: demo test test-oldest lint clean
 
 demo: $(VENV)/installed
-	$(BIN)/paella-diffusers generate $(DEMO) --guidance-scale 4 --out demo.png
+	$(BIN)/paella-diffusers generate $(DEMO) --out demo.png
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest

@@ -44,7 +44,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=EMOJI_MODEL)
     parser.add_argument("--work-dir", type=Path, default=Path("emoji-training"), help="where the icons are, or go")
-    parser.add_argument("--guidance-scale", type=float, default=8.0)
+    parser.add_argument("--guidance-scale", type=float, default=2.0)
     args = parser.parse_args()
 
     args.work_dir.mkdir(parents=True, exist_ok=True)

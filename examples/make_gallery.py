@@ -23,7 +23,7 @@ from paella_diffusers import (
     PaellaPipeline,
 )
 
-GUIDANCE = {"guidance_scale": 4.0}
+GUIDANCE = {"guidance_scale": 2.0}  # suits the embedded model
 
 
 def seeds(count: int, first: int = 0) -> list[torch.Generator]:

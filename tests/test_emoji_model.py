@@ -28,7 +28,7 @@ def test_prompts_decide_what_is_drawn(pipe):
     hearts = {"red": 0, "green": 1, "blue": 2}
     prompts = [f"{colour} heart" for colour in hearts]
     generators = [torch.Generator().manual_seed(i) for i in range(3)]
-    images = pipe(prompts, guidance_scale=4.0, generator=generators, output_type="pt").images
+    images = pipe(prompts, guidance_scale=2.0, generator=generators, output_type="pt").images
     assert images.shape == (3, 3, 64, 64)
     for image, channel in zip(images, hearts.values()):
         assert image[:, :, [0, -1]].mean() > 0.9  # white at the sides

@@ -107,7 +107,11 @@ def _add_command(commands, name: str, summary: str, description: str, film: bool
     parser.add_argument("--seed", type=int, default=0, help="of the first picture; each further one takes the next")
     parser.add_argument("--steps", type=int, default=12, metavar="N", help="sampling steps")
     parser.add_argument(
-        "--guidance-scale", type=float, default=8.0, metavar="W", help="how strictly to follow the prompt; 1 for no guidance"
+        "--guidance-scale",
+        type=float,
+        default=argparse.SUPPRESS,
+        metavar="W",
+        help="how strictly to follow the prompt; 1 for no guidance (default: 2 with the embedded model, else 8)",
     )
     parser.add_argument("--negative-prompt", default="", metavar="TEXT", help="what to keep away from")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights")
@@ -149,7 +153,8 @@ def run(args: argparse.Namespace):
         raise ValueError(f"--device {device} is not to be had here: {str(error).splitlines()[0]}") from error
     pipe = getattr(paella_diffusers, task).from_pretrained(args.model, dtype=getattr(torch, args.dtype))
     pipe.to(device)
-    call |= {"num_inference_steps": args.steps, "guidance_scale": args.guidance_scale}
+    guidance_scale = getattr(args, "guidance_scale", 2.0 if args.model == EMOJI_MODEL else 8.0)
+    call |= {"num_inference_steps": args.steps, "guidance_scale": guidance_scale}
     call |= {"negative_prompt": args.negative_prompt}
     if getattr(args, "size", None):
         call["width"], call["height"] = args.size

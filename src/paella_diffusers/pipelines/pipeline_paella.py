@@ -14,7 +14,7 @@ EXAMPLE_DOC_STRING = """
         >>> from paella_diffusers import EMOJI_MODEL, PaellaPipeline
 
         >>> pipe = PaellaPipeline.from_pretrained(EMOJI_MODEL)  # or "dome272/Paella"
-        >>> pipe("red heart").images[0].save("heart.png")
+        >>> pipe("red heart", guidance_scale=2.0).images[0].save("heart.png")
         ```
 """
 

@@ -14,7 +14,8 @@ EXAMPLE_DOC_STRING = """
         >>> from paella_diffusers import EMOJI_MODEL, PaellaImg2ImgPipeline
 
         >>> pipe = PaellaImg2ImgPipeline.from_pretrained(EMOJI_MODEL)  # or "dome272/Paella"
-        >>> pipe("blue heart", image=Image.open("heart.png"), strength=0.7).images[0].save("blue-heart.png")
+        >>> image = Image.open("heart.png")
+        >>> pipe("blue heart", image=image, strength=0.7, guidance_scale=2.0).images[0].save("blue-heart.png")
         ```
 """
 

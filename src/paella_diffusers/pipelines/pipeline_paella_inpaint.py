@@ -18,8 +18,8 @@ EXAMPLE_DOC_STRING = """
 
         >>> pipe = PaellaInpaintPipeline.from_pretrained(EMOJI_MODEL)  # or "dome272/Paella"
         >>> image, mask = Image.open("face.png"), Image.open("mouth.png")
-        >>> pipe("crying face", image=image, mask_image=mask).images[0].save("crying.png")
-        >>> pipe("crying face", image=image, padding=(32, 0, 32, 0)).images[0].save("wide.png")
+        >>> pipe("crying face", image=image, mask_image=mask, guidance_scale=2.0).images[0].save("crying.png")
+        >>> pipe("crying face", image=image, padding=(32, 0, 32, 0), guidance_scale=2.0).images[0].save("wide.png")
         ```
 """
 

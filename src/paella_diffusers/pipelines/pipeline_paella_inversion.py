@@ -21,7 +21,8 @@ EXAMPLE_DOC_STRING = """
 
         >>> pipe = PaellaInversionPipeline.from_pretrained(EMOJI_MODEL)  # or "dome272/Paella"
         >>> image = Image.open("red-heart.png")
-        >>> pipe("blue heart", image=image, source_prompt="red heart").images[0].save("blue-heart.png")
+        >>> result = pipe("blue heart", image=image, source_prompt="red heart", guidance_scale=2.0)
+        >>> result.images[0].save("blue-heart.png")
         ```
 """
 
@@ -32,13 +33,14 @@ class PaellaInversionPipeline(PaellaPipelineBase):
     noised, at every level t with the same noise for two runs: with the source prompt, the run is told x₀, and what the model
     would have had to add to say so is kept,
 
-        z = log p(x₀ smoothed) - log p(source prompt, xₜ)
+        z = log δ(x₀) - log p(source prompt, xₜ)
 
     With the target prompt, that residual is put back with weight λ, and the most likely token taken:
 
         x̃₀ = argmax log p(target prompt, x̃ₜ) + λ z
 
-    With the source prompt as the target, and λ = 1, that is x₀ again. [`PaellaPipelineBase`] documents the components.
+    All three distributions are smoothed as labels are in training, so that what is impossible to both runs counts for
+    nothing. With the source prompt as the target, and λ = 1, the result is x₀ again. [`PaellaPipelineBase`] documents the components.
     """
 
     @torch.no_grad()
@@ -77,7 +79,7 @@ class PaellaInversionPipeline(PaellaPipelineBase):
             residual_scale (`float`, defaults to 0.9): λ, at least 0: how much of the image's own is put back.
             strength (`float`, defaults to 0.75): The first noise level, in (0, 1].
             smoothing (`float`, defaults to 0.1):
-                The probability, in (0, 1), that x₀ smoothed gives to all tokens alike, as training does.
+                The probability, in (0, 1), that smoothing gives to all tokens alike.
             negative_prompt (`str` or `list[str]`, *optional*): What guidance moves away from in both runs.
             height, width (`int`, *optional*): Resize the image to so many pixels first.
             num_inference_steps (`int`, defaults to 32): Sampling steps.
@@ -124,10 +126,11 @@ class PaellaInversionPipeline(PaellaPipelineBase):
         clean = tokens.repeat_interleave(num_images // len(tokens), dim=0)
 
         def step(logits, timestep, latents, noise, mask, codebook, generator):
-            log_probs = logits.float().log_softmax(1).movedim(1, -1)
-            source_run, target_run = log_probs.chunk(2)
-            smoothed = F.one_hot(clean, log_probs.shape[-1]) * (1 - smoothing) + smoothing / log_probs.shape[-1]
-            edited = (target_run + residual_scale * (smoothed.log() - source_run)).argmax(-1)
+            probs = logits.float().softmax(1).movedim(1, -1)
+            smooth = lambda p: (p * (1 - smoothing) + smoothing / probs.shape[-1]).log()
+            source_run, target_run = smooth(probs).chunk(2)
+            certain = smooth(F.one_hot(clean, probs.shape[-1]))
+            edited = (target_run + residual_scale * (certain - source_run)).argmax(-1)
             sampled = torch.cat([clean, edited])
             following = self._levels[self._levels < timestep]  # none after the last step, which does not re-noise
             renoise = draw(torch.rand, sampled.shape, sampled.device, generator) <= (following[0] if len(following) else 0)
