@@ -40,7 +40,8 @@ class PaellaInversionPipeline(PaellaPipelineBase):
         x̃₀ = argmax log p(target prompt, x̃ₜ) + λ z
 
     All three distributions are smoothed as labels are in training, so that what is impossible to both runs counts for
-    nothing. With the source prompt as the target, and λ = 1, the result is x₀ again. [`PaellaPipelineBase`] documents the components.
+    nothing. With the source prompt as the target, and λ = 1, the result is x₀ again. [`PaellaPipelineBase`] documents the
+    components.
     """
 
     @torch.no_grad()
