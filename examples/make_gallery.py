@@ -8,6 +8,7 @@ Each function below is one task, its docstring the page's text, and its source i
 
 import argparse
 import inspect
+import json
 import textwrap
 from pathlib import Path
 
@@ -105,7 +106,8 @@ def main():
     pipe = PaellaPipeline.from_pretrained(args.model)
     pipe.set_progress_bar_config(disable=True)
     (args.output_dir / "gallery").mkdir(parents=True, exist_ok=True)
-    preamble = f"pipe = PaellaPipeline.from_pretrained(EMOJI_MODEL)\nGUIDANCE = {GUIDANCE}\n\n\n{inspect.getsource(seeds)}"
+    preamble = f"pipe = PaellaPipeline.from_pretrained(EMOJI_MODEL)\nGUIDANCE = {json.dumps(GUIDANCE)}\n\n\n"
+    preamble += inspect.getsource(seeds)
     page = PAGE.format(preamble=preamble)
     for task in TASKS:
         pictures = [picture.convert("RGB").resize((2 * picture.width, 128), Image.BICUBIC) for picture in task(pipe)]
