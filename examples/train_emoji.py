@@ -5,7 +5,7 @@ Train the text-to-image Paella that ships inside the package, from nothing to th
     python examples/train_emoji.py --work-dir emoji-training --output-dir my-emoji
 
 It fetches two npm packages (`npm` must be installed): Microsoft's Fluent Emoji icons and a set of emoji keywords, both MIT.
-Then it trains on two CPU cores for about an hour and a half: (1) a VQGAN; (2) the two text encoders, contrastively against a
+Then it trains on two CPU cores for about two hours: (1) a VQGAN; (2) the two text encoders, contrastively against a
 small image network, which is thrown away; (3) the U-Net, with the published loss. Each stage saves to the work folder every
 few minutes; run the same command again to resume. Sample sheets are drawn there.
 """
@@ -460,8 +460,7 @@ def train_unet(vqgan, encoders, images, captions, steps: int, work_dir: Path, co
         noised, noise_mask = corrupt(tokens[rows], timestep, unet.config.num_vq_embeddings)
         with torch.autocast("cpu", torch.bfloat16):
             logits = forward(noised, timestep, sequence.float(), clip, encoder_attention_mask=mask).sample
-        # the published label smoothing, in the last quarter, pins what both branches of guidance say of impossible tokens:
-        # else their difference, which guidance multiplies, is noise
+        # the published label smoothing only at the end: it hides what is still to be learned
         smoothing = 0.1 if step >= 0.75 * steps else 0.0
         return paella_loss(logits.float(), tokens[rows], noise_mask, timestep, label_smoothing=smoothing)
 
@@ -482,7 +481,7 @@ def main():
     parser.add_argument("--coarse-steps", type=int, default=600, help="of the VQGAN with half the codes")
     parser.add_argument("--text-steps", type=int, default=1000)
     parser.add_argument("--unet-steps", type=int, default=4900)
-    parser.add_argument("--compile", action="store_true", help="the U-Net, with torch.compile: a quarter faster; needs g++")
+    parser.add_argument("--compile", action="store_true", help="the U-Net, with torch.compile; needs g++")
     args = parser.parse_args()
 
     torch.manual_seed(0)
