@@ -32,7 +32,7 @@ setup(
     extras_require={
         "emoji": ["resvg_py>=0.2", "tqdm"],  # examples/train_emoji.py
         "train": ["peft>=0.17"],  # LoRA adapters
-        "test": ["pytest>=8.0", "ruff"],
+        "test": ["pytest>=8.0", "ruff", "flow_matching", "scipy"],
     },
     entry_points={"console_scripts": ["paella-diffusers = paella_diffusers.cli:main"]},
     classifiers=[

@@ -15,6 +15,7 @@ _MODULES = {
     "PaellaPrior": "models.prior_paella",
     "PaellaScheduler": "schedulers.scheduling_paella",
     "PaellaConfidenceScheduler": "schedulers.scheduling_paella_confidence",
+    "PaellaFlowMatchEulerScheduler": "schedulers.scheduling_paella_flow_match_euler",
     "DDIMWuerstchenScheduler": "schedulers.scheduling_ddim_wuerstchen",
     "PaellaPipeline": "pipelines.pipeline_paella",
     "PaellaImg2ImgPipeline": "pipelines.pipeline_paella_img2img",

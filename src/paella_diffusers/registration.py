@@ -22,6 +22,7 @@ COMPONENTS = [
     "PaellaPrior",
     "PaellaScheduler",
     "PaellaConfidenceScheduler",
+    "PaellaFlowMatchEulerScheduler",
     "DDIMWuerstchenScheduler",
 ]
 

@@ -202,6 +202,8 @@ class PaellaPipelineBase(PaellaHubMixin, DiffusionPipeline, PaellaLoraLoaderMixi
         prior_guidance_scale: float = 3.0,
         max_sequence_length: int = 768,
         region_masks: list | torch.Tensor | None = None,
+        confidence_threshold: float | None = None,
+        stability_threshold: float = 1.0,
         cross_attention_kwargs: dict | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
@@ -256,6 +258,11 @@ class PaellaPipelineBase(PaellaHubMixin, DiffusionPipeline, PaellaLoraLoaderMixi
                 One mask a prompt, all for one image: where it is 1 the prompt governs, and between them logits are blended.
                 PIL, arrays or tensors `(height, width)` in [0, 1], or over the token grid, `(height / 4, width / 4)`; masks
                 need not sum to 1 but must cover every token.
+            confidence_threshold (`float`, *optional*):
+                Stop early on images whose prediction is sure and stable: the mean entropy of their tokens is below so many
+                nats, such as 0.1. They become their most likely tokens; `pipe.steps_taken` has how many steps each took.
+            stability_threshold (`float`, defaults to 1.0):
+                And so large a share of its tokens, in (0, 1], that were most likely in the step before must be so still.
             cross_attention_kwargs (`dict`, *optional*): `{"scale": s}` scales LoRA adapters.
             output_type (`str`, defaults to `"pil"`): `"pil"`, `"np"`, `"pt"`, or `"latent"` for the token grid.
             return_dict (`bool`, defaults to `True`): Whether to return an `ImagePipelineOutput` rather than a tuple.
@@ -321,6 +328,8 @@ class PaellaPipelineBase(PaellaHubMixin, DiffusionPipeline, PaellaLoraLoaderMixi
             source=source,
             strength=strength,
             regions=regions,
+            confidence_threshold=confidence_threshold,
+            stability_threshold=stability_threshold,
         )
         self._guidance_scale = guidance_scale
         self._guidance_steps = guidance_steps
@@ -328,7 +337,7 @@ class PaellaPipelineBase(PaellaHubMixin, DiffusionPipeline, PaellaLoraLoaderMixi
         device = self._execution_device
 
         # 2. prepare the schedule: cheap, and it may refuse its arguments
-        self.set_timesteps(num_inference_steps, device, temperature, renoise_steps, strength)
+        self.set_timesteps(num_inference_steps, device, temperature, renoise_steps, strength, corrector=step is None)
 
         # 3. encode prompts and images
         conditioning, negative_conditioning = self.prepare_conditioning(
@@ -354,6 +363,7 @@ class PaellaPipelineBase(PaellaHubMixin, DiffusionPipeline, PaellaLoraLoaderMixi
             mask=mask,
             regions=regions,
             step=step,
+            stop=None if confidence_threshold is None else _EarlyStop(confidence_threshold, stability_threshold),
             generator=generator,
             cross_attention_kwargs=cross_attention_kwargs,
             callback_on_step_end=callback_on_step_end,
@@ -400,6 +410,8 @@ class PaellaPipelineBase(PaellaHubMixin, DiffusionPipeline, PaellaLoraLoaderMixi
         source,
         strength,
         regions,
+        confidence_threshold,
+        stability_threshold,
     ) -> int:
         """Refuse bad input, naming the argument, the value and the remedy; the number of prompts otherwise."""
         self.check_size(height, width)
@@ -417,6 +429,13 @@ class PaellaPipelineBase(PaellaHubMixin, DiffusionPipeline, PaellaLoraLoaderMixi
             raise ValueError(f"`guidance_scale` must be a number, (first, last) or None, got {guidance_scale}.")
         if not (isinstance(strength, Real) and 0 < strength <= 1):
             raise ValueError(f"`strength` must be a number in (0, 1], got {strength!r}: 1 keeps nothing of the image.")
+        if confidence_threshold is not None and not (isinstance(confidence_threshold, Real) and confidence_threshold > 0):
+            raise ValueError(
+                "`confidence_threshold` must be a number of nats above 0, or None to run all steps, got "
+                f"{confidence_threshold!r}."
+            )
+        if not (isinstance(stability_threshold, Real) and 0 < stability_threshold <= 1):
+            raise ValueError(f"`stability_threshold` must be a share in (0, 1], got {stability_threshold!r}.")
         self.check_output_type(output_type)
         unknown = set(callback_on_step_end_tensor_inputs or ()) - set(self._callback_tensor_inputs)
         if unknown:
@@ -793,10 +812,18 @@ class PaellaPipelineBase(PaellaHubMixin, DiffusionPipeline, PaellaLoraLoaderMixi
             return None
         return scale if self._needs_guidance(scale) else None
 
-    def set_timesteps(self, num_inference_steps: int, device, temperature=None, renoise_steps=None, strength: float = 1.0):
+    def set_timesteps(
+        self,
+        num_inference_steps: int,
+        device,
+        temperature=None,
+        renoise_steps=None,
+        strength: float = 1.0,
+        corrector: bool = True,
+    ):
         """
-        Prepare the scheduler to descend from noise level `strength` in `num_inference_steps` steps. An override that neither
-        its `set_timesteps` nor its `step` takes is refused.
+        Prepare the scheduler to descend from noise level `strength` in `num_inference_steps` evaluations of the U-Net, those
+        for its corrector included. An override that neither its `set_timesteps` nor its `step` takes is refused.
         """
         overrides = {"temperature": temperature, "renoise_steps": renoise_steps}
         overrides = {name: value for name, value in overrides.items() if value is not None}
@@ -805,6 +832,14 @@ class PaellaPipelineBase(PaellaHubMixin, DiffusionPipeline, PaellaLoraLoaderMixi
         if unknown:
             raise ValueError(f"{type(self.scheduler).__name__} takes no {sorted(unknown)}: leave it out.")
         now = {name: overrides.pop(name) for name in here if name in overrides}
+        if isinstance(overrides.get("temperature"), tuple | list):
+            raise ValueError(f"`temperature` must be one number for {type(self.scheduler).__name__}, got {temperature}.")
+        # a corrector's sweeps are part of the budget: as many of the first steps as it allows are corrected
+        corrector = corrector and hasattr(self.scheduler, "step_correct")
+        sweeps = self.scheduler.config.get("corrector_steps", 0) if corrector else 0
+        corrected = (num_inference_steps - 1) // (1 + sweeps) if sweeps else 0
+        num_inference_steps -= corrected * sweeps
+        self._sweeps = [sweeps] * corrected + [0] * (num_inference_steps - corrected)
         total = num_inference_steps
         if strength < 1 and "timesteps" in here:
             end = min(self.scheduler.config.get("t_end", 0.0), strength)
@@ -813,12 +848,9 @@ class PaellaPipelineBase(PaellaHubMixin, DiffusionPipeline, PaellaLoraLoaderMixi
             total = round(num_inference_steps / strength)
         self.scheduler.set_timesteps(total, device=device, **now)
         self._timesteps = self.scheduler.timesteps[-num_inference_steps:]
-        if (
-            not self._timesteps.is_floating_point()
-        ):  # diffusers' discrete schedulers count steps upwards, ours give the level
-            self._levels = 1 - self._timesteps / total
-        else:
-            self._levels = self._timesteps
+        # diffusers' discrete schedulers count steps upwards, ours give the level
+        counts = not self._timesteps.is_floating_point()
+        self._levels = 1 - self._timesteps / total if counts else self._timesteps
         self._num_timesteps = len(self._timesteps)
         self._step_overrides = overrides
 
@@ -883,6 +915,7 @@ class PaellaPipelineBase(PaellaHubMixin, DiffusionPipeline, PaellaLoraLoaderMixi
         mask: torch.Tensor | None = None,
         regions: torch.Tensor | None = None,
         step: Callable | None = None,
+        stop: Callable | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         cross_attention_kwargs: dict | None = None,
         callback_on_step_end: Callable | None = None,
@@ -896,26 +929,42 @@ class PaellaPipelineBase(PaellaHubMixin, DiffusionPipeline, PaellaLoraLoaderMixi
         )
         takes_codebook = "codebook" in inspect.signature(self.scheduler.step).parameters
         codebook = self.vqgan.codebook(latents.device) if takes_codebook else None
-        with self.progress_bar(total=self._num_timesteps) as progress_bar:
+
+        def predict(latents, level, scale):
+            sample = latents if regions is None else latents.repeat(len(regions), 1, 1)
+            if scale is None or both is None:  # a callback cannot turn on what was not encoded
+                logits = self.unet(sample, level, **conditioning, **lora).sample
+            else:
+                logits = self.unet(torch.cat([sample, sample]), level, **both, **lora).sample
+                conditional, unconditional = logits.float().chunk(2)
+                logits = scale * conditional + (1 - scale) * unconditional
+            if regions is not None:  # rows are prompts, then images
+                logits = (regions.to(logits)[:, None, None] * logits.unflatten(0, (len(regions), -1))).sum(0)
+            return logits
+
+        finished = torch.zeros(len(latents), dtype=torch.bool, device=latents.device)
+        steps_taken = torch.zeros_like(finished, dtype=torch.long)
+        with self.progress_bar(total=self._num_timesteps + sum(self._sweeps)) as progress_bar:
             for i, (t, level) in enumerate(zip(self._timesteps, self._levels)):
                 if self.interrupt:
                     break
-                scale = self._guidance_at(i)
-                sample = latents if regions is None else latents.repeat(len(regions), 1, 1)
-                if scale is None or both is None:  # a callback cannot turn on what was not encoded
-                    logits = self.unet(sample, level, **conditioning, **lora).sample
-                else:
-                    logits = self.unet(torch.cat([sample, sample]), level, **both, **lora).sample
-                    conditional, unconditional = logits.float().chunk(2)
-                    logits = scale * conditional + (1 - scale) * unconditional
-                if regions is not None:  # rows are prompts, then images
-                    logits = (regions.to(logits)[:, None, None] * logits.unflatten(0, (len(regions), -1))).sum(0)
+                steps_taken += ~finished
+                logits = predict(latents, level, self._guidance_at(i))
                 latents, pred_original_sample = step(logits, t, latents, noise, mask, codebook, generator)
+                for _ in range(self._sweeps[i]):
+                    corrected = predict(latents, self._levels[i + 1], self._guidance_at(i))
+                    latents = self.corrector_step(corrected, t, latents, mask, generator)
+                    progress_bar.update()
+                if stop is not None:
+                    latents, pred_original_sample, finished = stop(logits, latents, pred_original_sample, mask)
                 if callback_on_step_end is not None:
                     tensors = {"latents": latents, "pred_original_sample": pred_original_sample}
                     wanted = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
                     latents = callback_on_step_end(self, i, t, wanted).pop("latents", latents)
                 progress_bar.update()
+                if finished.all():
+                    break
+        self.steps_taken = steps_taken.tolist()
         return latents
 
     def scheduler_step(
@@ -946,9 +995,22 @@ class PaellaPipelineBase(PaellaHubMixin, DiffusionPipeline, PaellaLoraLoaderMixi
             **{name: value for name, value in arguments.items() if name in accepted},
         )
         tokens = output.prev_sample.view_as(latents), output.sampled_tokens.view_as(latents)
+        if hasattr(output, "accepted_index") and timestep == self._timesteps[-1]:  # no more to come: nothing stays noise
+            tokens = tokens[1], tokens[1]
         if mask is not None and "mask" not in accepted:
             tokens = tuple(torch.where(mask, grid, latents) for grid in tokens)
         return tokens
+
+    def corrector_step(self, logits, timestep, latents, mask=None, generator=None) -> torch.LongTensor:
+        """A sweep of the scheduler's corrector, after the step at `timestep`: the corrected token grid."""
+        if isinstance(generator, list):
+            masks = [None] * len(generator) if mask is None else mask.split(1)
+            images = zip(logits.split(1), latents.split(1), masks, generator)
+            return torch.cat([self.corrector_step(row, timestep, x, m, g) for row, x, m, g in images])
+        logits = logits.flatten(2).transpose(1, 2)
+        output = self.scheduler.step_correct(logits, timestep, latents.flatten(1), generator=generator)
+        corrected = output.prev_sample.view_as(latents)
+        return corrected if mask is None else torch.where(mask, corrected, latents)
 
     def decode(self, latents: torch.LongTensor, output_type: str, source: SourceImage | None = None):
         """Tokens to images of the wanted type, with what the source keeps of its pixels; `"latent"` returns the tokens."""
@@ -959,6 +1021,33 @@ class PaellaPipelineBase(PaellaHubMixin, DiffusionPipeline, PaellaLoraLoaderMixi
             kept, blend = (_repeat_to(part, len(images)).to(images.device) for part in (source.image, source.blend))
             images = torch.lerp(kept, images.float(), blend)
         return self.image_processor.postprocess(images, output_type, do_denormalize=[False] * len(images))
+
+
+class _EarlyStop:
+    """
+    Freezes images whose prediction has converged, as diffusers' `DiffusionGemmaPipeline` does with text: of the most likely
+    tokens, a share of `stability` is that of the step before, and the mean entropy is below `confidence` nats.
+    """
+
+    def __init__(self, confidence: float, stability: float):
+        self.confidence, self.stability = confidence, stability
+        self.prediction = None
+
+    def __call__(self, logits, latents, pred_original_sample, mask):
+        """Both token grids, where finished images have their most likely tokens, and which images are finished."""
+        likely = logits.argmax(1)
+        if mask is not None:
+            likely = torch.where(mask, likely, latents)
+        if self.prediction is None:
+            self.prediction = torch.full_like(likely, -1)
+            self.finished = torch.zeros(len(likely), dtype=torch.bool, device=likely.device)
+        log_probs = logits.float().log_softmax(1)
+        entropy = -(log_probs.exp() * log_probs).sum(1).flatten(1).mean(1)
+        stable = (likely == self.prediction).flatten(1).float().mean(1) >= self.stability
+        self.prediction = torch.where(self.finished[:, None, None], self.prediction, likely)
+        self.finished = self.finished | (stable & (entropy < self.confidence))
+        frozen = self.finished[:, None, None]
+        return *(torch.where(frozen, self.prediction, x) for x in (latents, pred_original_sample)), self.finished
 
 
 def with_shared_arguments(call: Callable) -> Callable:

@@ -3,12 +3,12 @@
 import torch
 from diffusers.configuration_utils import register_to_config
 
-from .scheduling_utils import PaellaSchedulerBase, PaellaSchedulerOutput, draw, sample_tokens
+from .scheduling_utils import PaellaSchedulerOutput, RenoisingSchedulerBase, draw, sample_tokens
 
 __all__ = ["PaellaScheduler", "PaellaSchedulerOutput", "typical_filter"]
 
 
-class PaellaScheduler(PaellaSchedulerBase):
+class PaellaScheduler(RenoisingSchedulerBase):
     r"""
     The renoising sampler of Paella (https://huggingface.co/papers/2211.07292, algorithm 2).
 
@@ -94,8 +94,8 @@ class PaellaScheduler(PaellaSchedulerBase):
             ValueError: If `timestep` is none of `timesteps`, or `noise` or `codebook` is missing where it is needed.
         """
         index = self._index(timestep)
-        logits = model_output.movedim(1, -1) if sample.ndim == 3 else model_output
-        sampled_tokens = self._sample(logits.float(), index, codebook, generator)
+        logits = self._logits(model_output, sample)
+        sampled_tokens = self._sample(logits, index, codebook, generator)
         if mask is not None:
             sampled_tokens = torch.where(mask.bool(), sampled_tokens, sample)
 

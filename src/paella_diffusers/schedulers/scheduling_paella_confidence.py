@@ -5,10 +5,10 @@ from functools import lru_cache
 import torch
 from diffusers.configuration_utils import register_to_config
 
-from .scheduling_utils import PaellaSchedulerBase, PaellaSchedulerOutput, draw, sample_tokens
+from .scheduling_utils import PaellaSchedulerOutput, RenoisingSchedulerBase, draw, sample_tokens
 
 
-class PaellaConfidenceScheduler(PaellaSchedulerBase):
+class PaellaConfidenceScheduler(RenoisingSchedulerBase):
     r"""
     The renoising sampler, but the tokens to re-noise are not drawn. Each step draws a clean token x̂ᵢ for every position from
     `softmax(logits / temperature)`, ranks the L positions by
@@ -74,7 +74,7 @@ class PaellaConfidenceScheduler(PaellaSchedulerBase):
             ValueError: If `timestep` is none of `timesteps`, or `noise` or `grid_size` is missing where it is needed.
         """
         index = self._index(timestep)
-        logits = (model_output.movedim(1, -1) if sample.ndim == 3 else model_output).float()
+        logits = self._logits(model_output, sample)
         sampled_tokens = sample_tokens(logits / self.temperatures[index], generator)
         if mask is not None:
             sampled_tokens = torch.where(mask.bool(), sampled_tokens, sample)

@@ -39,7 +39,6 @@ class PaellaSchedulerBase(PaellaHubMixin, SchedulerMixin, ConfigMixin):
         device: str | torch.device | None = None,
         timesteps: list[float] | torch.Tensor | None = None,
         temperature: float | tuple[float, float] | None = None,
-        renoise_steps: int | None = None,
     ):
         """
         Prepare a run. What is not given comes from the configuration, which no argument changes.
@@ -48,9 +47,8 @@ class PaellaSchedulerBase(PaellaHubMixin, SchedulerMixin, ConfigMixin):
             num_inference_steps (`int`, *optional*): Number of steps, at least 1.
             device (`str` or `torch.device`, *optional*): Where `timesteps` lie.
             timesteps (`list[float]` or `torch.Tensor`, *optional*):
-                The noise level of every step, descending, in (0, 1], in place of the linear descent.
+                The noise level of every step, descending, in (0, 1], in place of the configured descent.
             temperature (`float` or `tuple[float, float]`, *optional*): Replaces the configured one in this run.
-            renoise_steps (`int`, *optional*): Likewise.
 
         Raises:
             ValueError: If a value is out of its range, or `timesteps` do not descend.
@@ -59,7 +57,7 @@ class PaellaSchedulerBase(PaellaHubMixin, SchedulerMixin, ConfigMixin):
             steps = self.config.num_inference_steps if num_inference_steps is None else num_inference_steps
             if steps < 1:
                 raise ValueError(f"`num_inference_steps` must be at least 1, got {steps}.")
-            levels = torch.linspace(self.config.t_start, self.config.t_end, steps + 1)
+            levels = self._descent(steps)
         else:
             levels = torch.as_tensor(timesteps, dtype=torch.float32).cpu()
             steps = len(levels)
@@ -76,32 +74,27 @@ class PaellaSchedulerBase(PaellaHubMixin, SchedulerMixin, ConfigMixin):
                 f"`temperature` must be above 0, one number or (first, last), got {temperature}; "
                 "`sampling_rule='argmax'` is its limit at 0."
             )
-        renoise_steps = self.config.renoise_steps if renoise_steps is None else renoise_steps
-        if renoise_steps is not None and renoise_steps < 0:
-            raise ValueError(f"`renoise_steps` must be at least 0, got {renoise_steps}.")
-
         self.num_inference_steps = steps
         self.timesteps = levels[:-1].to(device)
         self.temperatures = torch.linspace(*ramp, steps).tolist()
-        self.renoise_steps = steps - 1 if renoise_steps is None else renoise_steps
         self._levels = levels.tolist()
 
+    def _descent(self, steps: int) -> torch.Tensor:
+        """The noise levels before the steps and after the last, `(steps + 1,)`."""
+        return torch.linspace(self.config.t_start, self.config.t_end, steps + 1)
+
     def _check_config(self):
-        t_start, t_end, noise_source = self.config.t_start, self.config.t_end, self.config.noise_source
+        self.register_to_config(_class_name=type(self).__name__)  # or diffusers' own would warn of our settings in a swap
+        t_start, t_end = self.config.t_start, self.config.t_end
         if not 0 <= t_end < t_start <= 1:
             raise ValueError(f"`t_start` and `t_end` must satisfy 0 <= t_end < t_start <= 1, got {t_start} and {t_end}.")
-        if noise_source not in ("initial", "fresh", "previous"):
-            raise ValueError(f"`noise_source` must be 'initial', 'fresh' or 'previous', got {noise_source!r}.")
 
-    def _noise(self, sample, noise, num_tokens: int, generator) -> torch.LongTensor:
-        """The tokens that re-noised ones become."""
-        if self.config.noise_source == "fresh":
-            return random_tokens(num_tokens, sample.shape, sample.device, generator)
-        if self.config.noise_source == "previous":
-            return sample
-        if noise is None:
-            raise ValueError("`noise_source='initial'` needs `noise`, the tokens that sampling began with.")
-        return noise
+    def _logits(self, model_output: torch.Tensor, sample: torch.LongTensor) -> torch.Tensor:
+        """Logits of tokens as a sequence or a grid, as float32 `(batch_size, ..., num_tokens)`."""
+        logits = (model_output.movedim(1, -1) if sample.ndim == 3 else model_output).float()
+        if not logits.sum().isfinite():  # one number for all: looking at each would take as long as sampling
+            raise ValueError("`model_output` has NaN or infinite logits: run the model in float32 or bfloat16, not float16.")
+        return logits
 
     def add_noise(
         self,
@@ -136,6 +129,41 @@ class PaellaSchedulerBase(PaellaHubMixin, SchedulerMixin, ConfigMixin):
 
     def __len__(self) -> int:
         return self.num_inference_steps
+
+
+class RenoisingSchedulerBase(PaellaSchedulerBase):
+    """Samplers that draw all tokens in each step and make noise again of some: `renoise_steps` and `noise_source`."""
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        timesteps: list[float] | torch.Tensor | None = None,
+        temperature: float | tuple[float, float] | None = None,
+        renoise_steps: int | None = None,
+    ):
+        """As [`PaellaSchedulerBase.set_timesteps`]; `renoise_steps` (`int`, *optional*) replaces the configured ones too."""
+        renoise_steps = self.config.renoise_steps if renoise_steps is None else renoise_steps
+        if renoise_steps is not None and renoise_steps < 0:
+            raise ValueError(f"`renoise_steps` must be at least 0, got {renoise_steps}.")
+        super().set_timesteps(num_inference_steps, device, timesteps, temperature)
+        self.renoise_steps = self.num_inference_steps - 1 if renoise_steps is None else renoise_steps
+
+    def _check_config(self):
+        super()._check_config()
+        noise_source = self.config.noise_source
+        if noise_source not in ("initial", "fresh", "previous"):
+            raise ValueError(f"`noise_source` must be 'initial', 'fresh' or 'previous', got {noise_source!r}.")
+
+    def _noise(self, sample, noise, num_tokens: int, generator) -> torch.LongTensor:
+        """The tokens that re-noised ones become."""
+        if self.config.noise_source == "fresh":
+            return random_tokens(num_tokens, sample.shape, sample.device, generator)
+        if self.config.noise_source == "previous":
+            return sample
+        if noise is None:
+            raise ValueError("`noise_source='initial'` needs `noise`, the tokens that sampling began with.")
+        return noise
 
 
 def random_tokens(

@@ -1,0 +1,113 @@
+import math
+
+import pytest
+import torch
+from flow_matching.path import MixtureDiscreteProbPath
+from flow_matching.path.scheduler import PolynomialConvexScheduler
+from flow_matching.solver import MixtureDiscreteEulerSolver
+from flow_matching.utils import ModelWrapper
+from scipy.stats import chi2_contingency
+
+from benchmarks.schedulers import ExactPosterior, exact_pipeline, total_variation
+from paella_diffusers import PaellaFlowMatchEulerScheduler
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def certain(tokens: torch.LongTensor, num_tokens: int = 8) -> torch.Tensor:
+    return torch.nn.functional.one_hot(tokens, num_tokens) * 100.0
+
+
+def test_share_of_tokens_that_jump():
+    scheduler = PaellaFlowMatchEulerScheduler(num_vq_embeddings=8)
+    scheduler.set_timesteps(4)
+    sample, clean = torch.full((2, 20_000), 5), torch.full((2, 20_000), 3)
+    for level, expected in zip(scheduler.timesteps, (1 / 4, 1 / 3, 1 / 2, 1)):
+        output = scheduler.step(certain(clean), level, sample, generator=seeded())
+        assert (output.sampled_tokens == 3).all()
+        share = (output.prev_sample == 3).float().mean().item()
+        assert share == pytest.approx(expected, abs=0.01)
+
+
+def test_corrector_draws_anew_from_the_path():
+    rate, levels = 3.0, (1.0, 0.75)
+    scheduler = PaellaFlowMatchEulerScheduler(corrector_rate=rate, num_vq_embeddings=8)
+    scheduler.set_timesteps(4)
+    sample, clean = torch.full((1, 50_000), 5), torch.full((1, 50_000), 3)
+    following = scheduler.step(certain(clean), 1.0, sample, generator=seeded()).prev_sample
+    corrected = 1 - math.exp(-rate * (levels[0] - levels[1]))
+    for token, jumped, anew in ((3, 0.25, 0.25 + 0.75 / 8), (5, 0.75, 0.75 / 8), (0, 0.0, 0.75 / 8)):
+        expected = (1 - corrected) * jumped + corrected * anew
+        assert (following == token).float().mean().item() == pytest.approx(expected, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, [1.0, 0.75, 0.5, 0.25]),
+        ({"time_grid": "cosine"}, [math.cos(math.pi * i / 8) for i in range(4)]),
+        ({"time_grid": "polynomial", "time_power": 2.0}, [1.0, 15 / 16, 3 / 4, 7 / 16]),
+        ({"time_grid": "polynomial", "time_power": 1.0, "t_start": 0.8}, [0.8, 0.6, 0.4, 0.2]),
+    ],
+)
+def test_time_grids(settings, expected):
+    scheduler = PaellaFlowMatchEulerScheduler(**settings)
+    scheduler.set_timesteps(4)
+    assert scheduler.timesteps.tolist() == pytest.approx(expected)
+
+
+def test_known_tokens_stay():
+    scheduler = PaellaFlowMatchEulerScheduler(corrector_rate=5.0, num_vq_embeddings=8)
+    sample, mask = torch.full((2, 6, 6), 5), torch.zeros(2, 6, 6)
+    mask[:, :3] = 1
+    output = scheduler.step(torch.randn(2, 8, 6, 6), scheduler.timesteps[0], sample, mask=mask, generator=seeded())
+    for tokens in (output.prev_sample, output.sampled_tokens):
+        assert (tokens[:, 3:] == 5).all() and not (tokens[:, :3] == 5).all()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"time_grid": "quadratic"}, "`time_grid` must be 'linear', 'cosine' or 'polynomial', got 'quadratic'"),
+        ({"time_power": 0.0}, "`time_power` must be above 0, got 0.0"),
+        ({"corrector_rate": -1.0}, "`corrector_rate` must be at least 0, got -1.0"),
+        ({"t_start": 0.0}, "`t_start` and `t_end` must satisfy"),
+    ],
+)
+def test_bad_settings(settings, message):
+    with pytest.raises(ValueError, match=message):
+        PaellaFlowMatchEulerScheduler(**settings)
+
+
+@pytest.mark.parametrize("settings", [{}, {"time_grid": "cosine"}, {"corrector_rate": 4.0}])
+def test_converges_to_the_truth(settings):
+    pipe = exact_pipeline()
+    pipe.scheduler = PaellaFlowMatchEulerScheduler.from_config(pipe.scheduler.config, temperature=1.0, **settings)
+    assert total_variation(pipe, steps=1, samples=20_000) > 0.15  # independent tokens are not the truth
+    assert total_variation(pipe, steps=128, samples=20_000) < 0.02
+
+
+def test_agrees_with_the_flow_matching_package():
+    """The same posterior through its solver and through ours: a χ² test does not tell the samples apart."""
+    steps, samples = 128, 20_000
+    pipe = exact_pipeline()
+    pipe.scheduler = PaellaFlowMatchEulerScheduler.from_config(pipe.scheduler.config, temperature=1.0)
+    call = {"num_inference_steps": steps, "guidance_scale": None, "output_type": "latent"}
+    ours = pipe(prompt_embeds=torch.zeros(1, 1, 1), num_images_per_prompt=samples, generator=seeded(), **call).images
+
+    class Posterior(ModelWrapper):
+        def forward(self, x, t, **extras):
+            return self.model(x, 1 - t[0].item()).sample.softmax(1).movedim(1, -1)
+
+    torch.manual_seed(0)
+    path = MixtureDiscreteProbPath(PolynomialConvexScheduler(n=1.0))
+    model = ExactPosterior()
+    solver = MixtureDiscreteEulerSolver(Posterior(model), path, model.config.num_vq_embeddings)
+    theirs = solver.sample(torch.randint(model.config.num_vq_embeddings, ours.shape), step_size=1 / steps)
+
+    counts = torch.stack([torch.bincount(model.states(x), minlength=81) for x in (ours, theirs)])
+    assert chi2_contingency(counts[:, counts.sum(0) > 0]).pvalue > 0.001
+    uniform = torch.bincount(torch.randint(81, (samples,)), minlength=81)
+    assert chi2_contingency(torch.stack([counts[0], uniform])).pvalue < 1e-6  # and it could have
