@@ -177,11 +177,14 @@ def adam(groups, lr: float) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.99), weight_decay=0.0)
 
 
-def muon_and_adam(module: nn.Module, keep_adam: tuple[str, ...]) -> list[torch.optim.Optimizer]:
-    """Muon (Jordan et al., 2024) for the matrices, which learns in half the steps; AdamW for the rest and embeddings."""
+def muon_and_adam(module: nn.Module, keep_adam: tuple[str, ...], lr: float = 1.0) -> list[torch.optim.Optimizer]:
+    """
+    Muon (Jordan et al., 2024) for the matrices, which learns in half the steps; AdamW for the rest and embeddings. `lr` is a
+    factor on both learning rates.
+    """
     matrices = {n: p for n, p in module.named_parameters() if p.ndim == 2 and not any(part in n for part in keep_adam)}
     others = [p for n, p in module.named_parameters() if n not in matrices]
-    return [torch.optim.Muon(matrices.values(), lr=0.02, weight_decay=0.0), adam(others, lr=1.5e-3)]
+    return [torch.optim.Muon(matrices.values(), lr=0.02 * lr, weight_decay=0.0), adam(others, lr=1.5e-3 * lr)]
 
 
 def fit(name, module, optimizers, loss, steps, work_dir, warmup=100, after_step=None, report=None, save_every=300):
@@ -359,70 +362,72 @@ class TextEncoders(nn.Module):
         sequence = self.byt5(inputs.input_ids, attention_mask=inputs.attention_mask).last_hidden_state
         return sequence, inputs.attention_mask, self.clip(inputs.input_ids).text_embeds
 
-    def forward(self, pixels: torch.Tensor, captions: list[str]) -> torch.Tensor:
-        """InfoNCE of both encoders' outputs against the images."""
+    def forward(self, captions: list[str], image: torch.Tensor) -> list[torch.Tensor]:
+        """Similarities of captions (rows) to images, embedded and normalised (columns): by CLIP, and by ByT5."""
         sequence, mask, clip = self.encode(captions)
         # every byte's output shall carry the whole caption, so that attention to any of them serves the U-Net
         position = (torch.rand(len(captions)) * mask.sum(1)).long()
         byt5 = self.byt5_head(sequence[torch.arange(len(captions)), position])
-        image, loss = F.normalize(self.image(pixels).float(), dim=1), 0
-        for text in (clip, byt5):
-            similarity = self.log_scale.exp().clamp(max=100) * F.normalize(text.float(), dim=1) @ image.T
-            target = torch.arange(len(captions))
-            loss = loss + F.cross_entropy(similarity, target) + F.cross_entropy(similarity.T, target)
-        return loss / 4
+        return [self.log_scale.exp() * F.normalize(text.float(), dim=1) @ image.T for text in (clip, byt5)]
+
+    def embed(self, pixels: torch.Tensor) -> torch.Tensor:
+        return F.normalize(self.image(pixels).float(), dim=1)
 
 
-def train_text(images: torch.Tensor, captions: Captions, steps: int, work_dir: Path) -> TextEncoders:
+def train_text(images: torch.Tensor, captions: Captions, steps: int, steps_all: int, work_dir: Path) -> TextEncoders:
+    """
+    First with the image network, each caption against the images of its batch (InfoNCE); then against all images, whose
+    embeddings stay as they are: sentences come much nearer to the name that they paraphrase.
+    """
     encoders = TextEncoders()
-
-    def loss(step):
-        rows, rng = batch(step, 256, len(images)), random.Random(step)
-        with torch.autocast("cpu", torch.bfloat16):
-            return encoders(images[rows], [captions.draw(i, rng, plain=0.25) for i in rows.tolist()])
+    keep_adam = ("embed", "shared", "relative", "image")
 
     @torch.no_grad()
     def report(step):
-        image = F.normalize(torch.cat([encoders.image(p) for p in images.split(256)]), dim=1)
+        image = torch.cat([encoders.embed(p) for p in images.split(256)])
         text = torch.cat([encoders.encode(captions.names[i : i + 256])[2] for i in range(0, len(images), 256)])
         right = (F.normalize(text, dim=1) @ image.T).argmax(1) == torch.arange(len(images))
         tqdm.write(f"text encoders, step {step}: {right.float().mean():.1%} of names find their icon")
 
-    fit(
-        "text",
-        encoders,
-        muon_and_adam(encoders, keep_adam=("embed", "shared", "relative")),
-        loss,
-        steps,
-        work_dir,
-        warmup=40,
-        report=report,
-    )
+    def loss(step):
+        rows, rng, target = batch(step, 256, len(images)), random.Random(step), torch.arange(256)
+        with torch.autocast("cpu", torch.bfloat16):
+            drawn = [captions.draw(i, rng, plain=0.25) for i in rows.tolist()]
+            similarities = encoders(drawn, encoders.embed(images[rows]))
+        return sum(F.cross_entropy(s, target) + F.cross_entropy(s.T, target) for s in similarities) / 4
+
+    optimizers = muon_and_adam(encoders, keep_adam)
+    fit("text", encoders, optimizers, loss, steps, work_dir, warmup=40, report=report)
+
+    with torch.no_grad():
+        image = torch.cat([encoders.embed(p) for p in images.split(256)])
+    encoders.requires_grad_(True)
+    encoders.image.requires_grad_(False)
+    encoders.log_scale.requires_grad_(False)
+
+    def loss_all(step):
+        rows, rng = batch(step, 256, len(images)), random.Random(f"all {step}")
+        with torch.autocast("cpu", torch.bfloat16):
+            similarities = encoders([captions.draw(i, rng, plain=0.15) for i in rows.tolist()], image)
+        return sum(F.cross_entropy(s, rows) for s in similarities) / 2
+
+    optimizers = muon_and_adam(encoders, keep_adam, lr=0.7)
+    fit("text-all", encoders, optimizers, loss_all, steps_all, work_dir, warmup=40, report=report)
     return encoders
 
 
 @torch.no_grad()
-def encode_captions(encoders: TextEncoders, captions: Captions, sentences: int = 20, length: int = 24) -> dict:
+def encode_captions(encoders: TextEncoders, captions: list[str], length: int = 24):
     """
-    Every icon's name and some sentences, then "": as the U-Net gets them, but of ByT5 only `length` bytes, picked at random,
-    which is cheaper and as good, since every byte knows the whole caption.
+    ByT5 sequences, their mask and CLIP embeddings, as the U-Net gets them, but of ByT5 only `length` bytes, picked at
+    random, which is cheaper and as good, since every byte knows the whole caption.
     """
-    rng = random.Random(0)
-    texts = [
-        caption
-        for index, name in enumerate(captions.names)
-        for caption in [name, *(captions.draw(index, rng, plain=0) for _ in range(sentences))]
-    ] + [""]
-    rows = {"sequence": [], "mask": [], "clip": []}
-    for start in tqdm(range(0, len(texts), 256), desc="captions"):
-        with torch.autocast("cpu", torch.bfloat16):
-            sequence, mask, clip = encoders.encode(texts[start : start + 256])
-        pick = (torch.rand(mask.shape) - mask).argsort(1)[:, :length]  # bytes first, padding last
-        sequence, mask = sequence.gather(1, pick[..., None].expand(-1, -1, sequence.shape[2])), mask.gather(1, pick)
-        rows["sequence"].append(F.pad(sequence, (0, 0, 0, length - pick.shape[1])).bfloat16())
-        rows["mask"].append(F.pad(mask, (0, length - pick.shape[1])))
-        rows["clip"].append(clip.float())
-    return {name: torch.cat(parts) for name, parts in rows.items()}
+    with torch.autocast("cpu", torch.bfloat16):
+        sequence, mask, clip = encoders.encode(captions)
+    pick = (torch.rand(mask.shape) - mask).argsort(1)[:, :length]  # bytes first, padding last
+    sequence, mask = sequence.gather(1, pick[..., None].expand(-1, -1, sequence.shape[2])), mask.gather(1, pick)
+    missing = length - pick.shape[1]
+    return F.pad(sequence, (0, 0, 0, missing)).float(), F.pad(mask, (0, missing)), clip.float()
 
 
 def train_unet(vqgan, encoders, images, captions, steps: int, work_dir: Path, compile: bool) -> PaellaPipeline:
@@ -442,8 +447,6 @@ def train_unet(vqgan, encoders, images, captions, steps: int, work_dir: Path, co
     )
     with torch.no_grad():
         tokens = torch.cat([vqgan.encode(p).indices for p in images.split(128)])
-    texts = encode_captions(encoders, captions)
-    per_icon = len(texts["clip"]) // len(images)
     scheduler = PaellaScheduler(num_vq_embeddings=512)
     tokenizer = encoders.tokenizer
     pipe = PaellaPipeline(vqgan, unet, scheduler, encoders.byt5, tokenizer, encoders.clip, tokenizer)
@@ -451,18 +454,16 @@ def train_unet(vqgan, encoders, images, captions, steps: int, work_dir: Path, co
     forward = torch.compile(unet) if compile else unet
 
     def loss(step):
-        rows = batch(step, 64, len(images))
-        sentence = torch.randint(1, per_icon, rows.shape).where(torch.rand(rows.shape) < 0.4, 0)
-        # one image in ten is trained without a prompt, for the unconditional pass of guidance
-        text = (rows * per_icon + sentence).where(torch.rand(rows.shape) < 0.9, -1)
-        sequence, mask, clip = texts["sequence"][text], texts["mask"][text], texts["clip"][text]
+        rows, rng = batch(step, 64, len(images)), random.Random(step)
+        # one image in ten is trained without a prompt, for the unconditional pass of guidance; the others with a new caption
+        texts = ["" if rng.random() < 0.1 else captions.draw(i, rng, plain=0.5) for i in rows.tolist()]
+        sequence, mask, clip = encode_captions(encoders, texts)
         timestep = 1 - torch.rand(len(rows)).square()  # near 1 everything depends on the prompt: go there more often
         noised, noise_mask = corrupt(tokens[rows], timestep, unet.config.num_vq_embeddings)
         with torch.autocast("cpu", torch.bfloat16):
-            logits = forward(noised, timestep, sequence.float(), clip, encoder_attention_mask=mask).sample
-        # the published label smoothing only at the end: it hides what is still to be learned
-        smoothing = 0.1 if step >= 0.75 * steps else 0.0
-        return paella_loss(logits.float(), tokens[rows], noise_mask, timestep, label_smoothing=smoothing)
+            logits = forward(noised, timestep, sequence, clip, encoder_attention_mask=mask).sample
+        # the published label smoothing would hide what is still to be learned
+        return paella_loss(logits.float(), tokens[rows], noise_mask, timestep, label_smoothing=0.0)
 
     def report(step):
         sheet = pipe(SHEET, guidance_scale=2.0, generator=torch.Generator().manual_seed(0)).images
@@ -479,7 +480,8 @@ def main():
     parser.add_argument("--output-dir", type=Path, default=Path("emoji-model"), help="the trained pipeline")
     parser.add_argument("--vqgan-steps", type=int, default=2800)
     parser.add_argument("--coarse-steps", type=int, default=600, help="of the VQGAN with half the codes")
-    parser.add_argument("--text-steps", type=int, default=1000)
+    parser.add_argument("--text-steps", type=int, default=1000, help="with the image network")
+    parser.add_argument("--text-all-steps", type=int, default=1800, help="against all images at once")
     parser.add_argument("--unet-steps", type=int, default=4900)
     parser.add_argument("--compile", action="store_true", help="the U-Net, with torch.compile; needs g++")
     args = parser.parse_args()
@@ -490,7 +492,7 @@ def main():
     paraphrases = Path(__file__).parent.parent / "benchmarks" / "emoji_paraphrases.json"  # kept out of training
     captions = Captions(names, keywords, images, held_out=set(json.loads(paraphrases.read_text())))
     vqgan = train_vqgan(images, args.vqgan_steps, args.coarse_steps, args.work_dir)
-    encoders = train_text(images, captions, args.text_steps, args.work_dir)
+    encoders = train_text(images, captions, args.text_steps, args.text_all_steps, args.work_dir)
     pipe = train_unet(vqgan, encoders, images, captions, args.unet_steps, args.work_dir, args.compile)
     pipe.to(torch.float16, silence_dtype_warnings=True).save_pretrained(args.output_dir)
     print(f"The pipeline is in {args.output_dir}.")

@@ -25,7 +25,7 @@ def captions(images):
 def test_all_stages_make_a_pipeline(images, captions, tmp_path):
     torch.manual_seed(0)
     vqgan = train_emoji.train_vqgan(images, steps=4, coarse_steps=1, work_dir=tmp_path)
-    encoders = train_emoji.train_text(images, captions, steps=2, work_dir=tmp_path)
+    encoders = train_emoji.train_text(images, captions, steps=2, steps_all=2, work_dir=tmp_path)
     pipe = train_emoji.train_unet(vqgan, encoders, images, captions, steps=2, work_dir=tmp_path, compile=False)
     assert pipe("icon 1", num_inference_steps=2).images[0].size == (64, 64)
     assert (tmp_path / "unet-000002.png").exists()

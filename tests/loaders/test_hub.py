@@ -175,6 +175,8 @@ def test_saving_can_push(hub, pipe, tmp_path):
     pipe.unet.save_pretrained(tmp_path / "unet", push_to_hub=True, repo_id="me/unet", commit_message="Mine")
     assert "model_index.json" in hub.files("me/whole") and "config.json" in hub.files("me/unet")
     assert hub.commits[-1]["summary"] == "Mine"
+    pipe.unet.save_pretrained(tmp_path / "unet", safe_serialization=False, push_to_hub=True, repo_id="me/pickled")
+    assert "diffusion_pytorch_model.bin" in hub.files("me/pickled")
 
 
 def test_bad_details_are_refused_before_anything_is_made(hub, pipe):

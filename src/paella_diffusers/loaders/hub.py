@@ -155,7 +155,7 @@ class WholeOrNotAtAllMixin:
             shutil.rmtree(unfinished, ignore_errors=True)
         if push_to_hub:
             repo_id = kwargs.pop("repo_id", folder.name)
-            self.push_to_hub(repo_id, variant=variant, max_shard_size=max_shard_size, **kwargs)
+            self.push_to_hub(repo_id, **options, **kwargs)
 
 
 def push_lora(pipeline, repo_id: str, adapter_name: str | None = None, **kwargs) -> str:

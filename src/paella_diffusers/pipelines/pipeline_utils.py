@@ -166,10 +166,11 @@ class PaellaPipelineBase(PaellaHubMixin, DiffusionPipeline, PaellaLoraLoaderMixi
         As `DiffusionPipeline.save_pretrained`. Until it returns there is no `model_index.json`: nothing loads the folder.
         """
         Path(save_directory, self.config_name).unlink(missing_ok=True)
-        super().save_pretrained(save_directory, safe_serialization, variant, max_shard_size)
+        options = {"safe_serialization": safe_serialization, "variant": variant, "max_shard_size": max_shard_size}
+        super().save_pretrained(save_directory, **options)
         if push_to_hub:
             repo_id = kwargs.pop("repo_id", Path(save_directory).name)
-            self.push_to_hub(repo_id, variant=variant, max_shard_size=max_shard_size, **kwargs)
+            self.push_to_hub(repo_id, **options, **kwargs)
 
     # ----------------------------------------------------------------------------------------------- the whole call
 
