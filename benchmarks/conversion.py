@@ -4,8 +4,8 @@ memory did it take?
 
     python benchmarks/conversion.py --work-dir /tmp/conversion
 
-Needs about 25 GB of disk. Memory is the process's peak resident size (VmHWM), pages of mapped files included, less what the
-process had before.
+Needs about 25 GB of disk. Memory is the process's peak resident size (VmHWM), pages of mapped files included; "before" is
+what it had after its imports.
 """
 
 import argparse

@@ -4,7 +4,7 @@ import json
 import pickle
 import re
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -138,16 +138,23 @@ def read_state_dict(path: str | Path) -> dict[str, torch.Tensor]:
     return content
 
 
-def to_original(model, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A state dict of `model`, which need not hold it, under the published names and shapes; views where possible."""
+def to_original(model, state_dict: Mapping[str, torch.Tensor], dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
+    """
+    A state dict of `model`, which need not hold it, under the published names and shapes; views where possible.
+    Floating-point tensors become `dtype`, if given.
+    """
     original = {}
     for key, (original_key, part, is_conv) in _original_keys(model).items():
         tensor = state_dict[key]
+        tensor = tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
         if part is None:
             original[original_key] = tensor[:, :, None, None] if is_conv else tensor
-        else:
-            original.setdefault(original_key, []).append(tensor)
-    return {key: torch.cat(value) if isinstance(value, list) else value for key, value in original.items()}
+            continue
+        parts = original.setdefault(original_key, [])
+        parts.append(tensor)
+        if len(parts) == 3:  # query, key and value; none is kept beside the whole
+            original[original_key] = torch.cat(parts)
+    return original
 
 
 def _resolve(path_or_hub_url, hub_kwargs) -> str:

@@ -4,15 +4,15 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 import diffusers
-import safetensors.torch
 import torch
 from accelerate import init_empty_weights
 from huggingface_hub.errors import EntryNotFoundError
+from safetensors import safe_open
 from tqdm import tqdm
 
 from .. import registration
@@ -83,28 +83,41 @@ def convert_to_original(source: str | Path, output_dir: str | Path, dtype: torch
             with init_empty_weights():
                 model = cls.from_config(cls.load_config(source, subfolder=name, **kwargs))
             original_config[config_name] = model.to_original_config()
-            weights = _mapped_weights(source, name, **kwargs)
-            weights = {key: t.to(dtype) if t.is_floating_point() else t for key, t in weights.items()}
+            weights = _MappedWeights(source, name, **kwargs)
             missing = model.state_dict().keys() - weights.keys()
             if missing:
                 raise ValueError(f"{source}/{name} is no whole {cls.__name__}: it has no {sorted(missing)[:5]}.")
-            torch.save(to_original(model, weights), folder / cls._original_checkpoint)
-            del weights
+            torch.save(to_original(model, weights, dtype), folder / cls._original_checkpoint)
         (folder / "config.json").write_text(json.dumps(original_config, indent=2) + "\n")
 
 
-def _mapped_weights(source, name: str, revision: str | None = None, **options) -> dict[str, torch.Tensor]:
-    """The weights of a component in safetensors, whole or in shards, memory-mapped."""
-    weights = f"{name}/diffusion_pytorch_model.safetensors"
-    try:
-        index = json.loads(Path(find_file(source, f"{weights}.index.json", revision, options)).read_text())
-        names = [f"{name}/{shard}" for shard in sorted(set(index["weight_map"].values()))]
-    except (EntryNotFoundError, FileNotFoundError):
-        names = [weights]
-    state_dict = {}
-    for filename in names:
-        state_dict |= safetensors.torch.load_file(find_file(source, filename, revision, options))
-    return state_dict
+class _MappedWeights(Mapping):
+    """
+    The weights of a component in safetensors, whole or in shards. Each tensor has a memory mapping of its own, so that what
+    was read of it leaves memory with it.
+    """
+
+    def __init__(self, source, name: str, revision: str | None = None, **options):
+        weights = f"{name}/diffusion_pytorch_model.safetensors"
+        try:
+            index = json.loads(Path(find_file(source, f"{weights}.index.json", revision, options)).read_text())
+            names = [f"{name}/{shard}" for shard in sorted(set(index["weight_map"].values()))]
+        except (EntryNotFoundError, FileNotFoundError):
+            names = [weights]
+        self.files = {}
+        for path in [find_file(source, filename, revision, options) for filename in names]:
+            with safe_open(path, framework="pt") as file:
+                self.files |= dict.fromkeys(file.keys(), path)
+
+    def __getitem__(self, key: str) -> torch.Tensor:
+        with safe_open(self.files[key], framework="pt") as file:
+            return file.get_tensor(key)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.files)
+
+    def __len__(self) -> int:
+        return len(self.files)
 
 
 @contextmanager
