@@ -1,8 +1,10 @@
+import pickle
+
 import peft
 import pytest
 import torch
 from conftest import tiny_pipeline
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from paella_diffusers import PaellaImg2ImgPipeline
 
@@ -125,12 +127,15 @@ def test_what_is_no_adapter_is_refused(pipe, tmp_path):
 
     torch.save({"unet.lora": Malicious()}, tmp_path / "adapter.bin")
     torch.save({"unet.lora": Malicious()}, tmp_path / "pytorch_lora_weights.bin")
-    with pytest.raises(ValueError, match="safetensors files only"):
-        pipe.load_lora_weights(tmp_path, weight_name="adapter.bin")
-    with pytest.raises(ValueError, match="safetensors files only"):
-        pipe.load_lora_weights(tmp_path / "adapter.bin")
-    with pytest.raises(OSError, match="safetensors"):
-        pipe.load_lora_weights(tmp_path)
+    for source, arguments in (
+        (tmp_path, {"weight_name": "adapter.bin"}),
+        (tmp_path / "adapter.bin", {}),
+        (tmp_path, {}),
+        (tmp_path, {"use_safetensors": True}),
+    ):
+        with pytest.raises((OSError, ValueError, pickle.UnpicklingError)) as error:
+            pipe.load_lora_weights(source, **arguments)
+        assert str(error.value)
     assert not canary.exists()
     save_file({"transformer.lora_A.weight": torch.zeros(2)}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match="no LoRA adapter of Paella's U-Net.*transformer.lora_A"):
@@ -143,3 +148,15 @@ def test_without_peft(pipe, monkeypatch):
     monkeypatch.setattr("paella_diffusers.loaders.lora.is_peft_available", lambda: False)
     with pytest.raises(ValueError, match=r"pip install 'paella-diffusers\[train\]'"):
         pipe.load_lora_weights({})
+
+
+def test_pickled_adapters_are_read_without_executing_anything(pipe, tmp_path):
+    plain = logits(pipe)
+    folder, _ = saved_adapter(tmp_path)
+    weights = load_file(folder / "pytorch_lora_weights.safetensors")
+    (tmp_path / "pickled").mkdir()
+    torch.save(weights, tmp_path / "pickled" / "pytorch_lora_weights.bin")
+    pipe.load_lora_weights(tmp_path / "pickled")
+    assert not torch.equal(logits(pipe), plain)
+    with pytest.raises(OSError):
+        pipe.load_lora_weights(tmp_path / "pickled", use_safetensors=True)

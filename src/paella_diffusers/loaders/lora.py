@@ -24,20 +24,20 @@ class PaellaLoraLoaderMixin(LoraBaseMixin):
 
         Args:
             pretrained_model_name_or_path_or_dict (`str`, `Path` or `dict`):
-                A Hub id, a folder, a `.safetensors` file, or the weights themselves. Pickles are not read.
-            kwargs: `weight_name`, `subfolder`, `revision`, `token`, `cache_dir`, `local_files_only`, `force_download`.
+                A Hub id, a folder, a `.safetensors` file, or the weights themselves. Pickles (`.bin`) are read only if there
+                is no such file and `use_safetensors` is not True, and nothing in them is executed.
+            kwargs:
+                `use_safetensors`, `weight_name`, `subfolder`, `revision`, `token`, `cache_dir`, `local_files_only`,
+                `force_download`.
         """
         return_lora_metadata = kwargs.pop("return_lora_metadata", False)
-        source, weight_name = pretrained_model_name_or_path_or_dict, kwargs.pop("weight_name", None)
-        for name in (weight_name, source if not isinstance(source, dict) and os.path.isfile(source) else None):
-            if name is not None and not str(name).endswith(".safetensors"):
-                raise ValueError(f"Adapters are read from .safetensors files only, got {name}.")
+        use_safetensors = kwargs.pop("use_safetensors", None)
         hub_kwargs = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "subfolder")
         state_dict, metadata = _fetch_state_dict(
-            pretrained_model_name_or_path_or_dict=source,
-            weight_name=weight_name,
-            use_safetensors=True,
-            allow_pickle=False,
+            pretrained_model_name_or_path_or_dict=pretrained_model_name_or_path_or_dict,
+            weight_name=kwargs.pop("weight_name", None),
+            use_safetensors=use_safetensors is not False,
+            allow_pickle=use_safetensors is None,
             user_agent={"file_type": "attn_procs_weights", "framework": "pytorch"},
             **{name: kwargs.pop(name, None) for name in hub_kwargs},
         )
