@@ -937,8 +937,11 @@ class PaellaPipelineBase(PaellaHubMixin, DiffusionPipeline, PaellaLoraLoaderMixi
                 logits = self.unet(sample, level, **conditioning, **lora).sample
             else:
                 logits = self.unet(torch.cat([sample, sample]), level, **both, **lora).sample
-                conditional, unconditional = logits.float().chunk(2)
-                logits = scale * conditional + (1 - scale) * unconditional
+                conditional, unconditional = logits.chunk(2)
+                if logits.dtype == torch.float32:  # as published, to the last bit
+                    logits = scale * conditional + (1 - scale) * unconditional
+                else:  # in one go, without copies
+                    logits = torch.lerp(unconditional, conditional, scale)
             if regions is not None:  # rows are prompts, then images
                 logits = (regions.to(logits)[:, None, None] * logits.unflatten(0, (len(regions), -1))).sum(0)
             return logits

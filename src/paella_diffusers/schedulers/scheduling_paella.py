@@ -114,19 +114,19 @@ class PaellaScheduler(RenoisingSchedulerBase):
     def _sample(self, logits, index, codebook, generator):
         """Clean tokens `(batch_size, ...)` from logits `(batch_size, ..., num_tokens)`."""
         if self.config.typical_mass is not None:
+            logits = logits.float()
             removed = typical_filter(logits, self.config.typical_mass, self.config.typical_min_tokens)
             logits = logits.masked_fill(removed, -torch.inf)
         quantized = index >= self.num_inference_steps - self.config.quantized_steps
         if self.config.sampling_rule == "argmax" and not quantized:
             return logits.argmax(-1)
-        logits = logits / self.temperatures[index]
         if self.config.sampling_rule == "quantized" or quantized:
             if codebook is None:
                 raise ValueError("Quantized sampling needs `codebook`, which `vqgan.codebook(device)` gives.")
-            probabilities = logits.softmax(-1)
+            probabilities = (logits.float() / self.temperatures[index]).softmax(-1)
             codebook = codebook.to(probabilities)
             return torch.cdist(probabilities.flatten(1, -2) @ codebook, codebook).argmin(-1).view(logits.shape[:-1])
-        return sample_tokens(logits, generator)
+        return sample_tokens(logits, self.temperatures[index], generator)
 
 
 def typical_filter(logits: torch.Tensor, mass: float, min_tokens: int = 1) -> torch.BoolTensor:

@@ -75,7 +75,7 @@ class PaellaConfidenceScheduler(RenoisingSchedulerBase):
         """
         index = self._index(timestep)
         logits = self._logits(model_output, sample)
-        sampled_tokens = sample_tokens(logits / self.temperatures[index], generator)
+        sampled_tokens = sample_tokens(logits, self.temperatures[index], generator)
         if mask is not None:
             sampled_tokens = torch.where(mask.bool(), sampled_tokens, sample)
 
@@ -102,7 +102,8 @@ class PaellaConfidenceScheduler(RenoisingSchedulerBase):
                 raise ValueError(f"Halton's order needs `grid_size` for {tokens[0].numel()} tokens, got {grid_size}.")
             first = -halton_order(*grid_size).to(tokens.device, torch.float32)
             return first.view(tokens.shape[1:]).expand_as(tokens)
-        confidence = logits.log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
+        logits = logits.float()
+        confidence = logits.gather(-1, tokens[..., None])[..., 0] - logits.logsumexp(-1)
         uniform = draw(torch.rand, tokens.shape, tokens.device, generator).clamp(1e-9, 1 - 1e-7)
         return confidence - self.config.choice_temperature * level * (-uniform.log()).log()
 

@@ -88,7 +88,7 @@ class PaellaFlowMatchEulerScheduler(PaellaSchedulerBase):
         index = self._index(timestep)
         level, next_level = self._levels[index], self._levels[index + 1]
         logits = self._logits(model_output, sample)
-        sampled_tokens = sample_tokens(logits / self.temperatures[index], generator)
+        sampled_tokens = sample_tokens(logits, self.temperatures[index], generator)
 
         jump = draw(torch.rand, sample.shape, sample.device, generator) < 1 - next_level / level
         prev_sample = torch.where(jump, sampled_tokens, sample)

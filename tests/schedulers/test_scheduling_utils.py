@@ -1,0 +1,38 @@
+import pytest
+import torch
+
+from paella_diffusers.schedulers.scheduling_utils import sample_tokens
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("num_tokens", [5, 128, 300])
+def test_tokens_are_drawn_from_the_softmax(dtype, num_tokens):
+    """Shares of 200,000 draws of one distribution, against its probabilities."""
+    logits = (torch.randn(num_tokens, generator=seeded(1)) * 3).to(dtype)
+    logits[3] = -1000.0
+    tokens = sample_tokens(logits.expand(2, 100_000, num_tokens), 0.8, seeded())
+    probabilities = (logits.double() / 0.8).softmax(0)
+    share = torch.bincount(tokens.flatten(), minlength=num_tokens) / tokens.numel()
+    assert share[3] == 0 and len(share) == num_tokens
+    assert (share - probabilities).abs().sum() < 0.03
+
+
+@pytest.mark.parametrize("chance", [0.0, 1 - 2**-24])
+def test_what_has_no_probability_is_never_drawn(monkeypatch, chance):
+    """Whatever the random number: the first and the last tokens, and those before a block, are impossible here."""
+    logits = torch.full((1, 3, 256), -1000.0)
+    logits[:, :, 130:140] = 0.0
+    monkeypatch.setattr(torch, "rand", lambda size, **kwargs: torch.full(size, chance))
+    tokens = sample_tokens(logits.bfloat16(), 1.0, None)
+    assert ((tokens >= 130) & (tokens < 140)).all()
+
+
+def test_half_precision_draws_are_those_of_their_own_generators():
+    logits = torch.randn(2, 50, 300, generator=seeded(1)).bfloat16()
+    both = sample_tokens(logits, 1.0, [seeded(2), seeded(3)])
+    assert torch.equal(both[1:], sample_tokens(logits[1:], 1.0, [seeded(3)]))
+    assert torch.equal(both, sample_tokens(logits, 1.0, [seeded(2), seeded(3)]))
