@@ -3,8 +3,8 @@ How long does a sampling step take at full size, where does the time go, and how
 
     python benchmarks/inference.py [--dtypes float32 bfloat16] [--compile]
 
-The U-Net has the published size and random weights (`--small` for a try). A plain loop, in the same run, is the yardstick: two
-passes of the same U-Net, guidance in float32, softmax and multinomial sampling for all tokens. The ceiling is the
+The U-Net has the published size and random weights (`--small` for a try). A plain loop, in the same run, is the yardstick:
+two passes of the same U-Net, guidance in float32, softmax and multinomial sampling for all tokens. The ceiling is the
 machine's rate of a large matrix product in the same dtype, and the share of it is FLOPs of two passes ÷ ceiling ÷ time of a
 step.
 """
@@ -110,7 +110,7 @@ def main():
     yardstick = {}  # the plain loop in float32, by size and batch
     with torch.inference_mode():
         for dtype in args.dtypes:
-            unet.to(getattr(torch, dtype), silence_dtype_warnings=True)
+            unet.to(getattr(torch, dtype))
             top = ceiling(unet.dtype)
             ways = {"plain": (plain_step, unet), "ours": (our_step, unet)}
             if args.compile:
