@@ -56,14 +56,16 @@ def main():
     call = {"guidance_scale": args.guidance_scale, "output_type": "pt"}
 
     some = random.Random(0).sample(range(len(names)), 100)
-    originals, others = images[some[:50]], [names[i] for i in some[50:]]
-    print("50 icons, each towards the name of another:\n| strength | distance to the input |\n|---|---|")
+    originals, own, others = images[some[:50]], [names[i] for i in some[:50]], [names[i] for i in some[50:]]
+    print("50 icons, distance to the input:\n| strength | with its own name | with another's |\n|---|---|---|")
     for strength in STRENGTHS:
-        pictures = image_to_image(others, image=originals, strength=strength, generator=generators(50), **call).images
-        print(f"| {strength} | {rms(pictures, originals):.3f} |", flush=True)
+        figures = []
+        for prompts in (own, others):
+            pictures = image_to_image(prompts, image=originals, strength=strength, generator=generators(50), **call).images
+            figures.append(f"{rms(pictures, originals):.3f}")
+        print(f"| {strength} | {' | '.join(figures)} |", flush=True)
 
     tokens = torch.cat([inversion.vqgan.encode(part).indices for part in originals.split(25)])
-    own = [names[i] for i in some[:50]]
     call_latent = call | {"output_type": "latent"}
     again = inversion(
         own, image=tokens, source_prompt=own, residual_scale=1.0, generator=generators(50), **call_latent

@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+from diffusers import DiscreteDDIMScheduler
 from flow_matching.path import MixtureDiscreteProbPath
 from flow_matching.path.scheduler import PolynomialConvexScheduler
 from flow_matching.solver import MixtureDiscreteEulerSolver
@@ -9,7 +10,7 @@ from flow_matching.utils import ModelWrapper
 from scipy.stats import chi2_contingency
 
 from benchmarks.schedulers import ExactPosterior, exact_pipeline, total_variation
-from paella_diffusers import PaellaFlowMatchEulerScheduler
+from paella_diffusers import PaellaFlowMatchEulerScheduler, PaellaScheduler
 
 
 def seeded(seed=0):
@@ -81,12 +82,24 @@ def test_bad_settings(settings, message):
         PaellaFlowMatchEulerScheduler(**settings)
 
 
-@pytest.mark.parametrize("settings", [{}, {"time_grid": "cosine"}, {"corrector_rate": 4.0}])
-def test_converges_to_the_truth(settings):
+@pytest.mark.parametrize(
+    ("scheduler", "settings"),
+    [
+        (PaellaFlowMatchEulerScheduler, {}),
+        (PaellaFlowMatchEulerScheduler, {"time_grid": "cosine"}),
+        (PaellaFlowMatchEulerScheduler, {"corrector_rate": 4.0}),
+        (DiscreteDDIMScheduler, {}),
+    ],
+)
+def test_converges_to_the_truth(scheduler, settings):
     pipe = exact_pipeline()
-    pipe.scheduler = PaellaFlowMatchEulerScheduler.from_config(pipe.scheduler.config, temperature=1.0, **settings)
-    assert total_variation(pipe, steps=1, samples=20_000) > 0.15  # independent tokens are not the truth
-    assert total_variation(pipe, steps=128, samples=20_000) < 0.02
+    base = PaellaScheduler(num_vq_embeddings=3, temperature=1.0).config
+    pipe.scheduler = scheduler.from_config(base, **settings)
+    assert total_variation(pipe, steps=1, samples=50_000) > 0.1  # independent tokens are not the truth
+    assert total_variation(pipe, steps=256, samples=50_000) < 0.03
+    if scheduler is PaellaFlowMatchEulerScheduler:  # and it can be told from what is near
+        pipe.scheduler = scheduler.from_config(pipe.scheduler.config, temperature=0.7, **settings)
+        assert total_variation(pipe, steps=256, samples=50_000) > 0.03
 
 
 def test_agrees_with_the_flow_matching_package():
@@ -107,7 +120,11 @@ def test_agrees_with_the_flow_matching_package():
     solver = MixtureDiscreteEulerSolver(Posterior(model), path, model.config.num_vq_embeddings)
     theirs = solver.sample(torch.randint(model.config.num_vq_embeddings, ours.shape), step_size=1 / steps)
 
-    counts = torch.stack([torch.bincount(model.states(x), minlength=81) for x in (ours, theirs)])
-    assert chi2_contingency(counts[:, counts.sum(0) > 0]).pvalue > 0.001
-    uniform = torch.bincount(torch.randint(81, (samples,)), minlength=81)
-    assert chi2_contingency(torch.stack([counts[0], uniform])).pvalue < 1e-6  # and it could have
+    def p_value(first, second) -> float:
+        counts = torch.stack([torch.bincount(model.states(x), minlength=81) for x in (first, second)])
+        return chi2_contingency(counts[:, counts.sum(0) >= 20]).pvalue  # where the approximation holds
+
+    assert p_value(ours, theirs) > 0.001
+    pipe.scheduler = PaellaFlowMatchEulerScheduler.from_config(pipe.scheduler.config, temperature=0.7)
+    near = pipe(prompt_embeds=torch.zeros(1, 1, 1), num_images_per_prompt=samples, generator=seeded(), **call).images
+    assert p_value(near, theirs) < 1e-6  # and it could have

@@ -1,7 +1,9 @@
 """What all schedulers have in common, diffusers' two for discrete tokens included."""
 
+import functools
 import itertools
 import logging
+import math
 
 import pytest
 import torch
@@ -20,6 +22,13 @@ from paella_diffusers import (
 
 OURS = [PaellaScheduler, PaellaConfidenceScheduler, PaellaFlowMatchEulerScheduler]
 ALL = [*OURS, DiscreteDDIMScheduler, EntropyBoundScheduler]
+OWN = {  # what the others do not have
+    PaellaScheduler: {"quantized_steps": 1},
+    PaellaConfidenceScheduler: {"ranking": "halton"},
+    PaellaFlowMatchEulerScheduler: {"corrector_rate": 2.0},
+    DiscreteDDIMScheduler: {},  # diffusers warns of what is not the default when it swaps one of its own for another
+    EntropyBoundScheduler: {},
+}
 SETTINGS = {"t_start": 0.9, "temperature": (0.9, 0.4), "num_inference_steps": 5, "num_vq_embeddings": 32}
 
 
@@ -38,17 +47,17 @@ def draw(pipe, generator=None, **kwargs):
 
 
 @pytest.mark.parametrize(("first", "second"), list(itertools.permutations(ALL, 2)))
-def test_swaps_keep_what_is_common_and_warn_of_nothing(first, second, caplog):
-    settings = SETTINGS if first in OURS else {"num_inference_steps": 5}
+def test_swaps_keep_what_is_common_and_warn_of_nothing(first, second, caplog, monkeypatch):
+    settings = (SETTINGS if first in OURS else {"num_inference_steps": 5}) | OWN[first]
     origin = first(**settings)
+    monkeypatch.setattr(logging.getLogger("diffusers"), "propagate", True)
     with caplog.at_level(logging.WARNING, "diffusers"):
-        logging.getLogger("diffusers").propagate = True
         swapped = second.from_config(origin.config)
         back = first.from_config(swapped.config)
     assert not caplog.records
     for name in settings.keys() & swapped.config.keys():
         assert swapped.config[name] == origin.config[name]
-    assert type(back) is first and all(back.config[name] == value for name, value in settings.items())
+    assert all(back.config[name] == value for name, value in settings.items())
     if first in OURS and second in OURS:
         assert torch.equal(swapped.timesteps, origin.timesteps)
 
@@ -74,6 +83,8 @@ def test_every_task_with_every_scheduler(pipe, scheduler, steps):
         assert torch.equal(tokens, draw(task, num_inference_steps=steps, **arguments))
         if "mask_image" in arguments:
             assert torch.equal(tokens[mask == 0], image[mask == 0])
+    again = draw(task, num_inference_steps=steps, image=image, source_prompt="a", residual_scale=1.0)
+    assert torch.equal(again, image)  # inversion with the source prompt gives the image back
 
 
 @pytest.mark.parametrize("scheduler", OURS)
@@ -87,7 +98,9 @@ def test_common_behaviour(scheduler, tmp_path):
     call = {"noise": tokens.flip(1)} if scheduler is not PaellaFlowMatchEulerScheduler else {}
     step = lambda **kwargs: ours.step(logits, 1.0, tokens, **call | {"generator": seeded()} | kwargs)
     first = step()
-    ours.set_timesteps(3)
+    ours.set_timesteps(3, temperature=0.1)
+    for level in ours.timesteps:
+        ours.step(logits, level, tokens, generator=seeded(9), **call)
     ours.set_timesteps(12)  # nothing of a run is left for the next
     assert torch.equal(step().prev_sample, first.prev_sample)
     assert torch.equal(step(return_dict=False)[0], first.prev_sample)
@@ -100,7 +113,7 @@ def test_common_behaviour(scheduler, tmp_path):
     for value in (float("nan"), float("inf")):
         broken = logits.clone()
         broken[1, 3, 2, 2] = value
-        with pytest.raises(ValueError, match="`model_output` has NaN or infinite logits"):
+        with pytest.raises(ValueError, match="output has NaN or infinite logits"):
             ours.step(broken, 1.0, tokens, **call)
     with pytest.raises(ValueError, match="`timestep` must be one of `timesteps`"):
         ours.step(logits, 0.12345, tokens, **call)
@@ -152,25 +165,97 @@ def test_nothing_stays_noise_at_the_end(pipe):
     assert not torch.equal(last[0]["latents"], last[0]["pred_original_sample"])
 
 
-def test_a_temperature_ramp_where_none_is_taken(pipe):
-    task = PaellaPipeline.from_pipe(pipe, scheduler=DiscreteDDIMScheduler())
-    with pytest.raises(ValueError, match="`temperature` must be one number for DiscreteDDIMScheduler, got \\(1.0, 0.5\\)"):
-        draw(task, temperature=(1.0, 0.5))
+def test_the_temperature_goes_along_in_a_swap(pipe):
+    """DiscreteDDIMScheduler has none in its configuration, but takes one in each step."""
+    swapped = DiscreteDDIMScheduler.from_config(PaellaScheduler(temperature=(1.0, 0.4)).config)
+    task = PaellaPipeline.from_pipe(pipe, scheduler=swapped)
+    taken = []
+    step = swapped.step
+    swapped.step = functools.wraps(step)(lambda *args, **kw: taken.append(kw["temperature"]) or step(*args, **kw))
+    draw(task, num_inference_steps=3)
+    assert taken == pytest.approx([1.0, 0.7, 0.4])
+    taken.clear()
+    draw(task, num_inference_steps=3, temperature=0.5)
+    assert taken == [0.5, 0.5, 0.5]
+    assert torch.equal(draw(PaellaPipeline.from_pipe(pipe, scheduler=DiscreteDDIMScheduler())), draw(task, temperature=0.0))
+
+
+def test_a_swap_with_t_end_leaves_no_noise(pipe):
+    handle = certain_after(pipe, {0: 1})
+    try:
+        for scheduler in OURS:
+            swapped = scheduler.from_config(PaellaScheduler(t_end=0.4, num_vq_embeddings=32).config)
+            assert (draw(PaellaPipeline.from_pipe(pipe, scheduler=swapped)) == 7).all()
+    finally:
+        handle.remove()
+
+
+@pytest.mark.parametrize("scheduler", ALL)
+@pytest.mark.parametrize("strength", [0.3, 0.9])
+def test_the_level_that_an_image_is_noised_to_is_the_one_that_the_model_is_told(pipe, scheduler, strength):
+    task = PaellaImg2ImgPipeline.from_pipe(pipe, scheduler=scheduler.from_config({}))
+    image, levels, given = torch.full((1, 64, 64), 3), [], []
+    handle = pipe.unet.register_forward_pre_hook(lambda module, args: levels.append(float(args[1])) or given.append(args[0]))
+    try:
+        draw(task, image=image, strength=strength, num_inference_steps=2)
+    finally:
+        handle.remove()
+    share = (given[0] != 3).float().mean().item() * 32 / 31  # one in 32 random tokens is the same
+    assert levels[0] < 1 and share == pytest.approx(levels[0], abs=0.03)
+
+
+def test_time_grids_hold_for_image_to_image(pipe):
+    scheduler = PaellaFlowMatchEulerScheduler(time_grid="cosine", num_vq_embeddings=32)
+    task = PaellaImg2ImgPipeline.from_pipe(pipe, scheduler=scheduler)
+    draw(task, image=torch.full((1, 8, 8), 3), strength=0.8)
+    expected = [0.8 * math.cos(math.pi * i / 8) for i in range(4)]
+    assert scheduler.timesteps.tolist() == pytest.approx(expected)
+
+
+def test_too_many_steps_for_a_flat_descent():
+    scheduler = PaellaFlowMatchEulerScheduler(time_grid="polynomial", time_power=4.0)
+    with pytest.raises(ValueError, match="100 steps are too many for this descent"):
+        scheduler.set_timesteps(100)
+
+
+def test_correctors_work_where_tokens_are_generated(pipe):
+    """Sweeps pick the least certain positions: known ones are certain."""
+    image, mask = torch.randint(32, (1, 8, 8), generator=seeded(3)), torch.zeros(1, 8, 8)
+    mask[:, 3, :5] = 1
+    scheduler = DiscreteDDIMScheduler(corrector_steps=1, corrector_k=2)
+    picked, select = [], scheduler._select_positions
+    scheduler._select_positions = lambda *args: picked.append(select(*args)) or picked[-1]
+    task = PaellaInpaintPipeline.from_pipe(pipe, scheduler=scheduler)
+    tokens = draw(task, image=image, mask_image=mask, num_inference_steps=12, temperature=1.0)
+    assert mask.flatten()[torch.cat(picked).flatten()].mean() > 0.7  # 5 of 64
+    assert torch.equal(tokens[mask == 0], image[mask == 0])
+
+
+def test_logits_that_are_not_finite_are_refused_for_all(pipe):
+    handle = pipe.unet.register_forward_hook(lambda module, args, output: (output.sample.fill_(float("nan")), None)[1])
+    try:
+        for scheduler in (DiscreteDDIMScheduler(), EntropyBoundScheduler(), PaellaScheduler(num_vq_embeddings=32)):
+            with pytest.raises(ValueError, match="NaN or infinite logits"):
+                draw(PaellaPipeline.from_pipe(pipe, scheduler=scheduler))
+        with pytest.raises(ValueError, match="NaN or infinite logits"):
+            draw(PaellaInversionPipeline.from_pipe(pipe), image=torch.full((1, 8, 8), 3))
+    finally:
+        handle.remove()
 
 
 # --------------------------------------------------------------------------------------------------- stopping early
 
 
-def certain_after(pipe, calls: dict[int, int]):
-    """Make the U-Net sure of token 7 for image i from its call `calls[i]` on: a hook to remove."""
+def certain_after(pipe, calls: dict[int, int], where: slice = slice(None)):
+    """Make the U-Net sure of token 7 in rows `where` of image i from its call `calls[i]` on: a hook to remove."""
     count = itertools.count(1)
 
     def sure(module, args, output):
         number = next(count)
         for row in range(len(output.sample)):
             if number >= calls[row % len(calls)]:
-                output.sample[row] = 0
-                output.sample[row, 7] = 50
+                output.sample[row, :, where] = 0
+                output.sample[row, 7, where] = 50
         return output
 
     return pipe.unet.register_forward_hook(sure)
@@ -192,10 +277,17 @@ def test_images_stop_when_they_are_sure_and_stable(pipe):
 def test_known_tokens_stay_when_images_stop(pipe):
     image, mask = torch.full((1, 8, 8), 3), torch.zeros(1, 8, 8)
     mask[:, :4] = 1
-    handle = certain_after(pipe, {0: 1})
+    task = PaellaInpaintPipeline.from_pipe(pipe)
+    call = {"image": image, "mask_image": mask, "num_inference_steps": 8, "confidence_threshold": 0.1}
+    handle = certain_after(pipe, {0: 1}, where=slice(4, None))
     try:
-        task = PaellaInpaintPipeline.from_pipe(pipe)
-        tokens = draw(task, image=image, mask_image=mask, num_inference_steps=8, confidence_threshold=0.1)
+        draw(task, **call)
+    finally:
+        handle.remove()
+    assert task.steps_taken == [8]  # sure of what is known only
+    handle = certain_after(pipe, {0: 1}, where=slice(4))
+    try:
+        tokens = draw(task, **call)
     finally:
         handle.remove()
     assert task.steps_taken == [2] and (tokens[:, :4] == 7).all() and (tokens[:, 4:] == 3).all()

@@ -9,7 +9,7 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.utils import replace_example_docstring
 
-from ..schedulers.scheduling_utils import draw
+from ..schedulers.scheduling_utils import check_logits, draw
 from .pipeline_utils import PaellaPipelineBase
 from .source_image import SourceImage, read_image
 
@@ -127,15 +127,18 @@ class PaellaInversionPipeline(PaellaPipelineBase):
         clean = tokens.repeat_interleave(num_images // len(tokens), dim=0)
 
         def step(logits, timestep, latents, noise, mask, codebook, generator):
+            check_logits(logits)
             probs = logits.float().softmax(1).movedim(1, -1)
             smooth = lambda p: (p * (1 - smoothing) + smoothing / probs.shape[-1]).log()
             source_run, target_run = smooth(probs).chunk(2)
             certain = smooth(F.one_hot(clean, probs.shape[-1]))
             edited = (target_run + residual_scale * (certain - source_run)).argmax(-1)
             sampled = torch.cat([clean, edited])
-            following = self._levels[self._levels < timestep]  # none after the last step, which does not re-noise
-            renoise = draw(torch.rand, sampled.shape, sampled.device, generator) <= (following[0] if len(following) else 0)
-            return torch.where(renoise, noise, sampled), sampled
+            index = self._timesteps.tolist().index(timestep)
+            if index + 1 < len(self._levels):  # the last step does not re-noise
+                renoise = draw(torch.rand, sampled.shape, sampled.device, generator) <= self._levels[index + 1]
+                return torch.where(renoise, noise, sampled), sampled
+            return sampled, sampled
 
         both = self.generate(
             prompt=[*sources, *targets],
@@ -155,6 +158,7 @@ class PaellaInversionPipeline(PaellaPipelineBase):
             strength=strength,
             step=step,
         ).images
+        self.steps_taken = self.steps_taken[num_images:]
         images = self.decode(both[num_images:], output_type)
         self.maybe_free_model_hooks()
 

@@ -32,7 +32,7 @@ from ..loaders.lora import PaellaLoraLoaderMixin
 from ..models.prior_paella import PaellaPrior
 from ..models.unet_paella import PaellaUNet
 from ..models.vq_model import PaellaVQModel
-from ..schedulers.scheduling_utils import draw, random_tokens
+from ..schedulers.scheduling_utils import PaellaSchedulerBase, check_logits, draw, random_tokens
 from .original_repo import has_original_layout, load_original_components
 from .source_image import SourceImage, read_mask
 
@@ -261,7 +261,8 @@ class PaellaPipelineBase(PaellaHubMixin, DiffusionPipeline, PaellaLoraLoaderMixi
                 need not sum to 1 but must cover every token.
             confidence_threshold (`float`, *optional*):
                 Stop early on images whose prediction is sure and stable: the mean entropy of their tokens is below so many
-                nats, such as 0.1. They become their most likely tokens; `pipe.steps_taken` has how many steps each took.
+                nats, such as 0.1. They become their most likely tokens; `pipe.steps_taken` has how many of
+                `num_inference_steps` each took.
             stability_threshold (`float`, defaults to 1.0):
                 And so large a share of its tokens, in (0, 1], that were most likely in the step before must be so still.
             cross_attention_kwargs (`dict`, *optional*): `{"scale": s}` scales LoRA adapters.
@@ -338,7 +339,9 @@ class PaellaPipelineBase(PaellaHubMixin, DiffusionPipeline, PaellaLoraLoaderMixi
         device = self._execution_device
 
         # 2. prepare the schedule: cheap, and it may refuse its arguments
-        self.set_timesteps(num_inference_steps, device, temperature, renoise_steps, strength, corrector=step is None)
+        strength = self.set_timesteps(
+            num_inference_steps, device, temperature, renoise_steps, strength, corrector=step is None
+        )
 
         # 3. encode prompts and images
         conditioning, negative_conditioning = self.prepare_conditioning(
@@ -821,10 +824,11 @@ class PaellaPipelineBase(PaellaHubMixin, DiffusionPipeline, PaellaLoraLoaderMixi
         renoise_steps=None,
         strength: float = 1.0,
         corrector: bool = True,
-    ):
+    ) -> float:
         """
         Prepare the scheduler to descend from noise level `strength` in `num_inference_steps` evaluations of the U-Net, those
-        for its corrector included. An override that neither its `set_timesteps` nor its `step` takes is refused.
+        for its corrector included; and the level it does begin with. An override that neither its `set_timesteps` nor its
+        `step` takes is refused.
         """
         overrides = {"temperature": temperature, "renoise_steps": renoise_steps}
         overrides = {name: value for name, value in overrides.items() if value is not None}
@@ -833,8 +837,8 @@ class PaellaPipelineBase(PaellaHubMixin, DiffusionPipeline, PaellaLoraLoaderMixi
         if unknown:
             raise ValueError(f"{type(self.scheduler).__name__} takes no {sorted(unknown)}: leave it out.")
         now = {name: overrides.pop(name) for name in here if name in overrides}
-        if isinstance(overrides.get("temperature"), tuple | list):
-            raise ValueError(f"`temperature` must be one number for {type(self.scheduler).__name__}, got {temperature}.")
+        if temperature is None and "temperature" in in_step and "temperature" in self.scheduler.config:
+            overrides["temperature"] = self.scheduler.config.temperature  # left there by the scheduler it was swapped for
         # a corrector's sweeps are part of the budget: as many of the first steps as it allows are corrected
         corrector = corrector and hasattr(self.scheduler, "step_correct")
         sweeps = self.scheduler.config.get("corrector_steps", 0) if corrector else 0
@@ -842,18 +846,20 @@ class PaellaPipelineBase(PaellaHubMixin, DiffusionPipeline, PaellaLoraLoaderMixi
         num_inference_steps -= corrected * sweeps
         self._sweeps = [sweeps] * corrected + [0] * (num_inference_steps - corrected)
         total = num_inference_steps
-        if strength < 1 and "timesteps" in here:
-            end = min(self.scheduler.config.get("t_end", 0.0), strength)
-            now["timesteps"] = torch.linspace(strength, end, num_inference_steps + 1)[:-1]
+        if strength < 1 and "t_start" in here:
+            now["t_start"] = strength
         elif strength < 1:  # the last steps of a longer run
-            total = round(num_inference_steps / strength)
+            total = max(num_inference_steps + 1, round(num_inference_steps / strength))
         self.scheduler.set_timesteps(total, device=device, **now)
         self._timesteps = self.scheduler.timesteps[-num_inference_steps:]
         # diffusers' discrete schedulers count steps upwards, ours give the level
         counts = not self._timesteps.is_floating_point()
         self._levels = 1 - self._timesteps / total if counts else self._timesteps
         self._num_timesteps = len(self._timesteps)
-        self._step_overrides = overrides
+        ramp = overrides.pop("temperature", None)  # for `step`
+        ramp = ramp if isinstance(ramp, tuple | list) else (ramp, ramp)
+        self._step_temperatures = None if None in ramp else torch.linspace(*ramp, num_inference_steps).tolist()
+        return float(self._levels[0]) if counts else strength
 
     def prepare_latents(
         self,
@@ -947,17 +953,18 @@ class PaellaPipelineBase(PaellaHubMixin, DiffusionPipeline, PaellaLoraLoaderMixi
             return logits
 
         finished = torch.zeros(len(latents), dtype=torch.bool, device=latents.device)
-        steps_taken = torch.zeros_like(finished, dtype=torch.long)
+        evaluations = torch.zeros_like(finished, dtype=torch.long)
         with self.progress_bar(total=self._num_timesteps + sum(self._sweeps)) as progress_bar:
             for i, (t, level) in enumerate(zip(self._timesteps, self._levels)):
                 if self.interrupt:
                     break
-                steps_taken += ~finished
+                evaluations += ~finished
                 logits = predict(latents, level, self._guidance_at(i))
                 latents, pred_original_sample = step(logits, t, latents, noise, mask, codebook, generator)
                 for _ in range(self._sweeps[i]):
                     corrected = predict(latents, self._levels[i + 1], self._guidance_at(i))
                     latents = self.corrector_step(corrected, t, latents, mask, generator)
+                    evaluations += ~finished
                     progress_bar.update()
                 if stop is not None:
                     latents, pred_original_sample, finished = stop(logits, latents, pred_original_sample, mask)
@@ -966,9 +973,9 @@ class PaellaPipelineBase(PaellaHubMixin, DiffusionPipeline, PaellaLoraLoaderMixi
                     wanted = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
                     latents = callback_on_step_end(self, i, t, wanted).pop("latents", latents)
                 progress_bar.update()
-                if finished.all():
+                if stop is not None and finished.all():
                     break
-        self.steps_taken = steps_taken.tolist()
+        self.steps_taken = evaluations.tolist()
         return latents
 
     def scheduler_step(
@@ -990,8 +997,11 @@ class PaellaPipelineBase(PaellaHubMixin, DiffusionPipeline, PaellaLoraLoaderMixi
             "codebook": codebook,
             "grid_size": tuple(latents.shape[1:]),
             "generator": generator,
-            **self._step_overrides,
         }
+        if self._step_temperatures is not None:
+            arguments["temperature"] = self._step_temperatures[self._timesteps.tolist().index(timestep)]
+        if not isinstance(self.scheduler, PaellaSchedulerBase):
+            logits, arguments["generator"] = self.for_others(logits, latents, mask, generator)
         output = self.scheduler.step(
             logits.flatten(2).transpose(1, 2),  # channels-last: no copy
             timestep,
@@ -1005,12 +1015,27 @@ class PaellaPipelineBase(PaellaHubMixin, DiffusionPipeline, PaellaLoraLoaderMixi
             tokens = tuple(torch.where(mask, grid, latents) for grid in tokens)
         return tokens
 
+    def for_others(self, logits, latents, mask, generator) -> tuple[torch.Tensor, torch.Generator | None]:
+        """
+        What schedulers that are not ours should get: logits that are finite, and certain of known tokens, which they would
+        otherwise spend their choice on; and a generator on the same device.
+        """
+        check_logits(logits)
+        if mask is not None:
+            certain = F.one_hot(latents, logits.shape[1]).movedim(-1, 1) * 50.0
+            logits = torch.where(mask[:, None], logits, certain.to(logits))
+        if generator is not None and generator.device != logits.device:
+            seed = torch.randint(2**62, (1,), generator=generator, device=generator.device).item()
+            generator = torch.Generator(logits.device).manual_seed(seed)
+        return logits, generator
+
     def corrector_step(self, logits, timestep, latents, mask=None, generator=None) -> torch.LongTensor:
         """A sweep of the scheduler's corrector, after the step at `timestep`: the corrected token grid."""
         if isinstance(generator, list):
             masks = [None] * len(generator) if mask is None else mask.split(1)
             images = zip(logits.split(1), latents.split(1), masks, generator)
             return torch.cat([self.corrector_step(row, timestep, x, m, g) for row, x, m, g in images])
+        logits, generator = self.for_others(logits, latents, mask, generator)
         logits = logits.flatten(2).transpose(1, 2)
         output = self.scheduler.step_correct(logits, timestep, latents.flatten(1), generator=generator)
         corrected = output.prev_sample.view_as(latents)
@@ -1029,8 +1054,9 @@ class PaellaPipelineBase(PaellaHubMixin, DiffusionPipeline, PaellaLoraLoaderMixi
 
 class _EarlyStop:
     """
-    Freezes images whose prediction has converged, as diffusers' `DiffusionGemmaPipeline` does with text: of the most likely
-    tokens, a share of `stability` is that of the step before, and the mean entropy is below `confidence` nats.
+    Freezes images whose prediction has converged: of the most likely tokens, where any are generated, a share of `stability`
+    is that of the step before, and the mean entropy is below `confidence` nats. (Text in `DiffusionGemmaPipeline` stops
+    likewise, but by whole predictions, of which it keeps several.)
     """
 
     def __init__(self, confidence: float, stability: float):
@@ -1046,8 +1072,10 @@ class _EarlyStop:
             self.prediction = torch.full_like(likely, -1)
             self.finished = torch.zeros(len(likely), dtype=torch.bool, device=likely.device)
         log_probs = logits.float().log_softmax(1)
-        entropy = -(log_probs.exp() * log_probs).sum(1).flatten(1).mean(1)
-        stable = (likely == self.prediction).flatten(1).float().mean(1) >= self.stability
+        weight = torch.ones_like(likely) if mask is None else mask.expand_as(likely)
+        mean = lambda values: (values * weight).flatten(1).sum(1) / weight.flatten(1).sum(1).clamp(min=1)
+        entropy = mean(-(log_probs.exp() * log_probs).sum(1))
+        stable = mean((likely == self.prediction).float()) >= self.stability
         self.prediction = torch.where(self.finished[:, None, None], self.prediction, likely)
         self.finished = self.finished | (stable & (entropy < self.confidence))
         frozen = self.finished[:, None, None]

@@ -28,7 +28,7 @@ class PaellaFlowMatchEulerScheduler(PaellaSchedulerBase):
     Args:
         num_inference_steps (`int`, defaults to 12): Steps, unless `set_timesteps` says otherwise.
         t_start (`float`, defaults to 1.0): First noise level, in (0, 1].
-        t_end (`float`, defaults to 0.0): Noise level after the last step, in [0, t_start).
+        t_end (`float`, defaults to 0.0): Where the noise level descends to, in [0, t_start); the last step ends at 0.
         temperature (`float` or `tuple[float, float]`, defaults to 1.0):
             Sampling temperature, above 0: from the first step to the last, linearly.
         time_grid (`str`, defaults to `"linear"`):
@@ -60,12 +60,12 @@ class PaellaFlowMatchEulerScheduler(PaellaSchedulerBase):
             raise ValueError(f"`corrector_rate` must be at least 0, got {corrector_rate}.")
         self.set_timesteps(num_inference_steps)
 
-    def _descent(self, steps: int) -> torch.Tensor:
+    def _descent(self, steps: int, t_start: float, t_end: float) -> torch.Tensor:
         if self.config.time_grid == "linear":
-            return super()._descent(steps)
+            return super()._descent(steps, t_start, t_end)
         done = torch.linspace(0, 1, steps + 1)
         descent = (done * math.pi / 2).cos() if self.config.time_grid == "cosine" else 1 - done**self.config.time_power
-        return torch.lerp(torch.tensor(self.config.t_end), torch.tensor(self.config.t_start), descent.clamp(min=0))
+        return t_end + (t_start - t_end) * descent.clamp(min=0)
 
     def step(
         self,
@@ -90,6 +90,8 @@ class PaellaFlowMatchEulerScheduler(PaellaSchedulerBase):
         logits = self._logits(model_output, sample)
         sampled_tokens = sample_tokens(logits, self.temperatures[index], generator)
 
+        if index + 1 == self.num_inference_steps:  # the picture is the prediction, whatever `t_end` is
+            next_level = 0.0
         jump = draw(torch.rand, sample.shape, sample.device, generator) < 1 - next_level / level
         prev_sample = torch.where(jump, sampled_tokens, sample)
         if self.config.corrector_rate > 0:

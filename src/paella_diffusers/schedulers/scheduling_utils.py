@@ -33,6 +33,13 @@ class PaellaSchedulerBase(PaellaHubMixin, SchedulerMixin, ConfigMixin):
     """
 
     order = 1
+    _compatibles = [
+        "PaellaScheduler",
+        "PaellaConfidenceScheduler",
+        "PaellaFlowMatchEulerScheduler",
+        "DiscreteDDIMScheduler",
+        "EntropyBoundScheduler",
+    ]
 
     def set_timesteps(
         self,
@@ -40,6 +47,7 @@ class PaellaSchedulerBase(PaellaHubMixin, SchedulerMixin, ConfigMixin):
         device: str | torch.device | None = None,
         timesteps: list[float] | torch.Tensor | None = None,
         temperature: float | tuple[float, float] | None = None,
+        t_start: float | None = None,
     ):
         """
         Prepare a run. What is not given comes from the configuration, which no argument changes.
@@ -50,6 +58,7 @@ class PaellaSchedulerBase(PaellaHubMixin, SchedulerMixin, ConfigMixin):
             timesteps (`list[float]` or `torch.Tensor`, *optional*):
                 The noise level of every step, descending, in (0, 1], in place of the configured descent.
             temperature (`float` or `tuple[float, float]`, *optional*): Replaces the configured one in this run.
+            t_start (`float`, *optional*): Likewise; a configured `t_end` above it counts as it.
 
         Raises:
             ValueError: If a value is out of its range, or `timesteps` do not descend.
@@ -58,7 +67,10 @@ class PaellaSchedulerBase(PaellaHubMixin, SchedulerMixin, ConfigMixin):
             steps = self.config.num_inference_steps if num_inference_steps is None else num_inference_steps
             if steps < 1:
                 raise ValueError(f"`num_inference_steps` must be at least 1, got {steps}.")
-            levels = self._descent(steps)
+            t_start = self.config.t_start if t_start is None else t_start
+            if not 0 < t_start <= 1:
+                raise ValueError(f"`t_start` must be in (0, 1], got {t_start}.")
+            levels = self._descent(steps, t_start, min(self.config.t_end, t_start))
         else:
             levels = torch.as_tensor(timesteps, dtype=torch.float32).cpu()
             steps = len(levels)
@@ -67,6 +79,9 @@ class PaellaSchedulerBase(PaellaHubMixin, SchedulerMixin, ConfigMixin):
             if not (levels[-1] > 0 and levels[0] <= 1 and (levels.diff() < 0).all()):
                 raise ValueError(f"`timesteps` must descend within (0, 1], got {levels.tolist()}.")
             levels = torch.cat([levels, levels.new_tensor([min(self.config.t_end, levels[-1])])])
+
+        if steps > 1 and not (levels[:-1].diff() < 0).all():
+            raise ValueError(f"{steps} steps are too many for this descent: neighbours have the same level in float32.")
 
         temperature = self.config.temperature if temperature is None else temperature
         ramp = temperature if isinstance(temperature, tuple | list) else (temperature, temperature)
@@ -80,9 +95,9 @@ class PaellaSchedulerBase(PaellaHubMixin, SchedulerMixin, ConfigMixin):
         self.temperatures = torch.linspace(*ramp, steps).tolist()
         self._levels = levels.tolist()
 
-    def _descent(self, steps: int) -> torch.Tensor:
+    def _descent(self, steps: int, t_start: float, t_end: float) -> torch.Tensor:
         """The noise levels before the steps and after the last, `(steps + 1,)`."""
-        return torch.linspace(self.config.t_start, self.config.t_end, steps + 1)
+        return torch.linspace(t_start, t_end, steps + 1)
 
     def _check_config(self):
         self.register_to_config(_class_name=type(self).__name__)  # or diffusers' own would warn of our settings in a swap
@@ -93,8 +108,7 @@ class PaellaSchedulerBase(PaellaHubMixin, SchedulerMixin, ConfigMixin):
     def _logits(self, model_output: torch.Tensor, sample: torch.LongTensor) -> torch.Tensor:
         """Logits of tokens, a sequence or a grid, as `(batch_size, ..., num_tokens)`."""
         logits = model_output.movedim(1, -1) if sample.ndim == 3 else model_output
-        if not torch.stack(torch.aminmax(logits)).isfinite().all():
-            raise ValueError("`model_output` has NaN or infinite logits: run the model in float32 or bfloat16, not float16.")
+        check_logits(logits)
         return logits
 
     def add_noise(
@@ -142,12 +156,13 @@ class RenoisingSchedulerBase(PaellaSchedulerBase):
         timesteps: list[float] | torch.Tensor | None = None,
         temperature: float | tuple[float, float] | None = None,
         renoise_steps: int | None = None,
+        t_start: float | None = None,
     ):
         """As [`PaellaSchedulerBase.set_timesteps`]; `renoise_steps` (`int`, *optional*) replaces the configured ones too."""
         renoise_steps = self.config.renoise_steps if renoise_steps is None else renoise_steps
         if renoise_steps is not None and renoise_steps < 0:
             raise ValueError(f"`renoise_steps` must be at least 0, got {renoise_steps}.")
-        super().set_timesteps(num_inference_steps, device, timesteps, temperature)
+        super().set_timesteps(num_inference_steps, device, timesteps, temperature, t_start)
         self.renoise_steps = self.num_inference_steps - 1 if renoise_steps is None else renoise_steps
 
     def _check_config(self):
@@ -165,6 +180,14 @@ class RenoisingSchedulerBase(PaellaSchedulerBase):
         if noise is None:
             raise ValueError("`noise_source='initial'` needs `noise`, the tokens that sampling began with.")
         return noise
+
+
+def check_logits(logits: torch.Tensor):
+    if not torch.stack(torch.aminmax(logits)).isfinite().all():
+        raise ValueError(
+            "The model's output has NaN or infinite logits. If it runs in float16, use bfloat16 or float32; if not, its "
+            "weights are at fault."
+        )
 
 
 def random_tokens(
