@@ -29,7 +29,7 @@ green square → yellow square; red square → purple square; red apple → gree
 blue book → green book; green book → orange book; large blue diamond → large orange diamond
 first quarter moon face → last quarter moon face; full moon face → new moon face"""
 STRENGTHS = [round(0.1 * i, 1) for i in range(1, 11)]
-SCALES = [1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.2, 0.0]
+SCALES = [3.0, 2.0, 1.7, 1.5, 1.3, 1.1, 1.0, 0.9, 0.5]
 
 
 def rms(pictures: torch.Tensor, originals: torch.Tensor) -> float:
@@ -57,11 +57,12 @@ def main():
 
     some = random.Random(0).sample(range(len(names)), 100)
     originals, own, others = images[some[:50]], [names[i] for i in some[:50]], [names[i] for i in some[50:]]
-    print("50 icons, distance to the input:\n| strength | with its own name | with another's |\n|---|---|---|")
-    for strength in STRENGTHS:
+    print("50 icons, distance to the input:\n| strength | no prompt | its own name | another's |\n|---|---|---|---|")
+    for strength in [0.02, 0.05, *STRENGTHS]:
         figures = []
-        for prompts in (own, others):
-            pictures = image_to_image(prompts, image=originals, strength=strength, generator=generators(50), **call).images
+        for prompts, guidance_scale in (([""] * 50, None), (own, args.guidance_scale), (others, args.guidance_scale)):
+            change = {"image": originals, "strength": strength, "generator": generators(50)}
+            pictures = image_to_image(prompts, **change, **call | {"guidance_scale": guidance_scale}).images
             figures.append(f"{rms(pictures, originals):.3f}")
         print(f"| {strength} | {' | '.join(figures)} |", flush=True)
 
@@ -84,7 +85,7 @@ def main():
         right = sum(names[i] == target for i, target in zip(nearest(pictures, images), targets)) / len(targets)
         print(f"| {way} | {rms(pictures, originals):.3f} | {right:.0%} |", flush=True)
 
-    for strength in STRENGTHS:
+    for strength in [0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.3, 0.6, 1.0]:
         pictures = image_to_image(
             targets, image=originals, strength=strength, generator=generators(len(edits)), **call
         ).images

@@ -5,7 +5,7 @@ Which scheduler samples best? Against a distribution that is known exactly, on t
     python benchmarks/schedulers.py truth|emoji|cost
 
 `truth`: the model is replaced by the exact posterior of a distribution over 2 × 2 grids of 3 tokens, and the total
-variation distance between it and 200,000 samples is printed by number of steps. `emoji`: the share of captions that come
+variation distance between it and 100,000 samples is printed by number of steps. `emoji`: the share of captions that come
 out right, by U-Net evaluations. `cost`: a `step` on 4096 tokens out of 8192, in units of `PaellaScheduler`'s.
 """
 
@@ -240,7 +240,7 @@ def cost(args):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["truth", "emoji", "cost"])
-    parser.add_argument("--samples", type=int, default=200_000, help="truth: grids for each figure")
+    parser.add_argument("--samples", type=int, default=100_000, help="truth: grids for each figure")
     parser.add_argument("--captions", type=int, default=100, help="emoji: how many")
     parser.add_argument("--model", default=EMOJI_MODEL)
     parser.add_argument("--work-dir", type=Path, default=Path("emoji-training"), help="emoji: where the icons are, or go")

@@ -141,4 +141,6 @@ def test_bad_pictures_are_refused(model, picture, tmp_path, capsys):
     assert run(model, "edit", "a", "--image", "nowhere.png") == 2
     assert "nowhere.png" in capsys.readouterr().err
     assert run(model, "interpolate", "a", "b", "--out", "film.jpg") == 2
+    long = "a very long prompt " * 20  # no name of a file
+    assert run(model, "interpolate", long, "b", "--frames", "2", "--out", str(tmp_path / "long.gif")) == 0
     assert "--out must end in .gif, .webp, .png to be a film" in capsys.readouterr().err

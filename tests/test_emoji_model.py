@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from paella_diffusers import EMOJI_MODEL, PaellaPipeline
+from paella_diffusers import EMOJI_MODEL, PaellaImg2ImgPipeline, PaellaInversionPipeline, PaellaPipeline
 
 
 @pytest.fixture(scope="module")
@@ -42,3 +42,26 @@ def test_the_readme_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     exec(first, {})
     assert (tmp_path / "heart.png").exists()
+
+
+def test_the_weaker_the_noise_the_more_is_kept(pipe):
+    """Image to image without a prompt: the distance to the input grows with the strength."""
+    prompts = ["pizza", "rocket", "dog face", "sunflower", "guitar", "green apple"]
+    seeds = lambda: [torch.Generator().manual_seed(i) for i in range(6)]
+    pictures = pipe(prompts, guidance_scale=2.0, generator=seeds(), output_type="pt").images
+    edit = PaellaImg2ImgPipeline.from_pipe(pipe)
+    call = {"image": pictures, "guidance_scale": None, "num_inference_steps": 6, "output_type": "pt"}
+    changed = [edit([""] * 6, strength=s, generator=seeds(), **call).images for s in (0.1, 0.4, 0.7, 1.0)]
+    distances = [(image - pictures).square().mean((1, 2, 3)).sqrt().mean().item() for image in changed]
+    assert distances == sorted(distances) and distances[-1] > 2 * distances[0]
+
+
+def test_inversion_gives_the_picture_back_and_edits_it(pipe):
+    heart = pipe("red heart", guidance_scale=2.0, generator=torch.Generator().manual_seed(0), output_type="latent").images
+    edit = PaellaInversionPipeline.from_pipe(pipe)
+    call = {"image": heart, "source_prompt": "red heart", "guidance_scale": 2.0, "num_inference_steps": 12}
+    seed = lambda: torch.Generator().manual_seed(1)
+    again = edit("red heart", residual_scale=1.0, generator=seed(), output_type="latent", **call).images
+    assert torch.equal(again, heart)
+    blue = edit("blue heart", generator=seed(), output_type="pt", **call).images[0]
+    assert blue[:, 28:36, 28:36].mean((1, 2)).argmax() == 2

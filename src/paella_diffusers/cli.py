@@ -62,6 +62,7 @@ def _add_commands(commands):
     vary = _add_command(commands, "vary", "variations of pictures", "Make pictures like others, by their CLIP embeddings.")
     vary.add_argument("prompt", nargs="*", default=[""], help="what to draw, beside")
     vary.add_argument("--image", type=Path, nargs="+", required=True, metavar="PICTURE", help="several are mixed")
+    vary.add_argument("--weights", type=float, nargs="+", metavar="W", help="of the attention to each picture")
     _add_size(vary)
 
     interpolate = _add_command(
@@ -105,7 +106,13 @@ def _add_command(commands, name: str, summary: str, description: str, film: bool
         parser.add_argument("--num-images", type=int, default=1, metavar="N", help="pictures for each prompt")
     parser.add_argument("--model", default=EMOJI_MODEL, help="folder or Hub id, in diffusers' or the published layout")
     parser.add_argument("--seed", type=int, default=0, help="of the first picture; each further one takes the next")
-    parser.add_argument("--steps", type=int, default=12, metavar="N", help="sampling steps")
+    parser.add_argument(
+        "--steps",
+        type=int,
+        default=argparse.SUPPRESS,
+        metavar="N",
+        help="sampling steps (default: 12, and 32 for discrete inversion)",
+    )
     parser.add_argument(
         "--guidance-scale",
         type=float,
@@ -154,7 +161,8 @@ def run(args: argparse.Namespace):
     pipe = getattr(paella_diffusers, task).from_pretrained(args.model, dtype=getattr(torch, args.dtype))
     pipe.to(device)
     guidance_scale = getattr(args, "guidance_scale", 2.0 if args.model == EMOJI_MODEL else 8.0)
-    call |= {"num_inference_steps": args.steps, "guidance_scale": guidance_scale}
+    steps = getattr(args, "steps", 32 if task == "PaellaInversionPipeline" else 12)
+    call |= {"num_inference_steps": steps, "guidance_scale": guidance_scale}
     call |= {"negative_prompt": args.negative_prompt}
     if getattr(args, "size", None):
         call["width"], call["height"] = args.size
@@ -202,8 +210,9 @@ def _task(args: argparse.Namespace) -> tuple[str, dict]:
         call = {"prompt": args.prompt, "image": _read(args.image), "padding": tuple(args.padding)}
         return "PaellaInpaintPipeline", call
     if args.command == "vary":
-        return "PaellaPipeline", {"prompt": args.prompt, "condition_image": [_read(path) for path in args.image]}
-    a, b = (_read(Path(end)) if Path(end).is_file() else end for end in (args.a, args.b))
+        call = {"prompt": args.prompt, "condition_image": [_read(path) for path in args.image]}
+        return "PaellaPipeline", call | {"condition_image_weights": args.weights}
+    a, b = (_read(Path(end)) if os.path.isfile(end) else end for end in (args.a, args.b))
     return "PaellaPipeline", {"a": a, "b": b, "num_images": args.frames}
 
 

@@ -6,6 +6,7 @@ import torch
 from safetensors.torch import save_file
 
 from paella_diffusers import PaellaPrior, PaellaUNet, VQModel
+from paella_diffusers.loaders.original_checkpoint import HUB_URL
 
 MODELS = [(VQModel, "vqgan"), (PaellaUNet, "paella"), (PaellaPrior, "prior")]
 
@@ -138,3 +139,10 @@ def test_published_initial_sizes_need_no_configuration(tmp_path):
     loaded = VQModel.from_single_file(tmp_path / "vqgan_f4.pt")
     for (name, ours), theirs in zip(vqgan.state_dict().items(), loaded.state_dict().values()):
         assert torch.equal(ours, theirs), name
+
+
+def test_addresses_of_requests_and_of_other_hosts():
+    revision, name = HUB_URL.fullmatch("https://hf.co/me/mine/resolve/refs/pr/1/sub/paella_v3.pt").groups()[2:]
+    assert (revision, name) == ("refs/pr/1", "sub/paella_v3.pt")
+    with pytest.raises(ValueError, match="is not on the Hub.*download the file"):
+        PaellaUNet.from_single_file("https://example.com/me/mine/resolve/main/paella_v3.pt")

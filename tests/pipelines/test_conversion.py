@@ -3,6 +3,7 @@ import json
 import pytest
 import torch
 from conftest import GOLDEN, load_golden, load_golden_models
+from safetensors.torch import load_file, save_file
 
 from paella_diffusers import PaellaPipeline, PaellaUNet
 from paella_diffusers.cli import main
@@ -97,3 +98,23 @@ def test_commands(published, hub, tmp_path, monkeypatch, capsys):
     assert "is in diffusers' layout already" in capsys.readouterr().err
     assert main(["convert", source, str(tmp_path / "one")]) == 2
     assert "is there already" in capsys.readouterr().err
+
+
+def test_weights_that_do_not_fit_are_refused_by_name(published, tmp_path):
+    convert_to_diffusers("dome272/Paella", tmp_path / "there", **published)
+    path = tmp_path / "there" / "unet" / "diffusion_pytorch_model.safetensors"
+    whole, weights = path.read_bytes(), load_file(path)
+    head = weights["head.weight"]
+    for broken, message in (
+        (weights | {"head.weight": head[:5].clone()}, r"head.weight is torch.float32 \[5,"),
+        (weights | {"head.weight": head.long()}, "head.weight is torch.int64"),
+        (weights | {"tail.weight": head.clone()}, r"unexpected keys \['tail.weight'\]"),
+        ({key: tensor for key, tensor in weights.items() if key != "head.weight"}, r"missing keys \['head.weight'\]"),
+    ):
+        save_file(broken, path)
+        with pytest.raises(ValueError, match=message):
+            convert_to_original(tmp_path / "there", tmp_path / "back")
+    path.write_bytes(whole[:-100])
+    with pytest.raises(ValueError, match="damaged"):
+        convert_to_original(tmp_path / "there", tmp_path / "back")
+    assert not (tmp_path / "back").exists()

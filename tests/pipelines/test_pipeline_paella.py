@@ -450,7 +450,7 @@ def test_images_from_diffusers_discrete_schedulers(pipe):
 
 
 def test_one_region_is_the_plain_pipeline(pipe):
-    for mask in (torch.ones(32, 32), torch.full((8, 8), 0.3)):
+    for mask in (torch.ones(32, 32), torch.full((8, 8), 0.3), np.ones((8, 8)), np.ones((32, 32), dtype=bool)):
         assert torch.equal(tokens(pipe, ["ab"], region_masks=[mask]), tokens(pipe, "ab"))
 
 

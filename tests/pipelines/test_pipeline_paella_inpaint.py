@@ -233,3 +233,20 @@ def test_schedulers_without_masks_keep_known_tokens(pipe, name):
 def test_bad_input_is_refused(pipe, arguments, message):
     with pytest.raises(ValueError, match=message):
         pipe("a", **{"image": picture()} | arguments)
+
+
+@pytest.mark.parametrize("padding", [(16, 16, 16, 16), (0, 32, 16, 0), (18, 3, 14, 13)])
+def test_outpainting_leaves_all_tokens_of_the_picture(pipe, padding):
+    """They are those of the picture alone, although the VQGAN's encoder would see what is around."""
+    image = torch.rand(1, 3, 32, 32, generator=seeded(5))
+    result = pipe("a", image=image, padding=padding, num_inference_steps=2, output_type="latent").images
+    left, top, right, bottom = padding
+    inside = torch.nn.functional.pad(image, (left % 4, right % 4, top % 4, bottom % 4), mode="replicate")
+    with torch.no_grad():
+        alone = pipe.vqgan.encode(inside).indices
+    cut = lambda before, after: slice(int(before % 4 > 0), -1 if after % 4 else None)  # tokens that are partly new
+    known = (slice(None), cut(top, bottom), cut(left, right))
+    found = result[:, top // 4 : result.shape[1] - bottom // 4, left // 4 : result.shape[2] - right // 4]
+    assert torch.equal(found[known], alone[known])
+    pixels = pipe("a", image=image, padding=padding, num_inference_steps=2, output_type="pt").images
+    assert torch.equal(pixels[..., top : top + 32, left : left + 32][..., 4:-4, 4:-4], image[..., 4:-4, 4:-4])

@@ -101,3 +101,12 @@ def test_callbacks_see_both_runs(pipe):
 def test_bad_input_is_refused(pipe, arguments, message):
     with pytest.raises(ValueError, match=message):
         edit(pipe, **{"prompt": "a", "image": grid()} | arguments)
+
+
+def test_a_negative_prompt_for_each_image(pipe):
+    call = {"negative_prompt": ["c", "dd"], "source_prompt": ["a", "bb"]}
+    both = edit(pipe, ["d", "e"], grid(batch=2), generator=[seeded(0), seeded(1)], **call)
+    alone = edit(pipe, "e", grid(batch=2)[1:], generator=[seeded(1)], negative_prompt="dd", source_prompt="bb")
+    assert torch.equal(both[1:], alone)
+    one = edit(pipe, ["d", "e"], grid(batch=2), generator=[seeded(0), seeded(1)], **call | {"negative_prompt": ["dd"]})
+    assert torch.equal(one[1:], alone)

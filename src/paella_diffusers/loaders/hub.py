@@ -9,10 +9,11 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from huggingface_hub import ModelCard, ModelCardData, create_repo, hf_hub_download, upload_folder
 from huggingface_hub.utils import EntryNotFoundError
 from PIL import Image
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 CARD = """---
 {{ card_data }}
@@ -109,17 +110,35 @@ class WholeOrNotAtAllMixin:
 
     @classmethod
     def _load_pretrained_model(cls, model, state_dict, resolved_model_file, *args, **kwargs):
-        """What `from_pretrained` calls with the files it found: integers, which it would turn into weights, are refused."""
-        parameters = dict(model.named_parameters())
-        quantized = kwargs.get("hf_quantizer") is not None
-        for path in [] if quantized else resolved_model_file or []:
-            if str(path).endswith(".safetensors"):
-                with safe_open(path, framework="pt") as file:
-                    kinds = {key: file.get_slice(key).get_dtype() for key in file.keys() if key in parameters}  # noqa: SIM118
-                wrong = [f"{key} is {kind}" for key, kind in kinds.items() if not kind.startswith(("F", "BF"))]
-                if wrong:
-                    raise ValueError(f"{path} does not fit {cls.__name__}: weights must be floating-point, but {wrong[:5]}.")
+        """
+        What `from_pretrained` calls with the files it found. Where it would only log that a tensor is missing, and leave it
+        empty, or take integers for weights, the files are refused.
+        """
+        if kwargs.get("hf_quantizer") is None and resolved_model_file:
+            found = {}
+            for path in resolved_model_file:
+                found |= _stored_dtypes(path)
+            expected = model.state_dict()
+            missing = sorted(expected.keys() - found.keys())
+            wrong = [
+                f"{key} is {dtype}"
+                for key, dtype in found.items()
+                if key in expected and dtype.is_floating_point != expected[key].is_floating_point()
+            ]
+            where = Path(resolved_model_file[0]).parent
+            if missing:
+                raise ValueError(f"{where} is no whole {cls.__name__}: it has no {missing[:5]}.")
+            if wrong:
+                raise ValueError(f"{where} does not fit {cls.__name__}: integers and others are confused, {wrong[:5]}.")
         return super()._load_pretrained_model(model, state_dict, resolved_model_file, *args, **kwargs)
+
+    def check_savable(self):
+        """Refuse to save with adapters attached: the result would load as another model."""
+        if getattr(self, "peft_config", None):
+            raise ValueError(
+                "Adapters are attached, with which the weights have other names: first `fuse_lora` and "
+                "`unload_lora_weights`, or save the adapter alone with `save_lora_weights` or `push_lora_to_hub`."
+            )
 
     def save_pretrained(
         self,
@@ -133,6 +152,7 @@ class WholeOrNotAtAllMixin:
         **kwargs,
     ):
         """As diffusers' `ModelMixin.save_pretrained`, with which it shares its arguments, but whole or not at all."""
+        self.check_savable()
         folder = Path(save_directory)
         if folder.is_file():
             raise ValueError(f"`save_directory` must be a folder, but {folder} is a file.")
@@ -156,6 +176,18 @@ class WholeOrNotAtAllMixin:
         if push_to_hub:
             repo_id = kwargs.pop("repo_id", folder.name)
             self.push_to_hub(repo_id, **options, **kwargs)
+
+
+def _stored_dtypes(path) -> dict[str, torch.dtype]:
+    """The dtypes of the tensors in a file of weights."""
+    if str(path).endswith(".safetensors"):
+        try:
+            with safe_open(path, framework="pt") as file:
+                return {key: file.get_tensor(key).dtype for key in file.keys()}  # noqa: SIM118 - mapped, not read
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged ({error}): save or download it again.") from error
+    content = torch.load(path, map_location="meta", weights_only=True)
+    return {key: tensor.dtype for key, tensor in content.items() if isinstance(tensor, torch.Tensor)}
 
 
 def push_lora(pipeline, repo_id: str, adapter_name: str | None = None, **kwargs) -> str:
@@ -195,6 +227,7 @@ def _push(save, thing, repo_id, commit_message, private, token, create_pr, subfo
         if subfolder is None:
             earlier = _read_card(repo_id, token)
             if earlier is None or _is_unedited(earlier):
+                card = _earlier_details(earlier) | {name: value for name, value in card.items() if value is not None}
                 card["samples"] = _save_samples(samples, folder)
                 (folder / "README.md").write_text(model_card(thing, repo_id, **card))
             if not card.get("is_lora"):
@@ -231,6 +264,7 @@ def model_card(
     """
     class_name = type(thing).__name__
     origin = base_model or getattr(thing.config, "_name_or_path", "") or ""
+    origin = "" if origin == repo_id else origin
     is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", str(origin)) and not Path(origin).exists()
     what = f"A `{class_name}`"
     usage = f'from paella_diffusers import {class_name}\n\n{class_name}.from_pretrained("{repo_id}")'
@@ -264,6 +298,12 @@ def _digest(text: str) -> str:
 def _is_unedited(card: str) -> bool:
     text, _, rest = card.partition(MARK.split("{}")[0])
     return bool(rest) and rest.strip() == (_digest(text) + MARK.split("{}")[1]).strip()
+
+
+def _earlier_details(card: str | None) -> dict:
+    """What the card said that does not follow from what is pushed."""
+    data = ModelCard(card).data.to_dict() if card else {}
+    return {name: data[name] for name in ("base_model", "license") if data.get(name)}
 
 
 def _read_card(repo_id: str, token: str | None) -> str | None:

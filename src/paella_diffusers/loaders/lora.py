@@ -1,10 +1,11 @@
 """LoRA adapters of the U-Net, through diffusers' mixin and PEFT (the extra `[train]`)."""
 
+import functools
 import os
 from collections.abc import Callable
 
 import torch
-from diffusers.loaders.lora_base import LoraBaseMixin, _fetch_state_dict
+from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE, LoraBaseMixin, _fetch_state_dict
 from diffusers.loaders.lora_pipeline import _LOW_CPU_MEM_USAGE_DEFAULT_LORA
 from diffusers.utils import is_peft_available
 
@@ -33,14 +34,22 @@ class PaellaLoraLoaderMixin(LoraBaseMixin):
         return_lora_metadata = kwargs.pop("return_lora_metadata", False)
         use_safetensors = kwargs.pop("use_safetensors", None)
         hub_kwargs = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "subfolder")
-        state_dict, metadata = _fetch_state_dict(
+        fetch = functools.partial(
+            _fetch_state_dict,
             pretrained_model_name_or_path_or_dict=pretrained_model_name_or_path_or_dict,
-            weight_name=kwargs.pop("weight_name", None),
             use_safetensors=use_safetensors is not False,
             allow_pickle=use_safetensors is None,
             user_agent={"file_type": "attn_procs_weights", "framework": "pytorch"},
             **{name: kwargs.pop(name, None) for name in hub_kwargs},
         )
+        weight_name = kwargs.pop("weight_name", None)
+        try:  # diffusers guesses a name only online, at the top of a repository, and without `token`
+            usual = weight_name or LORA_WEIGHT_NAME_SAFE
+            state_dict, metadata = fetch(weight_name=usual if use_safetensors is not False else weight_name)
+        except OSError:
+            if weight_name is not None:
+                raise
+            state_dict, metadata = fetch(weight_name=None)
         return (state_dict, metadata) if return_lora_metadata else state_dict
 
     def load_lora_weights(

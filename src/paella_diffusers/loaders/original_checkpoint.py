@@ -6,15 +6,18 @@ import re
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from urllib.parse import unquote
+from urllib.parse import unquote, urlsplit
 
 import safetensors.torch
 import torch
 from accelerate import init_empty_weights
 from huggingface_hub import hf_hub_download, split_torch_state_dict_into_shards
+from huggingface_hub.constants import ENDPOINT
 
 SHARD = "diffusion_pytorch_model{suffix}.safetensors"
-HUB_URL = re.compile(r"(?:https?://[^/]+/|hf\.co/)([^/]+/[^/]+)/(?:resolve|blob)/([^/]+)/([^?]+)(?:[?].*)?")
+HUB_URL = re.compile(
+    r"(?:https?://)?([^/]+)/([^/]+/[^/]+)/(?:resolve|blob)/(refs/(?:pr|convert)/[^/]+|[^/]+)/([^?]+)(?:[?].*)?"
+)
 
 
 class OriginalCheckpointMixin:
@@ -166,7 +169,12 @@ def _resolve(path_or_hub_url, hub_kwargs) -> str:
                 f"{path_or_hub_url} is neither a file nor an address like https://huggingface.co/OWNER/NAME/resolve/main/FILE."
             )
         return str(path_or_hub_url)
-    repo_id, revision, filename = url.groups()
+    host, repo_id, revision, filename = url.groups()
+    hosts = {"huggingface.co", "hf.co", urlsplit(ENDPOINT).netloc}
+    if host not in hosts:
+        raise ValueError(
+            f"{path_or_hub_url} is not on the Hub ({', '.join(sorted(hosts))}): download the file, and pass its path."
+        )
     return hf_hub_download(repo_id, unquote(filename), **{"revision": unquote(revision), **hub_kwargs})
 
 

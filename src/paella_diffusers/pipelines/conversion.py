@@ -12,7 +12,7 @@ import diffusers
 import torch
 from accelerate import init_empty_weights
 from huggingface_hub.errors import EntryNotFoundError
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 from .. import registration
@@ -84,11 +84,26 @@ def convert_to_original(source: str | Path, output_dir: str | Path, dtype: torch
                 model = cls.from_config(cls.load_config(source, subfolder=name, **kwargs))
             original_config[config_name] = model.to_original_config()
             weights = _MappedWeights(source, name, **kwargs)
-            missing = model.state_dict().keys() - weights.keys()
-            if missing:
-                raise ValueError(f"{source}/{name} is no whole {cls.__name__}: it has no {sorted(missing)[:5]}.")
+            _check_weights(model, weights, f"{source}/{name}")
             torch.save(to_original(model, weights, dtype), folder / cls._original_checkpoint)
         (folder / "config.json").write_text(json.dumps(original_config, indent=2) + "\n")
+
+
+def _check_weights(model, weights: Mapping[str, torch.Tensor], where: str):
+    """Refuse weights that are not the model's, which need not hold any."""
+    expected = model.state_dict()
+    missing, unexpected = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
+    if missing or unexpected:
+        raise ValueError(
+            f"{where} is no {type(model).__name__}: missing keys {missing[:5]}, unexpected keys {unexpected[:5]}."
+        )
+    for key, tensor in weights.items():
+        wanted = expected[key]
+        if tensor.shape != wanted.shape or tensor.is_floating_point() != wanted.is_floating_point():
+            raise ValueError(
+                f"{where} does not fit {type(model).__name__}: {key} is {tensor.dtype} {list(tensor.shape)}, not "
+                f"{wanted.dtype} {list(wanted.shape)}."
+            )
 
 
 class _MappedWeights(Mapping):
@@ -106,8 +121,11 @@ class _MappedWeights(Mapping):
             names = [weights]
         self.files = {}
         for path in [find_file(source, filename, revision, options) for filename in names]:
-            with safe_open(path, framework="pt") as file:
-                self.files |= dict.fromkeys(file.keys(), path)
+            try:
+                with safe_open(path, framework="pt") as file:
+                    self.files |= dict.fromkeys(file.keys(), path)
+            except SafetensorError as error:
+                raise ValueError(f"{path} is damaged ({error}): save or download it again.") from error
 
     def __getitem__(self, key: str) -> torch.Tensor:
         with safe_open(self.files[key], framework="pt") as file:

@@ -99,7 +99,8 @@ class PaellaInpaintPipeline(PaellaPipelineBase):
             blend = feather(mask, feather_radius) if keep_original_pixels else None
             height, width = self.size_of(image)
             self.check_size(height, width)
-            source = SourceImage(image, F.max_pool2d(mask, self.vae_scale_factor)[:, 0].bool(), blend)
+            margins = tuple(side // self.vae_scale_factor for side in padding)
+            source = SourceImage(image, F.max_pool2d(mask, self.vae_scale_factor)[:, 0].bool(), blend, margins)
         else:
             source = SourceImage(F.pad(image, (left, right, top, bottom)), mask[:, 0].bool())
             height, width = self.size_of(source.image)
@@ -111,7 +112,11 @@ class PaellaInpaintPipeline(PaellaPipelineBase):
         if padding is not None:
             if height is not None or width is not None:
                 raise ValueError("Pass either `padding` or a canvas of `height` and `width`, not both.")
-            if len(padding) != 4 or not all(isinstance(side, Integral) and side >= 0 for side in padding):
+            if (
+                not isinstance(padding, tuple | list)
+                or len(padding) != 4
+                or not all(isinstance(side, Integral) and side >= 0 for side in padding)
+            ):
                 raise ValueError(f"`padding` must be (left, top, right, bottom) in pixels, at least 0, got {padding}.")
         else:
             height, width = height or own_height, width or own_width

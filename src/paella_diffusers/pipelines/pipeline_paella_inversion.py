@@ -114,13 +114,17 @@ class PaellaInversionPipeline(PaellaPipelineBase):
             if count not in (1, len(targets)):
                 raise ValueError(f"`{name}` has {count} entries for {len(targets)} prompts: pass one, or one each.")
         sources = sources * len(targets) if len(sources) == 1 else sources
+        negatives = negative_prompt  # for the rows of both runs
+        if isinstance(negative_prompt, list) and len(negative_prompt) > 1:
+            negatives = negative_prompt * 2
         num_images = len(targets) * num_images_per_prompt
         if isinstance(generator, list) and len(generator) != num_images:
             raise ValueError(f"`generator` is a list of {len(generator)}, but {num_images} images are made: pass one each.")
 
         # both runs in one batch, first that with the source prompts; they draw the same numbers
         if not isinstance(generator, list):
-            seeds = torch.randint(2**62, (num_images,), generator=generator).tolist()
+            device = None if generator is None else generator.device
+            seeds = torch.randint(2**62, (num_images,), generator=generator, device=device).tolist()
             generator = [torch.Generator().manual_seed(seed) for seed in seeds]
         generators = [*generator, *(g.clone_state() for g in generator)]
         tokens = self.encode_source(SourceImage(image), len(image), self._execution_device)
@@ -142,7 +146,7 @@ class PaellaInversionPipeline(PaellaPipelineBase):
 
         both = self.generate(
             prompt=[*sources, *targets],
-            negative_prompt=negative_prompt * 2 if isinstance(negative_prompt, list) else negative_prompt,
+            negative_prompt=negatives,
             height=height,
             width=width,
             num_inference_steps=num_inference_steps,

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from numbers import Integral, Real
 from pathlib import Path
 
+import numpy as np
 import PIL.Image
 import torch
 import torch.nn.functional as F
@@ -27,7 +28,7 @@ from transformers import (
 from transformers.image_processing_utils import BaseImageProcessor
 
 from .. import registration
-from ..loaders.hub import PaellaHubMixin
+from ..loaders.hub import PaellaHubMixin, WholeOrNotAtAllMixin
 from ..loaders.lora import PaellaLoraLoaderMixin
 from ..models.prior_paella import PaellaPrior
 from ..models.unet_paella import PaellaUNet
@@ -121,7 +122,10 @@ class PaellaPipelineBase(PaellaHubMixin, DiffusionPipeline, PaellaLoraLoaderMixi
             return super().from_pipe(pipeline, dtype=dtypes[0] or dtypes[1], **kwargs)
         names, _ = cls._get_signature_keys(cls)
         components = {name: component for name, component in pipeline.components.items() if name in names}
-        return cls(**components | kwargs)
+        made = cls(**components | kwargs)
+        if "_name_or_path" in pipeline.config:
+            made.register_to_config(_name_or_path=pipeline.config._name_or_path)
+        return made
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
@@ -165,6 +169,9 @@ class PaellaPipelineBase(PaellaHubMixin, DiffusionPipeline, PaellaLoraLoaderMixi
         """
         As `DiffusionPipeline.save_pretrained`. Until it returns there is no `model_index.json`: nothing loads the folder.
         """
+        for component in self.components.values():
+            if isinstance(component, WholeOrNotAtAllMixin):
+                component.check_savable()
         Path(save_directory, self.config_name).unlink(missing_ok=True)
         options = {"safe_serialization": safe_serialization, "variant": variant, "max_shard_size": max_shard_size}
         super().save_pretrained(save_directory, **options)
@@ -895,7 +902,7 @@ class PaellaPipelineBase(PaellaHubMixin, DiffusionPipeline, PaellaLoraLoaderMixi
         """Masks as a share for every prompt at every token, `(num_prompts, height / 4, width / 4)`, summing to 1."""
         self.check_size(height, width)
         grid = (height // self.vae_scale_factor, width // self.vae_scale_factor)
-        shapes = {tuple(mask.shape[-2:]) for mask in region_masks if isinstance(mask, torch.Tensor)}
+        shapes = {tuple(mask.shape[-2:]) for mask in region_masks if isinstance(mask, torch.Tensor | np.ndarray)}
         masks = read_mask(region_masks, grid if shapes == {grid} else (height, width), name="region_masks")
         masks = F.adaptive_avg_pool2d(masks, grid)[:, 0]
         total = masks.sum(0)
@@ -910,7 +917,14 @@ class PaellaPipelineBase(PaellaHubMixin, DiffusionPipeline, PaellaLoraLoaderMixi
         """The source's tokens, `(num_images, height / 4, width / 4)`."""
         tokens = source.image
         if not source.is_tokens:
-            tokens = self.vqgan.encode(source.image.to(device, self.vqgan.dtype)).indices
+            pixels = source.image.to(device, self.vqgan.dtype)
+            tokens = self.vqgan.encode(pixels).indices
+            if any(source.margins):  # the encoder sees far: what is around would change the picture's tokens
+                left, top, right, bottom = source.margins
+                inside = (..., slice(top, tokens.shape[1] - bottom), slice(left, tokens.shape[2] - right))
+                scale = self.vae_scale_factor
+                crop = tuple(slice(side.start * scale, side.stop * scale) for side in inside[1:])
+                tokens[inside] = self.vqgan.encode(pixels[(..., *crop)]).indices
         return _repeat_to(tokens, num_images).to(device)
 
     def denoise(

@@ -18,11 +18,14 @@ class SourceImage:
             True where tokens are generated, the others are kept; everywhere unless given.
         blend (`torch.Tensor` of shape `(n, 1, height, width)`, *optional*):
             The share of generated pixels in the result, in [0, 1]; 1 everywhere unless given.
+        margins (`tuple[int, int, int, int]`, defaults to none):
+            So many tokens at the left, top, right and bottom are no part of the picture, and shall not change its tokens.
     """
 
     image: torch.Tensor
     mask: torch.BoolTensor | None = None
     blend: torch.Tensor | None = None
+    margins: tuple[int, int, int, int] = (0, 0, 0, 0)
 
     @property
     def is_tokens(self) -> bool:
