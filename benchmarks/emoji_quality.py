@@ -54,7 +54,7 @@ def main():
     parser.add_argument("--model", default=EMOJI_MODEL)
     parser.add_argument("--work-dir", type=Path, default=Path("emoji-training"), help="where the icons are, or go")
     parser.add_argument("--steps", type=int, nargs="+", default=[4, 8, 12, 24])
-    parser.add_argument("--guidance-scale", type=float, default=2.0, help="2 suits the embedded model")
+    parser.add_argument("--guidance-scale", type=float, default=1.5, help="1.5 suits the embedded model")
     parser.add_argument("--sheet", type=Path, help="write the first 100 pictures at 12 steps there")
     args = parser.parse_args()
 

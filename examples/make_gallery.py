@@ -24,7 +24,7 @@ from paella_diffusers import (
     PaellaPipeline,
 )
 
-GUIDANCE = {"guidance_scale": 2.0}  # suits the embedded model
+GUIDANCE = {"guidance_scale": 1.5}  # suits the embedded model
 
 
 def seeds(count: int, first: int = 0) -> list[torch.Generator]:

@@ -5,8 +5,8 @@ Train the text-to-image Paella that ships inside the package, from nothing to th
     python examples/train_emoji.py --work-dir emoji-training --output-dir my-emoji
 
 It fetches two npm packages (`npm` must be installed): Microsoft's Fluent Emoji icons and a set of emoji keywords, both MIT.
-Then it trains on two CPU cores for about two hours: (1) a VQGAN; (2) the two text encoders, contrastively against a
-small image network, which is thrown away; (3) the U-Net, with the published loss. Each stage saves to the work folder every
+Then it trains on two CPU cores for some three hours: (1) a VQGAN; (2) the two text encoders, contrastively against a small
+image network, which is thrown away; (3) the U-Net, with the published loss. Each stage saves to the work folder every
 few minutes; run the same command again to resume. Sample sheets are drawn there.
 """
 
@@ -466,7 +466,7 @@ def train_unet(vqgan, encoders, images, captions, steps: int, work_dir: Path, co
         return paella_loss(logits.float(), tokens[rows], noise_mask, timestep, label_smoothing=0.0)
 
     def report(step):
-        sheet = pipe(SHEET, guidance_scale=2.0, generator=torch.Generator().manual_seed(0)).images
+        sheet = pipe(SHEET, guidance_scale=1.5, generator=torch.Generator().manual_seed(0)).images
         make_image_grid(sheet, 3, 3).save(work_dir / f"unet-{step:06d}.png")
 
     optimizers = muon_and_adam(unet, keep_adam=("token_embedding", "head", "text_proj", "clip_"))
@@ -482,7 +482,7 @@ def main():
     parser.add_argument("--coarse-steps", type=int, default=600, help="of the VQGAN with half the codes")
     parser.add_argument("--text-steps", type=int, default=1000, help="with the image network")
     parser.add_argument("--text-all-steps", type=int, default=1800, help="against all images at once")
-    parser.add_argument("--unet-steps", type=int, default=4900)
+    parser.add_argument("--unet-steps", type=int, default=7500)
     parser.add_argument("--compile", action="store_true", help="the U-Net, with torch.compile; needs g++")
     args = parser.parse_args()
 

@@ -118,7 +118,7 @@ def _add_command(commands, name: str, summary: str, description: str, film: bool
         type=float,
         default=argparse.SUPPRESS,
         metavar="W",
-        help="how strictly to follow the prompt; 1 for no guidance (default: 2 with the embedded model, else 8)",
+        help="how strictly to follow the prompt; 1 for no guidance (default: 1.5 with the embedded model, else 8)",
     )
     parser.add_argument("--negative-prompt", default="", metavar="TEXT", help="what to keep away from")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights")
@@ -160,7 +160,7 @@ def run(args: argparse.Namespace):
         raise ValueError(f"--device {device} is not to be had here: {str(error).splitlines()[0]}") from error
     pipe = getattr(paella_diffusers, task).from_pretrained(args.model, dtype=getattr(torch, args.dtype))
     pipe.to(device)
-    guidance_scale = getattr(args, "guidance_scale", 2.0 if args.model == EMOJI_MODEL else 8.0)
+    guidance_scale = getattr(args, "guidance_scale", 1.5 if args.model == EMOJI_MODEL else 8.0)
     steps = getattr(args, "steps", 32 if task == "PaellaInversionPipeline" else 12)
     call |= {"num_inference_steps": steps, "guidance_scale": guidance_scale}
     call |= {"negative_prompt": args.negative_prompt}
