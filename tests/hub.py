@@ -5,6 +5,7 @@ import hashlib
 import json
 import re
 import shutil
+import socket
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -86,7 +87,7 @@ class Handler(BaseHTTPRequestHandler):
             self.fault["times"] -= 1
             if self.fault["cut"] is not None and self.command == "PUT":
                 self.rfile.read(self.fault["cut"])
-                self.connection.close()
+                self.cut()
                 return
         self.body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         if "chunked" in self.headers.get("Transfer-Encoding", ""):
@@ -247,9 +248,13 @@ class Handler(BaseHTTPRequestHandler):
         if self.fault is not None and self.fault["cut"] is not None:
             self.wfile.write(content[: self.fault["cut"]])
             self.wfile.flush()
-            self.connection.close()
+            self.cut()
             return
         self.wfile.write(content)
+
+    def cut(self):
+        self.close_connection = True
+        self.connection.shutdown(socket.SHUT_RDWR)
 
     def log_message(self, *args):
         pass

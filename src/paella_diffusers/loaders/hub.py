@@ -7,6 +7,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -51,6 +52,18 @@ try:
 except ImportError as error:
     raise ImportError("{repo_id} needs paella-diffusers: pip install paella-diffusers") from error
 '''
+
+
+@contextmanager
+def connection_errors(what: str, remedy: str):
+    """Say what broke off and what to do, where the Hub's client would only name the HTTP library's error."""
+    try:
+        yield
+    except Exception as error:
+        libraries = {type(e).__module__.partition(".")[0] for e in (error, error.__cause__)}  # the client wraps some
+        if not libraries & {"httpx", "httpx2"}:
+            raise
+        raise OSError(f"The connection to the Hub broke while {what} ({error}). {remedy}") from error
 
 
 class PaellaHubMixin:
@@ -220,7 +233,9 @@ def _push(save, thing, repo_id, commit_message, private, token, create_pr, subfo
     for sample in samples:
         if not {"image", "prompt", "seed"} <= sample.keys() or not isinstance(sample["image"], Image.Image):
             raise ValueError("`samples` must be dictionaries with `image` (PIL), `prompt` and `seed`.")
-    with tempfile.TemporaryDirectory() as name:
+    remedy = "Call again: nothing was committed, and files that arrived are kept."
+    broken = connection_errors(f"{repo_id} was uploaded", remedy)
+    with tempfile.TemporaryDirectory() as name, broken:
         folder = Path(name)
         save(name)  # before anything is made on the Hub
         repo_id = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id

@@ -109,6 +109,9 @@ class PaellaInpaintPipeline(PaellaPipelineBase):
     def _check_padding(self, image, padding, height, width) -> tuple[int, int, int, int]:
         """New pixels at the left, top, right and bottom, from the padding or the canvas."""
         own_height, own_width = self.size_of(image)
+        for side, value in {"height": height, "width": width}.items():
+            if value is not None and not isinstance(value, Integral):
+                raise ValueError(f"`{side}` must be a number of pixels, got {value!r}.")
         if padding is not None:
             if height is not None or width is not None:
                 raise ValueError("Pass either `padding` or a canvas of `height` and `width`, not both.")

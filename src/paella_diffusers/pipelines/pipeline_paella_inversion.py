@@ -118,6 +118,9 @@ class PaellaInversionPipeline(PaellaPipelineBase):
         if isinstance(negative_prompt, list) and len(negative_prompt) > 1:
             negatives = negative_prompt * 2
         num_images = len(targets) * num_images_per_prompt
+        one_each = generator if isinstance(generator, list) else [] if generator is None else [generator]
+        if not all(isinstance(one, torch.Generator) for one in one_each):
+            raise ValueError(f"`generator` must be a torch.Generator or a list of them, got {generator!r}.")
         if isinstance(generator, list) and len(generator) != num_images:
             raise ValueError(f"`generator` is a list of {len(generator)}, but {num_images} images are made: pass one each.")
 

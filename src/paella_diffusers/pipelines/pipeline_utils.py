@@ -28,7 +28,7 @@ from transformers import (
 from transformers.image_processing_utils import BaseImageProcessor
 
 from .. import registration
-from ..loaders.hub import PaellaHubMixin, WholeOrNotAtAllMixin
+from ..loaders.hub import PaellaHubMixin, WholeOrNotAtAllMixin, connection_errors
 from ..loaders.lora import PaellaLoraLoaderMixin
 from ..models.prior_paella import PaellaPrior
 from ..models.unet_paella import PaellaUNet
@@ -150,12 +150,14 @@ class PaellaPipelineBase(PaellaHubMixin, DiffusionPipeline, PaellaLoraLoaderMixi
         earlier_name = kwargs.pop("torch_dtype", None)
         # without a dtype, transformers would keep the stored one
         kwargs["dtype"] = kwargs.get("dtype") or earlier_name or torch.float32
-        if has_original_layout(pretrained_model_name_or_path, **kwargs):
-            modules, _ = cls._get_signature_keys(cls)
-            pipeline = cls(**load_original_components(pretrained_model_name_or_path, modules, **kwargs))
-            pipeline.register_to_config(_name_or_path=str(pretrained_model_name_or_path))
-            return pipeline
-        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        source = pretrained_model_name_or_path
+        with connection_errors(f"{source} was loaded", "Call again: files that are complete are kept."):
+            if has_original_layout(source, **kwargs):
+                modules, _ = cls._get_signature_keys(cls)
+                pipeline = cls(**load_original_components(source, modules, **kwargs))
+                pipeline.register_to_config(_name_or_path=str(source))
+                return pipeline
+            return super().from_pretrained(source, **kwargs)
 
     def save_pretrained(
         self,
@@ -333,6 +335,7 @@ class PaellaPipelineBase(PaellaHubMixin, DiffusionPipeline, PaellaLoraLoaderMixi
             generator=generator,
             latents=latents,
             output_type=output_type,
+            callback_on_step_end=callback_on_step_end,
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
             source=source,
             strength=strength,
@@ -417,6 +420,7 @@ class PaellaPipelineBase(PaellaHubMixin, DiffusionPipeline, PaellaLoraLoaderMixi
         prior_num_inference_steps,
         max_sequence_length,
         output_type,
+        callback_on_step_end,
         callback_on_step_end_tensor_inputs,
         source,
         strength,
@@ -448,6 +452,8 @@ class PaellaPipelineBase(PaellaHubMixin, DiffusionPipeline, PaellaLoraLoaderMixi
         if not (isinstance(stability_threshold, Real) and 0 < stability_threshold <= 1):
             raise ValueError(f"`stability_threshold` must be a share in (0, 1], got {stability_threshold!r}.")
         self.check_output_type(output_type)
+        if callback_on_step_end is not None and not callable(callback_on_step_end):
+            raise ValueError(f"`callback_on_step_end` must be a function, got {callback_on_step_end!r}.")
         unknown = set(callback_on_step_end_tensor_inputs or ()) - set(self._callback_tensor_inputs)
         if unknown:
             raise ValueError(
@@ -500,6 +506,8 @@ class PaellaPipelineBase(PaellaHubMixin, DiffusionPipeline, PaellaLoraLoaderMixi
         ):
             if value is None:
                 continue
+            if not isinstance(value, torch.Tensor):
+                raise ValueError(f"`{name}` must be a tensor, got {type(value).__name__}.")
             if value.ndim not in dims or value.shape[-1] != width_expected or 0 in value.shape:
                 shape = "(batch_size, length, {})" if dims == (3,) else "(batch_size, {})"
                 raise ValueError(
@@ -534,6 +542,10 @@ class PaellaPipelineBase(PaellaHubMixin, DiffusionPipeline, PaellaLoraLoaderMixi
                 raise ValueError("`condition_image` needs the components `image_encoder` and `feature_extractor`.")
             rows = _nested_images(condition_image, batch_size)
             if condition_image_weights is not None:
+                if not isinstance(condition_image_weights, list | tuple | torch.Tensor):
+                    raise ValueError(
+                        f"`condition_image_weights` must be a list of numbers, got {condition_image_weights!r}."
+                    )
                 shape, count = tuple(torch.as_tensor(condition_image_weights).shape), len(rows[0])
                 if shape not in ((count,), (batch_size, count)):
                     raise ValueError(
@@ -559,6 +571,8 @@ class PaellaPipelineBase(PaellaHubMixin, DiffusionPipeline, PaellaLoraLoaderMixi
         total = batch_size_of_images * num_images_per_prompt
         if not isinstance(generator, torch.Generator | list | None):
             raise ValueError(f"`generator` must be a torch.Generator or a list of them, got {type(generator).__name__}.")
+        if isinstance(generator, list) and not all(isinstance(one, torch.Generator) for one in generator):
+            raise ValueError(f"`generator` must be a torch.Generator or a list of them, got {generator}.")
         if isinstance(generator, list) and len(generator) != total:
             raise ValueError(f"`generator` is a list of {len(generator)}, but {total} images are made: pass one each.")
         if latents is not None:
@@ -578,6 +592,9 @@ class PaellaPipelineBase(PaellaHubMixin, DiffusionPipeline, PaellaLoraLoaderMixi
         """Refuse sizes in pixels that are no whole number of the U-Net's token patches."""
         multiple = self.vae_scale_factor * self.unet.sample_multiple
         if not all(isinstance(side, Integral) and side > 0 and side % multiple == 0 for side in (height, width)):
+            for name, side in {"height": height, "width": width}.items():
+                if not isinstance(side, Integral):
+                    raise ValueError(f"`{name}` must be a number of pixels, got {side!r}.")
             nearest = [max(1, round(side / multiple)) * multiple for side in (height, width)]
             raise ValueError(
                 f"`height` and `width` must be multiples of {multiple}, got {height} and {width}: the nearest are "
@@ -901,6 +918,10 @@ class PaellaPipelineBase(PaellaHubMixin, DiffusionPipeline, PaellaLoraLoaderMixi
     def read_regions(self, region_masks, height: int, width: int) -> torch.Tensor:
         """Masks as a share for every prompt at every token, `(num_prompts, height / 4, width / 4)`, summing to 1."""
         self.check_size(height, width)
+        if not isinstance(region_masks, list | tuple | torch.Tensor | np.ndarray):
+            raise ValueError(
+                f"`region_masks` must be a list with a mask for each prompt, got {type(region_masks).__name__}."
+            )
         grid = (height // self.vae_scale_factor, width // self.vae_scale_factor)
         shapes = {tuple(mask.shape[-2:]) for mask in region_masks if isinstance(mask, torch.Tensor | np.ndarray)}
         masks = read_mask(region_masks, grid if shapes == {grid} else (height, width), name="region_masks")

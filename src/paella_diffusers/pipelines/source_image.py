@@ -1,6 +1,7 @@
 """The image that a task begins with, as users give it, made into tensors: pixels or tokens, and which to keep."""
 
 from dataclasses import dataclass
+from numbers import Integral
 
 import numpy as np
 import PIL.Image
@@ -41,6 +42,9 @@ def read_image(image, height: int | None = None, width: int | None = None, name:
     Raises:
         ValueError: If it is none of these, or out of range.
     """
+    for side, value in {"height": height, "width": width}.items():
+        if value is not None and not (isinstance(value, Integral) and value > 0):
+            raise ValueError(f"`{side}` must be a number of pixels, got {value!r}.")
     if isinstance(image, torch.Tensor) and image.dtype == torch.int64 and image.ndim in (2, 3):
         return image[None] if image.ndim == 2 else image
     images = list(image) if isinstance(image, list | tuple) else [image]
