@@ -155,8 +155,9 @@ def plot(path: Path, steps: list[int], curves: dict[str, list[float]], label: st
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-    for (name, values), marker in zip(curves.items(), itertools.cycle("osD^vP*X<>")):
-        axes.plot(steps, values, marker=marker, markersize=4, linewidth=1.2, label=name)
+    for number, (name, values) in enumerate(curves.items()):
+        style = {"marker": "osD^vP*X<>"[number % 10], "linestyle": "--" if number >= 10 else "-"}  # colours repeat after ten
+        axes.plot(steps, values, markersize=4, linewidth=1.2, label=name, **style)
     axes.set_xscale("log", base=2)
     axes.set_xticks(steps, steps)
     if log:
