@@ -3,9 +3,9 @@ Paella on one page: teach a U-Net to draw coloured shapes from words, then let i
 
     python examples/minimal.py
 
-It takes two and a half minutes on two CPU cores and writes shapes.png. The idea is in two places, marked (1) and (2); the paper
-is https://huggingface.co/papers/2211.07292. What turns pictures into tokens, and words into vectors, is ready-made: the
-VQGAN and the text encoder of the small model inside the package.
+It takes two and a half minutes on two CPU cores and writes shapes.png. The idea is in two places, marked (1) and (2); the
+paper is https://huggingface.co/papers/2211.07292. What turns pictures into tokens, and words into vectors, is ready-made:
+the VQGAN and the text encoder of the small model inside the package.
 """
 
 import random
