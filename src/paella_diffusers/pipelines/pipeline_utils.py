@@ -4,7 +4,7 @@ import functools
 import inspect
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from numbers import Integral, Real
 from pathlib import Path
 
@@ -594,7 +594,7 @@ class PaellaPipelineBase(PaellaHubMixin, DiffusionPipeline, PaellaLoraLoaderMixi
         if not all(isinstance(side, Integral) and side > 0 and side % multiple == 0 for side in (height, width)):
             for name, side in {"height": height, "width": width}.items():
                 if not isinstance(side, Integral):
-                    raise ValueError(f"`{name}` must be a number of pixels, got {side!r}.")
+                    raise ValueError(f"`{name}` must be an integer, of the multiples of {multiple}, got {side!r}.")
             nearest = [max(1, round(side / multiple)) * multiple for side in (height, width)]
             raise ValueError(
                 f"`height` and `width` must be multiples of {multiple}, got {height} and {width}: the nearest are "
@@ -918,7 +918,7 @@ class PaellaPipelineBase(PaellaHubMixin, DiffusionPipeline, PaellaLoraLoaderMixi
     def read_regions(self, region_masks, height: int, width: int) -> torch.Tensor:
         """Masks as a share for every prompt at every token, `(num_prompts, height / 4, width / 4)`, summing to 1."""
         self.check_size(height, width)
-        if not isinstance(region_masks, list | tuple | torch.Tensor | np.ndarray):
+        if not isinstance(region_masks, Iterable):
             raise ValueError(
                 f"`region_masks` must be a list with a mask for each prompt, got {type(region_masks).__name__}."
             )
