@@ -161,9 +161,9 @@ def run(args: argparse.Namespace):
     pipe = getattr(paella_diffusers, task).from_pretrained(args.model, dtype=getattr(torch, args.dtype))
     pipe.to(device)
     guidance_scale = getattr(args, "guidance_scale", 1.5 if args.model == EMOJI_MODEL else 8.0)
-    steps = getattr(args, "steps", 32 if task == "PaellaInversionPipeline" else 12)
-    call |= {"num_inference_steps": steps, "guidance_scale": guidance_scale}
-    call |= {"negative_prompt": args.negative_prompt}
+    call |= {"guidance_scale": guidance_scale, "negative_prompt": args.negative_prompt}
+    if hasattr(args, "steps"):  # or the task's own
+        call["num_inference_steps"] = args.steps
     if getattr(args, "size", None):
         call["width"], call["height"] = args.size
     if film:
