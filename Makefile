@@ -11,7 +11,7 @@ demo: $(VENV)/installed
 	$(BIN)/paella-diffusers generate $(DEMO) --out demo.png
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(TESTS)
 
 # the same with the oldest diffusers that is supported
 test-oldest:

@@ -80,9 +80,17 @@ def test_asking_for_diffusers_is_not_importing_it():
     assert run(code) == "PaellaPipeline"
 
 
-def test_moved_tables_are_explained():
+@pytest.mark.parametrize(
+    ("module", "table"),
+    [
+        ("diffusers", "_class_to_module"),
+        ("diffusers.pipelines", "_class_to_module"),
+        ("diffusers.pipelines.auto_pipeline", "AUTO_IMAGE2IMAGE_PIPELINES_MAPPING"),
+    ],
+)
+def test_moved_tables_are_explained(module, table):
     code = (
-        "import sys, diffusers; del diffusers._class_to_module\n"
+        f"import sys, {module}; del {module}.{table}\n"
         "try:\n    import paella_diffusers\nexcept ImportError as error:\n    print(error)"
     )
-    assert "has no diffusers._class_to_module" in run(code)
+    assert f"has no {module}.{table}, which paella-diffusers extends: install diffusers" in run(code)

@@ -1,5 +1,3 @@
-import pickle
-
 import peft
 import pytest
 import torch
@@ -133,7 +131,7 @@ def test_what_is_no_adapter_is_refused(pipe, tmp_path):
         (tmp_path, {}),
         (tmp_path, {"use_safetensors": True}),
     ):
-        with pytest.raises((OSError, ValueError, pickle.UnpicklingError)) as error:
+        with pytest.raises((OSError, ValueError)) as error:
             pipe.load_lora_weights(source, **arguments)
         assert str(error.value)
     assert not canary.exists()
@@ -160,3 +158,60 @@ def test_pickled_adapters_are_read_without_executing_anything(pipe, tmp_path):
     assert not torch.equal(logits(pipe), plain)
     with pytest.raises(OSError):
         pipe.load_lora_weights(tmp_path / "pickled", use_safetensors=True)
+
+
+def test_adapters_that_do_not_fit_are_refused_by_name(pipe, tmp_path):
+    plain = logits(pipe)
+    folder, _ = saved_adapter(tmp_path)
+    path = folder / "pytorch_lora_weights.safetensors"
+    whole, contents = path.read_bytes(), load_file(path)
+    first = next(key for key in contents if key.endswith("to_q.lora_A.weight"))
+    module = first.removeprefix("unet.").removesuffix(".lora_A.weight")
+    without = {key: tensor for key, tensor in contents.items() if key != first}
+    for weights, message in (
+        (without, f"incomplete: {module} has no lora_A.weight"),
+        (contents | {first: contents[first][:, 1:].contiguous()}, f"does not fit.*{module} has weights"),
+        (contents | {first: contents[first][1:].contiguous()}, f"does not fit.*{module} has weights"),
+        (contents | {first: contents[first].long()}, f"{module}.lora_A.weight torch.int64"),
+        (without | {"unet.mid_block.to_q.lora_A.weight": contents[first]}, "no such layers.*mid_block.to_q.lora_A"),
+    ):
+        save_file(weights, path)
+        for source in (folder, weights):
+            with pytest.raises(ValueError, match=message):
+                pipe.load_lora_weights(source)
+    for damaged in (whole[:-10], (10**9).to_bytes(8, "little") + whole[8:], b"", b"{}"):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match="is not a state dict that can be loaded safely"):
+            pipe.load_lora_weights(folder)
+    assert not getattr(pipe.unet, "peft_config", None) and torch.equal(logits(pipe), plain)
+    path.write_bytes(whole)
+    pipe.load_lora_weights(folder)
+    assert not torch.equal(logits(pipe), plain)
+
+
+def test_earlier_names_of_the_same_weights(pipe, tmp_path):
+    folder, expected = saved_adapter(tmp_path)
+    weights = load_file(folder / "pytorch_lora_weights.safetensors")
+    rank = next(iter(weights.values())).shape[0]
+    earlier = {key.replace("lora_A", "lora.down").replace("lora_B", "lora.up"): t for key, t in weights.items()}
+    pipe.load_lora_weights(earlier)
+    assert next(iter(pipe.unet.peft_config.values())).lora_alpha == rank  # nothing says that it was twice that
+    pipe.set_adapters(pipe.get_active_adapters(), 2.0)
+    torch.testing.assert_close(logits(pipe), expected)
+
+
+def test_which_file_is_the_adapter(pipe, tmp_path):
+    folder, expected = saved_adapter(tmp_path)
+    (folder / "pytorch_lora_weights.safetensors").rename(folder / "mine.safetensors")
+    pipe.load_lora_weights(folder)
+    torch.testing.assert_close(logits(pipe), expected)
+    (folder / "other.safetensors").write_bytes((folder / "mine.safetensors").read_bytes())
+    with pytest.raises(FileNotFoundError, match=r"mine.safetensors', 'other.safetensors'\]: pass `weight_name`"):
+        pipe.load_lora_weights(folder)
+    pipe.unload_lora_weights()
+    pipe.load_lora_weights(folder, weight_name="mine.safetensors")
+    torch.testing.assert_close(logits(pipe), expected)
+    with pytest.raises(FileNotFoundError, match="has no nothing.safetensors"):
+        pipe.load_lora_weights(folder, weight_name="nothing.safetensors")
+    with pytest.raises(FileNotFoundError, match="has neither pytorch_lora_weights.safetensors nor"):
+        pipe.load_lora_weights(folder, subfolder="sub")

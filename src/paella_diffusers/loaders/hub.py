@@ -6,13 +6,20 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from huggingface_hub import ModelCard, ModelCardData, create_repo, hf_hub_download, upload_folder
-from huggingface_hub.utils import EntryNotFoundError
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RemoteEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 
@@ -55,19 +62,103 @@ except ImportError as error:
 
 
 @contextmanager
-def connection_errors(what: str, remedy: str):
+def loading_errors(repo_id: str, filename: str, revision: str | None = None):
+    """
+    Say which file of which repository cannot be had, and what to do, whatever wraps the client's error.
+
+    Raises:
+        FileNotFoundError: If the repository has no such file; `LocalEntryNotFoundError`, one of them, while offline.
+        OSError: If the repository, its revision or access to it is missing, or the connection breaks.
+    """
+    try:
+        yield
+    except Exception as error:
+        for reason in _chain(error):
+            message = _what_to_do(reason, repo_id, filename, revision)
+            if message is not None:
+                kinds = (LocalEntryNotFoundError, FileNotFoundError, OSError)
+                sources = (LocalEntryNotFoundError, RemoteEntryNotFoundError, Exception)
+                raise next(k for k, s in zip(kinds, sources) if isinstance(reason, s))(message) from error
+        raise
+
+
+@contextmanager
+def uploading_errors(repo_id: str):
     """Say what broke off and what to do, where the Hub's client would only name the HTTP library's error."""
     try:
         yield
     except Exception as error:
-        libraries = {type(e).__module__.partition(".")[0] for e in (error, error.__cause__)}  # the client wraps some
-        if not libraries & {"httpx", "httpx2"}:
+        if not any(map(_is_connection_error, _chain(error))):
             raise
-        raise OSError(f"The connection to the Hub broke while {what} ({error}). {remedy}") from error
+        raise OSError(
+            f"The connection to the Hub broke while {repo_id} was uploaded ({error}). Call again: nothing was committed, "
+            "and files that arrived are kept."
+        ) from error
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An error, what it was raised from or while handling, and so on."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+
+
+def _is_connection_error(error: BaseException) -> bool:
+    """Whether it is an `httpx.TransportError`; newer clients come with an httpx of another name."""
+    kinds = type(error).__mro__
+    return any(kind.__name__ == "TransportError" and kind.__module__.startswith("httpx") for kind in kinds)
+
+
+def _what_to_do(error: BaseException, repo_id: str, filename: str, revision: str | None) -> str | None:
+    if isinstance(error, HFValidationError):
+        return f"{repo_id} is neither a folder nor a Hub id like owner/name."
+    if isinstance(error, GatedRepoError):
+        return (
+            f"{repo_id} is gated: {filename} needs its owners' consent. Ask for it on {repo_id}'s page on the Hub, then log "
+            "in with `hf auth login`, or pass `token`."
+        )
+    if isinstance(error, RepositoryNotFoundError):
+        return (
+            f"There is no {repo_id} on the Hub, or it is private ({filename} was asked for). Check the name; for a private "
+            "one log in with `hf auth login`, or pass `token`."
+        )
+    if isinstance(error, RevisionNotFoundError):
+        return f"{repo_id} has no revision {revision} ({filename} was asked for)."
+    if isinstance(error, RemoteEntryNotFoundError):
+        return f"{repo_id} has no {filename}."
+    if isinstance(error, LocalEntryNotFoundError):
+        return (
+            f"{filename} of {repo_id} is not in the cache, and the Hub is out of reach: load it once while online, without "
+            "`local_files_only`, or pass the `cache_dir` that it is in."
+        )
+    if _is_connection_error(error):
+        return f"The connection to the Hub broke while {repo_id} was loaded ({error}). Call again: whole files are kept."
+    return None
+
+
+def download(repo_id: str, filename: str, revision: str | None, options: dict) -> str:
+    """A file of a Hub repository, in the cache; raises as [`loading_errors`]."""
+    with loading_errors(repo_id, filename, revision):
+        return hf_hub_download(repo_id, filename, revision=revision, **options)
+
+
+def find_file(path: str | Path, filename: str, revision: str | None, options: dict) -> str:
+    """A file of a folder, or of a Hub repository, downloaded; raises as [`loading_errors`]."""
+    if Path(path).is_dir():
+        if not (Path(path) / filename).is_file():
+            raise FileNotFoundError(f"{path} has no {filename}.")
+        return str(Path(path) / filename)
+    return download(str(path), filename, revision, options)
 
 
 class PaellaHubMixin:
-    """`push_to_hub` of pipelines, models and schedulers."""
+    """`from_pretrained` and `push_to_hub` of pipelines, models and schedulers."""
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """As diffusers' `from_pretrained`, whose arguments it takes; errors say what to do."""
+        with loading_errors(str(pretrained_model_name_or_path), cls.config_name, kwargs.get("revision")):
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
     def push_to_hub(
         self,
@@ -233,9 +324,7 @@ def _push(save, thing, repo_id, commit_message, private, token, create_pr, subfo
     for sample in samples:
         if not {"image", "prompt", "seed"} <= sample.keys() or not isinstance(sample["image"], Image.Image):
             raise ValueError("`samples` must be dictionaries with `image` (PIL), `prompt` and `seed`.")
-    remedy = "Call again: nothing was committed, and files that arrived are kept."
-    broken = connection_errors(f"{repo_id} was uploaded", remedy)
-    with tempfile.TemporaryDirectory() as name, broken:
+    with tempfile.TemporaryDirectory() as name, uploading_errors(repo_id):
         folder = Path(name)
         save(name)  # before anything is made on the Hub
         repo_id = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
@@ -323,8 +412,8 @@ def _earlier_details(card: str | None) -> dict:
 
 def _read_card(repo_id: str, token: str | None) -> str | None:
     try:
-        return Path(hf_hub_download(repo_id, "README.md", token=token)).read_text()
-    except EntryNotFoundError:
+        return Path(download(repo_id, "README.md", None, {"token": token})).read_text()
+    except FileNotFoundError:
         return None
 
 

@@ -1,15 +1,21 @@
 """LoRA adapters of the U-Net, through diffusers' mixin and PEFT (the extra `[train]`)."""
 
-import functools
+import json
 import os
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
-from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE, LoraBaseMixin, _fetch_state_dict
-from diffusers.loaders.lora_pipeline import _LOW_CPU_MEM_USAGE_DEFAULT_LORA
-from diffusers.utils import is_peft_available
+from diffusers.loaders.lora_base import LoraBaseMixin
+from diffusers.utils import convert_unet_state_dict_to_peft, is_peft_available
+from huggingface_hub import list_repo_files
+from safetensors import safe_open
 
-from .hub import push_lora
+from .hub import find_file, push_lora
+from .original_checkpoint import read_state_dict
+
+WEIGHT_NAMES = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin")
+HUB_OPTIONS = ("cache_dir", "force_download", "token", "local_files_only")
 
 
 class PaellaLoraLoaderMixin(LoraBaseMixin):
@@ -33,23 +39,18 @@ class PaellaLoraLoaderMixin(LoraBaseMixin):
         """
         return_lora_metadata = kwargs.pop("return_lora_metadata", False)
         use_safetensors = kwargs.pop("use_safetensors", None)
-        hub_kwargs = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "subfolder")
-        fetch = functools.partial(
-            _fetch_state_dict,
-            pretrained_model_name_or_path_or_dict=pretrained_model_name_or_path_or_dict,
-            use_safetensors=use_safetensors is not False,
-            allow_pickle=use_safetensors is None,
-            user_agent={"file_type": "attn_procs_weights", "framework": "pytorch"},
-            **{name: kwargs.pop(name, None) for name in hub_kwargs},
-        )
-        weight_name = kwargs.pop("weight_name", None)
-        try:  # diffusers guesses a name only online, at the top of a repository, and without `token`
-            usual = weight_name or LORA_WEIGHT_NAME_SAFE
-            state_dict, metadata = fetch(weight_name=usual if use_safetensors is not False else weight_name)
-        except OSError:
-            if weight_name is not None:
-                raise
-            state_dict, metadata = fetch(weight_name=None)
+        place = {name: kwargs.pop(name, None) for name in ("weight_name", "subfolder", "revision")}
+        options = {name: kwargs[name] for name in HUB_OPTIONS if kwargs.get(name) is not None}
+        source = pretrained_model_name_or_path_or_dict
+        metadata = None
+        if isinstance(source, dict):
+            state_dict = dict(source)  # loading takes entries out of it
+        else:
+            path = _adapter_file(source, use_safetensors, **place, options=options)
+            state_dict = read_state_dict(path)
+            if path.endswith(".safetensors"):
+                with safe_open(path, framework="pt") as file:
+                    metadata = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "null"))
         return (state_dict, metadata) if return_lora_metadata else state_dict
 
     def load_lora_weights(
@@ -72,9 +73,8 @@ class PaellaLoraLoaderMixin(LoraBaseMixin):
         """
         if not is_peft_available():
             raise ValueError("LoRA adapters need PEFT: pip install 'paella-diffusers[train]'.")
-        low_cpu_mem_usage = kwargs.pop("low_cpu_mem_usage", _LOW_CPU_MEM_USAGE_DEFAULT_LORA)
+        low_cpu_mem_usage = kwargs.pop("low_cpu_mem_usage", True)
         source = pretrained_model_name_or_path_or_dict
-        source = dict(source) if isinstance(source, dict) else source  # loading takes entries out of it
         state_dict, metadata = self.lora_state_dict(source, return_lora_metadata=True, **kwargs)
         foreign = sorted(key for key in state_dict if "lora" not in key or not key.startswith(f"{self.unet_name}."))
         if foreign or not state_dict:
@@ -82,6 +82,8 @@ class PaellaLoraLoaderMixin(LoraBaseMixin):
                 f"This is no LoRA adapter of Paella's U-Net: its keys should begin with 'unet.' and contain 'lora', unlike "
                 f"{foreign[:3] or 'an empty file'}."
             )
+        state_dict = convert_unet_state_dict_to_peft(state_dict)
+        _check_fits(self.unet, {key.removeprefix(f"{self.unet_name}."): t for key, t in state_dict.items()})
         self.load_lora_into_unet(
             state_dict,
             unet=self.unet,
@@ -162,3 +164,55 @@ class PaellaLoraLoaderMixin(LoraBaseMixin):
     def unfuse_lora(self, components: list[str] = ["unet"], **kwargs):
         """Take them out again."""
         super().unfuse_lora(components, **kwargs)
+
+
+def _adapter_file(source, use_safetensors: bool | None, weight_name, subfolder, revision, options: dict) -> str:
+    """The file with an adapter's weights: of the usual names, or the only `.safetensors`."""
+    if Path(source).is_file():
+        if use_safetensors and not str(source).endswith(".safetensors"):
+            raise OSError(f"{source} is a pickle, which `use_safetensors=True` rules out.")
+        return str(source)
+    folder = f"{subfolder}/" if subfolder else ""
+    wanted = {None: WEIGHT_NAMES, True: WEIGHT_NAMES[:1], False: WEIGHT_NAMES[1:]}[use_safetensors]
+    for name in [weight_name] if weight_name else wanted:
+        try:
+            return find_file(source, folder + name, revision, options)
+        except FileNotFoundError as error:
+            missing = error
+    if weight_name or use_safetensors is False:
+        raise missing
+    if Path(source).is_dir():
+        names = [path.name for path in Path(source, folder).glob("*.safetensors")]
+    elif options.get("local_files_only"):
+        raise missing
+    else:
+        files = list_repo_files(source, revision=revision, token=options.get("token"))
+        names = [file.removeprefix(folder) for file in files if file.startswith(folder) and file.endswith(".safetensors")]
+    if len(names) != 1:
+        found = f"several files that may be meant, {sorted(names)}" if names else f"neither {' nor '.join(wanted)}"
+        raise FileNotFoundError(f"{source}/{folder} has {found}: pass `weight_name`.") from missing
+    return find_file(source, folder + names[0], revision, options)
+
+
+def _check_fits(unet: torch.nn.Module, state_dict: dict[str, torch.Tensor]):
+    """Refuse an adapter with half of a pair, or of another model."""
+    modules = dict(unet.named_modules())
+    strange, shapes = [], {}
+    for key, tensor in state_dict.items():
+        name, _, part = key.partition(".lora_")
+        if name not in modules or not tensor.is_floating_point():
+            strange.append(f"{key} {tensor.dtype}")
+        elif part in ("A.weight", "B.weight"):
+            shapes.setdefault(name, {})[part[0]] = tuple(tensor.shape)
+    if strange:
+        raise ValueError(f"The adapter does not fit this U-Net, which has no such layers, or no such dtypes: {strange[:5]}.")
+    for name, pair in shapes.items():
+        if pair.keys() != {"A", "B"}:
+            raise ValueError(f"The adapter is incomplete: {name} has no lora_{({'A', 'B'} - pair.keys()).pop()}.weight.")
+        rank, weight = pair["A"][0], modules[name].weight.shape
+        is_linear = len(weight) == 2  # grouped convolutions' are of other shapes
+        if pair["B"][:2] != (weight[0], rank) or (is_linear and pair["A"][1:] != weight[1:]):
+            raise ValueError(
+                f"The adapter does not fit this U-Net: {name} has weights {tuple(weight)}, for which lora_A {pair['A']} and "
+                f"lora_B {pair['B']} are not."
+            )

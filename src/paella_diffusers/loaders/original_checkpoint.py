@@ -11,8 +11,10 @@ from urllib.parse import unquote, urlsplit
 import safetensors.torch
 import torch
 from accelerate import init_empty_weights
-from huggingface_hub import hf_hub_download, split_torch_state_dict_into_shards
+from huggingface_hub import split_torch_state_dict_into_shards
 from huggingface_hub.constants import ENDPOINT
+
+from .hub import download
 
 SHARD = "diffusion_pytorch_model{suffix}.safetensors"
 HUB_URL = re.compile(
@@ -175,7 +177,8 @@ def _resolve(path_or_hub_url, hub_kwargs) -> str:
         raise ValueError(
             f"{path_or_hub_url} is not on the Hub ({', '.join(sorted(hosts))}): download the file, and pass its path."
         )
-    return hf_hub_download(repo_id, unquote(filename), **{"revision": unquote(revision), **hub_kwargs})
+    revision = hub_kwargs.pop("revision", None) or unquote(revision)
+    return download(repo_id, unquote(filename), revision, hub_kwargs)
 
 
 def _from_original(model, original, path) -> dict[str, torch.Tensor]:

@@ -11,16 +11,16 @@ from pathlib import Path
 import diffusers
 import torch
 from accelerate import init_empty_weights
-from huggingface_hub.errors import EntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 from .. import registration
+from ..loaders.hub import find_file
 from ..loaders.original_checkpoint import to_original
 from ..models.prior_paella import PaellaPrior
 from ..models.unet_paella import PaellaUNet
 from ..models.vq_model import PaellaVQModel
-from .original_repo import find_file, has_original_layout, original_components
+from .original_repo import has_original_layout, original_components
 from .pipeline_paella import PaellaPipeline
 
 MODELS = {"unet": (PaellaUNet, "paella"), "vqgan": (PaellaVQModel, "vqgan"), "prior": (PaellaPrior, "prior")}
@@ -117,7 +117,7 @@ class _MappedWeights(Mapping):
         try:
             index = json.loads(Path(find_file(source, f"{weights}.index.json", revision, options)).read_text())
             names = [f"{name}/{shard}" for shard in sorted(set(index["weight_map"].values()))]
-        except (EntryNotFoundError, FileNotFoundError):
+        except FileNotFoundError:
             names = [weights]
         self.files = {}
         for path in [find_file(source, filename, revision, options) for filename in names]:

@@ -7,15 +7,8 @@ from pathlib import Path
 import torch
 from diffusers import DDPMWuerstchenScheduler
 from diffusers.utils import logging
-from huggingface_hub import file_exists, hf_hub_download, try_to_load_from_cache
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    GatedRepoError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub import file_exists, try_to_load_from_cache
+from huggingface_hub.errors import LocalEntryNotFoundError
 from transformers import (
     AutoTokenizer,
     CLIPConfig,
@@ -24,6 +17,7 @@ from transformers import (
     T5EncoderModel,
 )
 
+from ..loaders.hub import download, find_file
 from ..models.prior_paella import PaellaPrior
 from ..models.unet_paella import PaellaUNet
 from ..models.vq_model import PaellaVQModel
@@ -54,14 +48,14 @@ def has_original_layout(path: str | Path, revision: str | None = None, **kwargs)
         try:
             download(path, "model_index.json", revision, options)
             return False
-        except LocalEntryNotFoundError as error:  # offline
+        except LocalEntryNotFoundError:  # offline
             found = isinstance(try_to_load_from_cache(path, checkpoint, options.get("cache_dir"), revision), str)
             if not found:
                 raise OSError(
                     f"{path} has neither model_index.json nor {checkpoint} in the cache, and the Hub is out of reach: load "
                     "it once while online, without `local_files_only`, or pass the `cache_dir` that it is in."
-                ) from error
-        except EntryNotFoundError:
+                ) from None
+        except FileNotFoundError:
             found = file_exists(path, checkpoint, revision=revision, token=options.get("token"))
     if not found:
         raise ValueError(
@@ -113,7 +107,7 @@ def original_components(
     if original_config is None:
         try:
             original_config = json.loads(Path(find_file(path, "config.json", revision, options)).read_text())
-        except (EntryNotFoundError, FileNotFoundError):
+        except FileNotFoundError:
             original_config = {}
 
     def dtype_of(name):
@@ -157,38 +151,3 @@ def original_components(
     }
     loaders = {name: load if isinstance(load, tuple) else (load, None) for name, load in loaders.items()}
     return loaders | {name: (lambda given=given: given, None) for name, given in components.items()}
-
-
-def find_file(path, filename, revision, options) -> str:
-    """A file of a folder, or of a Hub repository, downloaded."""
-    if Path(path).is_dir():
-        if not (Path(path) / filename).is_file():
-            raise FileNotFoundError(f"{path} has no {filename}.")
-        return str(Path(path) / filename)
-    return download(str(path), filename, revision, options)
-
-
-def download(repo_id: str, filename: str, revision: str | None, options: dict) -> str:
-    """
-    A file of a Hub repository, in the cache.
-
-    Raises:
-        OSError: If the repository, its revision or access to it is missing.
-        EntryNotFoundError: If the file is, or, while offline, is not in the cache.
-    """
-    try:
-        return hf_hub_download(repo_id, filename, revision=revision, **options)
-    except HFValidationError as error:
-        raise OSError(f"{repo_id} is neither a folder nor a Hub id like owner/name.") from error
-    except GatedRepoError as error:
-        raise OSError(
-            f"{repo_id} is gated: {filename} needs its owners' consent. Ask for it on {repo_id}'s page on the Hub, then log "
-            "in with `hf auth login`, or pass `token`."
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise OSError(
-            f"There is no {repo_id} on the Hub, or it is private ({filename} was asked for). Check the name; for a private "
-            "one log in with `hf auth login`, or pass `token`."
-        ) from error
-    except RevisionNotFoundError as error:
-        raise OSError(f"{repo_id} has no revision {revision} ({filename} was asked for).") from error

@@ -28,7 +28,7 @@ from transformers import (
 from transformers.image_processing_utils import BaseImageProcessor
 
 from .. import registration
-from ..loaders.hub import PaellaHubMixin, WholeOrNotAtAllMixin, connection_errors
+from ..loaders.hub import PaellaHubMixin, WholeOrNotAtAllMixin, loading_errors
 from ..loaders.lora import PaellaLoraLoaderMixin
 from ..models.prior_paella import PaellaPrior
 from ..models.unet_paella import PaellaUNet
@@ -151,13 +151,13 @@ class PaellaPipelineBase(PaellaHubMixin, DiffusionPipeline, PaellaLoraLoaderMixi
         # without a dtype, transformers would keep the stored one
         kwargs["dtype"] = kwargs.get("dtype") or earlier_name or torch.float32
         source = pretrained_model_name_or_path
-        with connection_errors(f"{source} was loaded", "Call again: files that are complete are kept."):
+        with loading_errors(str(source), cls.config_name, kwargs.get("revision")):
             if has_original_layout(source, **kwargs):
                 modules, _ = cls._get_signature_keys(cls)
                 pipeline = cls(**load_original_components(source, modules, **kwargs))
                 pipeline.register_to_config(_name_or_path=str(source))
                 return pipeline
-            return super().from_pretrained(source, **kwargs)
+        return super().from_pretrained(source, **kwargs)
 
     def save_pretrained(
         self,
