@@ -67,6 +67,9 @@ class ExactPosterior(ModelMixin, ConfigMixin):
         """The number of each grid in `grids`."""
         return (tokens.flatten(1) * self.place).sum(1)
 
+    def encode_conditioning(self, **kwargs) -> None:
+        """There is none."""
+
     def forward(self, sample, timestep, *args, **kwargs) -> BaseOutput:
         level, vocabulary = float(timestep), self.config.num_vq_embeddings
         same = (self.grids[:, None] == self.grids).double()

@@ -30,6 +30,24 @@ class PaellaUNetOutput(BaseOutput):
     sample: torch.Tensor
 
 
+@dataclass
+class PaellaConditioning:
+    """
+    What [`PaellaUNet.encode_conditioning`] makes of the conditioning, for any number of calls.
+
+    Args:
+        sequence (`torch.Tensor` of shape `(batch_size, length, cross_attention_dim)`): Text, CLIP text and CLIP images.
+        attention_mask (`torch.BoolTensor` of shape `(batch_size, length)`, *optional*): False where it is padding.
+        weights (`torch.Tensor` of shape `(batch_size, length)`, *optional*): Factors on the attention probabilities.
+        keys_values (`list`, *optional*): For each block the keys and values of its attentions.
+    """
+
+    sequence: torch.Tensor
+    attention_mask: torch.Tensor | None = None
+    weights: torch.Tensor | None = None
+    keys_values: list[list[tuple[torch.Tensor, torch.Tensor]]] | None = None
+
+
 def sinusoidal_embedding(timestep: torch.Tensor, dim: int) -> torch.Tensor:
     """Sines, then cosines, of times in [0, 1]: `(batch_size,)` to `(batch_size, dim)`, float32; an odd dim ends with 0."""
     half = dim // 2
@@ -58,9 +76,10 @@ class GlobalResponseNorm(nn.Module):
         self.beta = nn.Parameter(torch.zeros(1, 1, 1, channels))
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        response = torch.linalg.vector_norm(hidden_states, dim=(1, 2), keepdim=True)
-        response = response / (response.mean(dim=-1, keepdim=True) + 1e-6)
-        return hidden_states * (1 + self.gamma * response) + self.beta
+        # over these dimensions torch sums several times faster than it takes norms on CPUs
+        response = hidden_states.square().sum(dim=(1, 2), keepdim=True, dtype=torch.float32).sqrt()
+        response = (response / (response.mean(dim=-1, keepdim=True) + 1e-6)).to(hidden_states.dtype)
+        return torch.addcmul(self.beta, hidden_states, 1 + self.gamma * response)
 
 
 class PaellaFeedForward(nn.Module):
@@ -123,10 +142,12 @@ class PaellaAttnProcessor:
         encoder_hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         conditioning_weights: torch.Tensor | None = None,
+        key_value: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> torch.Tensor:
         query = attn.to_q(hidden_states)
-        key = attn.to_k(encoder_hidden_states)
-        value = attn.to_v(encoder_hidden_states)
+        if key_value is None:
+            key_value = attn.to_k(encoder_hidden_states), attn.to_v(encoder_hidden_states)
+        key, value = key_value
         if conditioning_weights is not None:
             # a weight on a key's attention probability, after the softmax, is a weight on its value
             value = value * conditioning_weights[..., None]
@@ -163,7 +184,7 @@ class PaellaAttention(nn.Module, AttentionModuleMixin):
         self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
         self.set_processor(self._default_processor_cls())
 
-    def forward(self, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor | None, **kwargs) -> torch.Tensor:
         return self.processor(self, hidden_states, encoder_hidden_states, **kwargs)
 
 
@@ -176,18 +197,25 @@ class PaellaAttnBlock(nn.Module):
         self.cond_proj = nn.Linear(cross_attention_dim, channels)
         self.attention = PaellaAttention(channels, heads, dropout, self_attention)
 
+    def key_value(self, encoder_hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of the conditioning, which no image and no time changes."""
+        conditioning = self.cond_proj(F.silu(encoder_hidden_states))
+        return self.attention.to_k(conditioning), self.attention.to_v(conditioning)
+
     def forward(
         self,
         hidden_states: torch.Tensor,
         encoder_hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         conditioning_weights: torch.Tensor | None = None,
+        key_value: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> torch.Tensor:
         attended = self.attention(
             self.norm(hidden_states).flatten(1, 2),
-            self.cond_proj(F.silu(encoder_hidden_states)),
+            self.cond_proj(F.silu(encoder_hidden_states)) if key_value is None else None,
             attention_mask=attention_mask,
             conditioning_weights=conditioning_weights,
+            key_value=key_value,
         )
         return hidden_states + attended.view_as(hidden_states)
 
@@ -229,14 +257,18 @@ class PaellaBlock(nn.Module):
         attention_mask: torch.Tensor | None = None,
         conditioning_weights: torch.Tensor | None = None,
         skip: torch.Tensor | None = None,
+        keys_values: list[tuple[torch.Tensor, torch.Tensor]] | None = None,
     ) -> torch.Tensor:
+        keys_values = iter(keys_values or [])  # of the attentions, in order
         for index, (block_type, layer) in enumerate(zip(self.block_types, self.layers)):
             if block_type == "C":
                 hidden_states = layer(hidden_states, skip if index == 0 else None)
             elif block_type == "T":
                 hidden_states = layer(hidden_states, temb)
             elif block_type == "A":
-                hidden_states = layer(hidden_states, encoder_hidden_states, attention_mask, conditioning_weights)
+                hidden_states = layer(
+                    hidden_states, encoder_hidden_states, attention_mask, conditioning_weights, next(keys_values, None)
+                )
             else:
                 hidden_states = layer(hidden_states)
         return hidden_states
@@ -426,7 +458,7 @@ class PaellaUNet(
         self,
         sample: torch.LongTensor,
         timestep: torch.Tensor | float,
-        encoder_hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | PaellaConditioning,
         clip_text_embeds: torch.Tensor | None = None,
         clip_image_embeds: torch.Tensor | None = None,
         encoder_attention_mask: torch.Tensor | None = None,
@@ -441,7 +473,7 @@ class PaellaUNet(
             timestep (`torch.Tensor` of shape `(batch_size,)`, or a scalar):
                 The noise level in [0, 1]: the fraction of tokens that are noise.
             encoder_hidden_states (`torch.Tensor` of shape `(batch_size, length, text_embed_dim)`):
-                The text encoder's output (ByT5).
+                The text encoder's output (ByT5). Or, in place of it and the next four, what `encode_conditioning` gave.
             clip_text_embeds (`torch.Tensor` of shape `(batch_size, clip_embed_dim)`, *optional*):
                 CLIP text embeddings, not normalised. Without them, their tokens are left out of the conditioning.
             clip_image_embeds (`torch.Tensor` of shape `(batch_size, [num_images,] clip_embed_dim)`, *optional*):
@@ -464,19 +496,13 @@ class PaellaUNet(
             )
 
         # 1. time and conditioning
+        conditioning = encoder_hidden_states
+        if not isinstance(conditioning, PaellaConditioning):
+            conditioning = self._condition(
+                encoder_hidden_states, clip_text_embeds, clip_image_embeds, encoder_attention_mask, conditioning_weights
+            )
         timestep = torch.as_tensor(timestep, dtype=torch.float32, device=sample.device).expand(batch_size)
-        temb = sinusoidal_embedding(timestep, self.config.time_embed_dim).to(encoder_hidden_states.dtype)
-
-        sequence = [self.text_proj(encoder_hidden_states)]
-        if clip_text_embeds is not None:
-            tokens = self.clip_text_proj(clip_text_embeds)
-            sequence.append(tokens.view(batch_size, -1, self.config.cross_attention_dim))
-        if clip_image_embeds is not None:
-            tokens = self.clip_image_proj(clip_image_embeds)
-            sequence.append(tokens.view(batch_size, -1, self.config.cross_attention_dim))
-        encoder_hidden_states = self.cond_norm(torch.cat(sequence, dim=1))
-        attention_mask = self._expand_mask(encoder_attention_mask, sequence)
-        conditioning_weights = self._align_weights(conditioning_weights, attention_mask, encoder_hidden_states)
+        temb = sinusoidal_embedding(timestep, self.config.time_embed_dim).to(conditioning.sequence.dtype)
 
         # 2. tokens in
         hidden_states = self.token_norm(self.token_embedding(sample)).permute(0, 3, 1, 2)
@@ -489,21 +515,22 @@ class PaellaUNet(
                 return self._gradient_checkpointing_func(block, *args)
             return block(*args)
 
-        conditioning = (temb, encoder_hidden_states, attention_mask, conditioning_weights)
+        keys_values = iter(conditioning.keys_values or [])
+        conditioning = (temb, conditioning.sequence, conditioning.attention_mask, conditioning.weights)
         skips = []
         for block in self.down_blocks:
             if isinstance(block, PaellaDownsample):
                 skips.append(hidden_states)
                 hidden_states = block(hidden_states)
             else:
-                hidden_states = run(block, hidden_states, *conditioning)
+                hidden_states = run(block, hidden_states, *conditioning, None, next(keys_values, None))
         skip = None
         for block in self.up_blocks:
             if isinstance(block, PaellaUpsample):
                 hidden_states = block(hidden_states)
                 skip = skips.pop()
             else:
-                hidden_states = run(block, hidden_states, *conditioning, skip)
+                hidden_states = run(block, hidden_states, *conditioning, skip, next(keys_values, None))
                 skip = None
 
         # 4. logits out
@@ -514,6 +541,41 @@ class PaellaUNet(
         if not return_dict:
             return (logits,)
         return PaellaUNetOutput(sample=logits)
+
+    @apply_lora_scale("cross_attention_kwargs")
+    def encode_conditioning(
+        self,
+        encoder_hidden_states: torch.Tensor,
+        clip_text_embeds: torch.Tensor | None = None,
+        clip_image_embeds: torch.Tensor | None = None,
+        encoder_attention_mask: torch.Tensor | None = None,
+        conditioning_weights: torch.Tensor | None = None,
+        cross_attention_kwargs: dict | None = None,
+    ) -> PaellaConditioning:
+        """
+        All that the conditioning alone determines, down to the keys and values of every attention, to be computed once
+        rather than in every call; in place of the arguments of `forward`, with the same names and meanings.
+        """
+        conditioning = self._condition(
+            encoder_hidden_states, clip_text_embeds, clip_image_embeds, encoder_attention_mask, conditioning_weights
+        )
+        conditioning.keys_values = [
+            [layer.key_value(conditioning.sequence) for layer in block.layers if isinstance(layer, PaellaAttnBlock)]
+            for block in (*self.down_blocks, *self.up_blocks)
+            if isinstance(block, PaellaBlock)
+        ]
+        return conditioning
+
+    def _condition(
+        self, encoder_hidden_states, clip_text_embeds, clip_image_embeds, encoder_attention_mask, conditioning_weights
+    ) -> PaellaConditioning:
+        sequence = [self.text_proj(encoder_hidden_states)]
+        for projection, embeds in ((self.clip_text_proj, clip_text_embeds), (self.clip_image_proj, clip_image_embeds)):
+            if embeds is not None:
+                sequence.append(projection(embeds).view(len(embeds), -1, self.config.cross_attention_dim))
+        mask = self._expand_mask(encoder_attention_mask, sequence)
+        sequence = self.cond_norm(torch.cat(sequence, dim=1))
+        return PaellaConditioning(sequence, mask, self._align_weights(conditioning_weights, mask, sequence))
 
     @staticmethod
     def _expand_mask(mask: torch.Tensor | None, sequence: list[torch.Tensor]) -> torch.Tensor | None:

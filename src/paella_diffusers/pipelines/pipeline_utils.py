@@ -966,23 +966,32 @@ class PaellaPipelineBase(PaellaHubMixin, DiffusionPipeline, PaellaLoraLoaderMixi
         """The sampling loop: logits, guidance, and a step of the scheduler, until the tokens are clean."""
         step = step or self.scheduler_step
         lora = {"cross_attention_kwargs": cross_attention_kwargs}
-        both = negative_conditioning and join_conditioning(
-            conditioning, negative_conditioning, self.unet.config.clip_seq_len
-        )
+
+        @functools.cache
+        def encoded(guided: bool) -> dict:
+            """The U-Net's conditioning arguments for one branch or both, in one batch."""
+            arguments = conditioning
+            if guided:
+                arguments = join_conditioning(conditioning, negative_conditioning, self.unet.config.clip_seq_len)
+            if is_offloaded(self.unet):  # its parts work only when they are called in turn
+                return arguments
+            return {"encoder_hidden_states": self.unet.encode_conditioning(**arguments, **lora)}
+
         takes_codebook = "codebook" in inspect.signature(self.scheduler.step).parameters
         codebook = self.vqgan.codebook(latents.device) if takes_codebook else None
 
         def predict(latents, level, scale):
             sample = latents if regions is None else latents.repeat(len(regions), 1, 1)
-            if scale is None or both is None:  # a callback cannot turn on what was not encoded
-                logits = self.unet(sample, level, **conditioning, **lora).sample
+            if scale is None or negative_conditioning is None:  # a callback cannot turn on what was not encoded
+                logits = self.unet(sample, level, **encoded(guided=False), **lora).sample
             else:
-                logits = self.unet(torch.cat([sample, sample]), level, **both, **lora).sample
+                logits = self.unet(torch.cat([sample, sample]), level, **encoded(guided=True), **lora).sample
                 conditional, unconditional = logits.chunk(2)
+                # in place: these are the largest tensors of all
                 if logits.dtype == torch.float32:  # as published, to the last bit
-                    logits = scale * conditional + (1 - scale) * unconditional
-                else:  # in one go, without copies
-                    logits = torch.lerp(unconditional, conditional, scale)
+                    logits = conditional.mul_(scale).add_(unconditional.mul_(1 - scale))
+                else:
+                    logits = unconditional.lerp_(conditional, scale)
             if regions is not None:  # rows are prompts, then images
                 logits = (regions.to(logits)[:, None, None] * logits.unflatten(0, (len(regions), -1))).sum(0)
             return logits
@@ -1140,6 +1149,11 @@ def with_shared_arguments(call: Callable) -> Callable:
     entries = [entry for entry, documented in zip(entries, names) if not documented & own.parameters.keys()]
     wrapper.__doc__ = call.__doc__.replace("            {shared}", "\n".join(entries))
     return wrapper
+
+
+def is_offloaded(model: torch.nn.Module) -> bool:
+    """Whether hooks move the parts of a model about, or change them, when they are called."""
+    return any(hasattr(module, "_hf_hook") or hasattr(module, "_diffusers_hook") for module in model.modules())
 
 
 def join_conditioning(positive: dict, negative: dict, clip_seq_len: int) -> dict:
