@@ -1,24 +1,28 @@
 """
 How long does a sampling step take at full size, where does the time go, and how near is it to what the machine can do?
 
-    python benchmarks/inference.py [--dtypes float32 bfloat16] [--compile]
+    python benchmarks/inference.py [--published CLONE] [--dtypes float32 bfloat16] [--compile] [--sizes 256 512 1024]
 
-The U-Net has the published size and random weights (`--small` for a try). A plain loop, in the same run, is the yardstick:
-two passes of the same U-Net, guidance in float32, softmax and multinomial sampling for all tokens. The ceiling is the
-machine's rate of a large matrix product in the same dtype, and the share of it is FLOPs of two passes ÷ ceiling ÷ time of a
-step.
+`PaellaPipeline`'s loop with a U-Net of the published size and random weights, guidance 8 (`--small` for a try). With
+`--published`, a clone of https://github.com/dome272/Paella, the same weights also run in that code as it is, in turns with
+ours; of its float32 steps each is taken again by ours, from the same tokens and random numbers, and the tokens compared.
+The ceiling is the machine's rate of a large matrix product in the same dtype, and the share of it is the FLOPs of two
+passes ÷ ceiling ÷ time of a step.
 """
 
 import argparse
+import ast
+import importlib.util
 import statistics
 import time
+from pathlib import Path
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from paella_diffusers import PaellaScheduler, PaellaUNet
+from paella_diffusers import PaellaPipeline, PaellaScheduler, PaellaUNet, VQModel
 
-PARTS = ["U-Net", "guidance", "sampling"]
+SMALL = {"block_out_channels": (64, 128, 256), "layers_per_block": (1, 1, 1)}
 
 
 def ceiling(dtype: torch.dtype, size: int = 4096) -> float:
@@ -32,109 +36,189 @@ def ceiling(dtype: torch.dtype, size: int = 4096) -> float:
     return 2 * size**3 / min(times[1:])
 
 
-def conditioning(unet: PaellaUNet, rows: int, length: int = 32) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    text = torch.randn(rows, length, unet.config.text_embed_dim, generator=generator)
-    clip = torch.randn(rows, unet.config.clip_embed_dim, generator=generator)
-    return {"encoder_hidden_states": text.to(unet.dtype), "clip_text_embeds": clip.to(unet.dtype)}
+def embeddings(unet, batch_size: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of the text, and of CLIP's text."""
+    generator = torch.Generator().manual_seed(length)
+    text = torch.randn(batch_size, length, unet.config.text_embed_dim, generator=generator)
+    clip = torch.randn(batch_size, unet.config.clip_embed_dim, generator=generator)
+    return text.to(unet.dtype), clip.to(unet.dtype)
 
 
-class Clock:
-    def __init__(self):
-        self.times = dict.fromkeys(PARTS, 0.0)
+class Ours:
+    """The pipeline's loop, with what its calls of the U-Net took."""
 
-    def measure(self, part, function):
+    def __init__(self, unet: PaellaUNet, forward=None):
+        self.unet = unet
+        self.pipe = PaellaPipeline(VQModel(embed_dim=16, bottleneck_blocks=1), unet, PaellaScheduler())
+        self.pipe.set_progress_bar_config(disable=True)
+        self.forward = forward or unet.forward
+        self.in_unet = 0.0
+
+    def call(self, *args, **kwargs):
         start = time.perf_counter()
-        result = function()
-        self.times[part] += time.perf_counter() - start
-        return result
+        output = self.forward(*args, **kwargs)
+        self.in_unet += time.perf_counter() - start
+        return output
+
+    def run(self, steps: int, batch_size: int, size: int) -> tuple[float, float]:
+        """Seconds a step, and of them seconds in the U-Net."""
+        text, clip = embeddings(self.unet, batch_size, 32)
+        negative_text, negative_clip = embeddings(self.unet, batch_size, 1)
+        self.in_unet, original = 0.0, self.unet.forward
+        self.unet.forward = self.call
+        start = time.perf_counter()
+        try:
+            self.pipe(
+                prompt_embeds=text,
+                negative_prompt_embeds=negative_text,
+                clip_text_embeds=clip,
+                negative_clip_text_embeds=negative_clip,
+                height=size,
+                width=size,
+                num_inference_steps=steps,
+                output_type="latent",
+            )
+        finally:
+            self.unet.forward = original
+        return (time.perf_counter() - start) / steps, self.in_unet / steps
 
 
-def plain_step(unet, forward, scheduler, tokens, noise, level, scale) -> dict[str, float]:
-    """Two passes and nothing clever: what the yardstick does."""
-    clock, batch_size = Clock(), len(tokens)
-    both = conditioning(unet, 2)
-    branches = [
-        {name: value[i : i + 1].expand(batch_size, *value.shape[1:]) for name, value in both.items()} for i in (0, 1)
-    ]
-    first, second = (clock.measure("U-Net", lambda b=b: forward(tokens, level, **b).sample) for b in branches)
-    logits = clock.measure("guidance", lambda: first.float() * scale + second.float() * (1 - scale))
+class Published:
+    """The published model and loop, from a clone of their repository."""
 
-    def sample():
-        rows = (logits.movedim(1, -1).flatten(0, -2) / 0.7).softmax(-1)
-        sampled = torch.multinomial(rows, 1).view_as(tokens)
-        return torch.where(torch.rand(tokens.shape) <= level - 1 / 12, noise, sampled)
+    def __init__(self, clone: Path, unet: PaellaUNet):
+        spec = importlib.util.spec_from_file_location("published", clone / "src_distributed" / "modules.py")
+        published = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(published)
+        self.model = published.Paella(**unet.to_original_config()).eval()
+        self.model.load_state_dict(unet.to_original_state_dict())
+        tree = ast.parse((clone / "src_distributed" / "utils.py").read_text())  # which imports what sampling does not need
+        loop = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "sample")
+        names = {"torch": torch}
+        exec(compile(ast.Module([loop], []), "sample", "exec"), names)
+        self.sample, self.unet = names["sample"], unet
 
-    clock.measure("sampling", sample)
-    return clock.times
+    def to(self, dtype: torch.dtype):
+        self.model.to(dtype)
+        embed = type(self.model).gen_r_embedding  # float32 whatever the weights are: the published code has autocast
+        self.model.gen_r_embedding = lambda *args: embed(self.model, *args).to(dtype)
 
+    def run(self, steps: int, batch_size: int, size: int) -> tuple[float, float]:
+        names = ("byt5", "clip")
+        inputs = dict(zip(names, embeddings(self.unet, batch_size, 32)))
+        negative = dict(zip(names, embeddings(self.unet, batch_size, 1)))
+        start = time.perf_counter()
+        self.sample(self.model, inputs, negative, (batch_size, size // 4, size // 4), steps=steps)
+        return (time.perf_counter() - start) / steps, float("nan")
 
-def our_step(unet, forward, scheduler, tokens, noise, level, scale) -> dict[str, float]:
-    """As `PaellaPipelineBase.denoise` does it."""
-    clock, batch_size = Clock(), len(tokens)
-    both = {name: value.repeat_interleave(batch_size, 0) for name, value in conditioning(unet, 2).items()}
-    logits = clock.measure("U-Net", lambda: forward(torch.cat([tokens, tokens]), level, **both).sample)
+    def differences(self, steps: int, size: int) -> list[int]:
+        """How many tokens our step chooses otherwise than the published one from the same state, by step."""
+        seen = []
 
-    def guide():
-        conditional, unconditional = logits.chunk(2)
-        if logits.dtype == torch.float32:
-            return scale * conditional + (1 - scale) * unconditional
-        return torch.lerp(unconditional, conditional, scale)
+        def record(model, args, kwargs):
+            if len(seen) == 0 or not torch.equal(seen[-1][0], args[0]):  # the second pass has the same tokens
+                seen.append((args[0].clone(), torch.get_rng_state()))
 
-    guided = clock.measure("guidance", guide)
-    rows = guided.flatten(2).transpose(1, 2)
-    step = lambda: scheduler.step(rows, level, tokens.flatten(1), noise=noise.flatten(1))
-    clock.measure("sampling", step)
-    return clock.times
+        hook = self.model.register_forward_pre_hook(record, with_kwargs=True)
+        names = ("byt5", "clip")
+        text, negative = embeddings(self.unet, 1, 32), embeddings(self.unet, 1, 1)
+        shape = (1, size // 4, size // 4)
+        last = self.sample(self.model, dict(zip(names, text)), dict(zip(names, negative)), shape, steps=steps)
+        hook.remove()
+        pipe, counts = Ours(self.unet).pipe, []
+        noise, following = seen[0][0], [tokens for tokens, _ in seen[1:]] + [last]
+        for i, ((tokens, state), expected) in enumerate(zip(seen, following)):
+
+            def stop(pipe, step, timestep, tensors):
+                pipe._interrupt = True
+                counts.append((tensors["latents"] != expected).sum().item())  # noqa: B023
+                return {}
+
+            torch.set_rng_state(state)
+            pipe.set_timesteps(steps, "cpu", None, None, 1.0)
+            for values in ("_timesteps", "_levels", "_sweeps"):
+                setattr(pipe, values, getattr(pipe, values)[i:])
+            pipe._guidance_scale, pipe._guidance_steps, pipe._interrupt = 8.0, None, False
+            conditioning, other = (
+                {
+                    "encoder_hidden_states": embeds,
+                    "clip_text_embeds": clip,
+                    "clip_image_embeds": None,
+                    "encoder_attention_mask": None,
+                    "conditioning_weights": None,
+                }
+                for embeds, clip in (text, negative)
+            )
+            pipe.denoise(
+                tokens,
+                conditioning,
+                other,
+                noise,
+                callback_on_step_end=stop,
+                callback_on_step_end_tensor_inputs=["latents"],
+            )
+        return counts
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--published", type=Path, help="a clone of the published code, to run beside ours")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
     parser.add_argument("--sizes", type=int, nargs="+", default=[256], help="pixels a side")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1])
+    parser.add_argument("--steps", type=int, default=2, help="in each run")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--compile", action="store_true", help="ours with torch.compile too")
     parser.add_argument("--small", action="store_true", help="a small U-Net, to see that it runs")
     args = parser.parse_args()
 
-    sizes = {"block_out_channels": (64, 128, 256), "layers_per_block": (1, 1, 1)} if args.small else {}
     torch.manual_seed(0)
-    unet = PaellaUNet(**sizes).eval()
+    unet = PaellaUNet(**SMALL if args.small else {}).eval()
     for parameter in unet.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
-    scheduler = PaellaScheduler()
-    level = scheduler.timesteps[3]
-    print("| dtype | pixels | batch | loop | U-Net | guidance | sampling | step | faster | share of ceiling |")
-    print("|---" * 10 + "|")
-    yardstick = {}  # the plain loop in float32, by size and batch
+    published = None
     with torch.inference_mode():
+        if args.published:
+            published = Published(args.published, unet)
+            print(f"Tokens that differ from the published steps: {published.differences(12, 256)} of 4,096 in each\n")
+        print(
+            "| dtype | pixels | batch | loop | step | of it not U-Net | × published | × it in float32 | share of ceiling |"
+        )
+        print("|---" * 9 + "|")
+        yardstick = {}  # the published loop's step in float32, by size and batch
         for dtype in args.dtypes:
             unet.to(getattr(torch, dtype))
-            top = ceiling(unet.dtype)
-            ways = {"plain": (plain_step, unet), "ours": (our_step, unet)}
+            ways = {"ours": Ours(unet)}
             if args.compile:
-                ways["ours, compiled"] = (our_step, torch.compile(unet))
+                ways["ours, compiled"] = Ours(unet, torch.compile(unet.forward, fullgraph=True))
+            if published:
+                published.to(unet.dtype)
+                ways = {"published": published} | ways
+            top = ceiling(unet.dtype)
             for size in args.sizes:
                 for batch_size in args.batch_sizes:
-                    grid = (batch_size, size // 4, size // 4)
-                    tokens, noise = torch.randint(8192, grid), torch.randint(8192, grid)
+                    text, clip = embeddings(unet, batch_size, 32)
                     with FlopCounterMode(display=False) as counter:
-                        unet(tokens, level, **conditioning(unet, batch_size))
+                        unet(torch.randint(8192, (batch_size, size // 4, size // 4)), 0.5, text, clip)
                     runs = {name: [] for name in ways}
                     for repeat in range(args.repeats + 1):  # in turns, and the first is to warm up
-                        for name, (step, forward) in ways.items():
-                            times = step(unet, forward, scheduler, tokens, noise, level, 8.0)
+                        for name, way in ways.items():
+                            times = way.run(args.steps, batch_size, size)
+                            top = max(top, ceiling(unet.dtype))  # as the machine's neighbours let it
                             if repeat:
                                 runs[name].append(times)
+                    steps = {name: statistics.median(step for step, _ in times) for name, times in runs.items()}
+                    if "published" in steps:
+                        yardstick.setdefault((size, batch_size), steps["published"])
                     for name, times in runs.items():
-                        parts = [statistics.median(run[part] for run in times) for part in PARTS]
-                        total = statistics.median(sum(run.values()) for run in times)
-                        base = yardstick.setdefault((size, batch_size), total)
-                        share = 2 * counter.get_total_flops() / top / total
-                        figures = " | ".join(f"{1000 * part:.0f} ms" for part in [*parts, total])
+                        rest = 1 - statistics.median(in_unet / step for step, in_unet in times)
+                        ratios = [f"{base / steps[name]:.2f}" if base else "" for base in (
+                            steps.get("published"), yardstick.get((size, batch_size))
+                        )]  # fmt: skip
+                        share = 2 * counter.get_total_flops() / top / steps[name]
                         print(
-                            f"| {dtype} | {size} | {batch_size} | {name} | {figures} | {base / total:.2f}× | {share:.2f} |",
+                            f"| {dtype} | {size} | {batch_size} | {name} | {steps[name]:.2f} s | {rest:.1%} | "
+                            f"{' | '.join(ratios)} | {share:.2f} |",
                             flush=True,
                         )
             print(f"\nCeiling in {dtype}: {top / 1e9:.0f} GFLOP/s\n")

@@ -56,6 +56,13 @@ def sinusoidal_embedding(timestep: torch.Tensor, dim: int) -> torch.Tensor:
     return F.pad(torch.cat([angles.sin(), angles.cos()], dim=1), (0, dim % 2))
 
 
+def repeat_to(hidden_states: torch.Tensor, batch_size: int) -> torch.Tensor:
+    """The whole batch again and again, up to `batch_size` rows; as it is if it has so many."""
+    if len(hidden_states) == batch_size:
+        return hidden_states
+    return hidden_states.repeat(batch_size // len(hidden_states), *[1] * (hidden_states.ndim - 1))
+
+
 # Inside the U-Net, hidden states are (batch, height, width, channels): norms, linears and attention then need no
 # permutes, and the (batch, channels, height, width) views given to convolutions are what they call channels-last.
 
@@ -111,7 +118,7 @@ class PaellaResBlock(PaellaFeedForward):
         )
 
     def forward(self, hidden_states: torch.Tensor, skip: torch.Tensor | None = None) -> torch.Tensor:
-        inner = hidden_states if skip is None else torch.cat([hidden_states, skip], dim=-1)
+        inner = hidden_states if skip is None else torch.cat([hidden_states, repeat_to(skip, len(hidden_states))], dim=-1)
         inner = self.depthwise(inner.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         inner = F.gelu(self.proj_in(self.norm(inner)))
         return hidden_states + self.proj_out(self.dropout(self.grn(inner)))
@@ -125,7 +132,7 @@ class PaellaTimestepBlock(nn.Module):
         self.proj = nn.Linear(time_embed_dim, channels * 2)
 
     def forward(self, hidden_states: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
-        scale, shift = self.proj(temb)[:, None, None].chunk(2, dim=-1)
+        scale, shift = self.proj(temb[: len(hidden_states)])[:, None, None].chunk(2, dim=-1)
         return hidden_states * (1 + scale) + shift
 
 
@@ -210,6 +217,8 @@ class PaellaAttnBlock(nn.Module):
         conditioning_weights: torch.Tensor | None = None,
         key_value: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> torch.Tensor:
+        # before the first attention, the halves of a guided batch are equal
+        hidden_states = repeat_to(hidden_states, len(encoder_hidden_states))
         attended = self.attention(
             self.norm(hidden_states).flatten(1, 2),
             self.cond_proj(F.silu(encoder_hidden_states)) if key_value is None else None,
@@ -464,6 +473,7 @@ class PaellaUNet(
         encoder_attention_mask: torch.Tensor | None = None,
         conditioning_weights: torch.Tensor | None = None,
         cross_attention_kwargs: dict | None = None,
+        guidance_scale: float | None = None,
         return_dict: bool = True,
     ) -> PaellaUNetOutput | tuple[torch.Tensor]:
         """
@@ -484,6 +494,9 @@ class PaellaUNet(
             conditioning_weights (`torch.Tensor` of shape `(n,)` or `(batch_size, n)`, *optional*):
                 Factors on the attention probabilities of each row's last n attended conditioning tokens.
             cross_attention_kwargs (`dict`, *optional*): `{"scale": s}` scales LoRA adapters in this call.
+            guidance_scale (`float`, *optional*):
+                w, for the guided logits `w · first + (1 - w) · second` of the two halves of the batch, which must be of the
+                same samples. What comes before the first attention, and the head, then run for one half only.
 
         Raises:
             ValueError: If the token grid is not divisible by `sample_multiple`, or the mask or the weights do not fit the
@@ -505,6 +518,8 @@ class PaellaUNet(
         temb = sinusoidal_embedding(timestep, self.config.time_embed_dim).to(conditioning.sequence.dtype)
 
         # 2. tokens in
+        if guidance_scale is not None:
+            sample = sample[: batch_size // 2]
         hidden_states = self.token_norm(self.token_embedding(sample)).permute(0, 3, 1, 2)
         hidden_states = F.pixel_unshuffle(hidden_states, self.config.patch_size).permute(0, 2, 3, 1)
         hidden_states = self.norm_in(self.proj_in(hidden_states))
@@ -536,7 +551,11 @@ class PaellaUNet(
         # 4. logits out
         hidden_states = self.proj_out(self.norm_out(hidden_states)).permute(0, 3, 1, 2)
         hidden_states = F.pixel_shuffle(hidden_states, self.config.patch_size).permute(0, 2, 3, 1)
-        logits = self.head(self.head_norm(hidden_states)).permute(0, 3, 1, 2)
+        hidden_states = self.head_norm(repeat_to(hidden_states, batch_size))
+        if guidance_scale is not None:
+            first, second = hidden_states.chunk(2)
+            hidden_states = guidance_scale * first + (1 - guidance_scale) * second
+        logits = self.head(hidden_states).permute(0, 3, 1, 2)
 
         if not return_dict:
             return (logits,)

@@ -981,17 +981,11 @@ class PaellaPipelineBase(PaellaHubMixin, DiffusionPipeline, PaellaLoraLoaderMixi
         codebook = self.vqgan.codebook(latents.device) if takes_codebook else None
 
         def predict(latents, level, scale):
-            sample = latents if regions is None else latents.repeat(len(regions), 1, 1)
-            if scale is None or negative_conditioning is None:  # a callback cannot turn on what was not encoded
-                logits = self.unet(sample, level, **encoded(guided=False), **lora).sample
-            else:
-                logits = self.unet(torch.cat([sample, sample]), level, **encoded(guided=True), **lora).sample
-                conditional, unconditional = logits.chunk(2)
-                # in place: these are the largest tensors of all
-                if logits.dtype == torch.float32:  # as published, to the last bit
-                    logits = conditional.mul_(scale).add_(unconditional.mul_(1 - scale))
-                else:
-                    logits = unconditional.lerp_(conditional, scale)
+            if negative_conditioning is None:  # a callback cannot turn on what was not encoded
+                scale = None
+            passes = (1 if scale is None else 2) * (1 if regions is None else len(regions))
+            sample = latents.repeat(passes, 1, 1)
+            logits = self.unet(sample, level, **encoded(scale is not None), guidance_scale=scale, **lora).sample
             if regions is not None:  # rows are prompts, then images
                 logits = (regions.to(logits)[:, None, None] * logits.unflatten(0, (len(regions), -1))).sum(0)
             return logits
@@ -1026,8 +1020,8 @@ class PaellaPipelineBase(PaellaHubMixin, DiffusionPipeline, PaellaLoraLoaderMixi
         self, logits, timestep, latents, noise, mask=None, codebook=None, generator=None
     ) -> tuple[torch.LongTensor, torch.LongTensor]:
         """
-        One step of any discrete scheduler, which is given the arguments that it takes, and sequences, as text models have:
-        the next token grid, and the predicted clean one. With a list of generators, image by image.
+        One step of any discrete scheduler, which is given the arguments that it takes: the next token grid, and the
+        predicted clean one. With a list of generators, image by image.
         """
         if isinstance(generator, list):
             masks = [None] * len(generator) if mask is None else mask.split(1)
@@ -1035,23 +1029,17 @@ class PaellaPipelineBase(PaellaHubMixin, DiffusionPipeline, PaellaLoraLoaderMixi
             steps = [self.scheduler_step(row, timestep, x, n, m, codebook, g) for row, x, n, m, g in images]
             return tuple(torch.cat(part) for part in zip(*steps))
         accepted = inspect.signature(self.scheduler.step).parameters
-        arguments = {
-            "noise": noise.flatten(1),
-            "mask": None if mask is None else mask.flatten(1),
-            "codebook": codebook,
-            "grid_size": tuple(latents.shape[1:]),
-            "generator": generator,
-        }
+        arguments = {"noise": noise, "mask": mask, "codebook": codebook, "generator": generator}
         if self._step_temperatures is not None:
             arguments["temperature"] = self._step_temperatures[self._timesteps.tolist().index(timestep)]
-        if not isinstance(self.scheduler, PaellaSchedulerBase):
+        sample = latents
+        if not isinstance(self.scheduler, PaellaSchedulerBase):  # but made for sequences, as text models have
             logits, arguments["generator"] = self.for_others(logits, latents, mask, generator)
-        output = self.scheduler.step(
-            logits.flatten(2).transpose(1, 2),  # channels-last: no copy
-            timestep,
-            latents.flatten(1),
-            **{name: value for name, value in arguments.items() if name in accepted},
-        )
+            logits = logits.flatten(2).transpose(1, 2)  # channels-last: no copy
+            sample, arguments["noise"] = sample.flatten(1), noise.flatten(1)
+            arguments["mask"] = None if mask is None else mask.flatten(1)
+        arguments = {name: value for name, value in arguments.items() if name in accepted}
+        output = self.scheduler.step(logits, timestep, sample, **arguments)
         tokens = output.prev_sample.view_as(latents), output.sampled_tokens.view_as(latents)
         if hasattr(output, "accepted_index") and timestep == self._timesteps[-1]:  # no more to come: nothing stays noise
             tokens = tokens[1], tokens[1]

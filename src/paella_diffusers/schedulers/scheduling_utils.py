@@ -228,21 +228,52 @@ def sample_tokens(
     if isinstance(generator, list):
         check_generators(generator, len(logits))
         return torch.cat([sample_tokens(image, temperature, g) for image, g in zip(logits.split(1), generator)])
-    if logits.device.type == "cpu" and (generator is None or generator.device.type == "cpu"):
-        rows = logits.flatten(0, -2).split(64)
-        return torch.cat([_exponential_race(part, temperature, generator) for part in rows]).view(logits.shape[:-1])
-    rows = (logits / temperature).softmax(-1).flatten(0, -2).to(generator.device if generator else logits.device)
-    return torch.multinomial(rows, 1, generator=generator).view(logits.shape[:-1]).to(logits.device)
+    rows = logits.flatten(0, -2)
+    if (generator.device if generator else logits.device).type != "cpu":
+        tokens = torch.multinomial((rows / temperature).softmax(-1), 1, generator=generator)
+    elif logits.ndim == 4 and len(logits) == 1:
+        tokens = _race_by_token(rows.cpu(), temperature, generator)
+    else:
+        tokens = torch.cat([_race(part, temperature, generator) for part in rows.cpu().split(_share(rows.shape[1]))])
+    return tokens.view(logits.shape[:-1]).to(logits.device)
 
 
-def _exponential_race(logits: torch.Tensor, temperature: float, generator: torch.Generator | None) -> torch.LongTensor:
+def _race(logits: torch.Tensor, temperature: float, generator: torch.Generator | None) -> torch.LongTensor:
     """
     What `torch.multinomial` draws for each row, to the last random number, and several times faster: the token whose
     exponential waiting time, of a rate that is its probability, is the shortest.
     """
-    uniform = torch.rand(logits.shape, dtype=torch.float64, generator=generator)  # of which torch makes exponentials too
-    waiting = uniform.neg_().log1p_().neg_().float()
-    return (logits / temperature).softmax(-1).div_(waiting).argmax(-1)
+    return (logits / temperature).softmax(-1).div_(_exponential(logits.shape, generator)).argmax(-1)
+
+
+def _race_by_token(logits: torch.Tensor, temperature: float, generator: torch.Generator | None) -> torch.LongTensor:
+    """
+    The same, with all rows' random numbers for the first token before those for the second: of a single image, the published
+    code passes a transposed view to `torch.multinomial`, which draws in the order of memory.
+    """
+    best, tokens = logits.new_full(logits.shape[:1], -torch.inf), torch.zeros(len(logits), dtype=torch.long)
+    highest = logits.amax(-1, keepdim=True) / temperature
+    parts = zip(*(tensor.split(_share(logits.shape[1])) for tensor in (logits, highest)))
+    total = torch.cat([(part / temperature).sub_(m).exp_().sum(-1, keepdim=True) for part, m in parts])
+    first = 0
+    for part in logits.split(_share(len(logits)), dim=1):
+        waiting = _exponential(part.T.shape, generator).T.contiguous()
+        race = (part / temperature).sub_(highest).exp_().div_(total).div_(waiting)
+        value, index = race.max(-1)
+        tokens = torch.where(value > best, first + index, tokens)
+        best = torch.maximum(best, value)
+        first += part.shape[1]
+    return tokens
+
+
+def _share(size: int) -> int:
+    """How many rows of that size stay in the processor's cache."""
+    return max(1, 2**19 // size)
+
+
+def _exponential(shape, generator: torch.Generator | None) -> torch.Tensor:
+    """As torch's `exponential_` makes it, from one uniform number each; float32."""
+    return torch.rand(shape, dtype=torch.float64, generator=generator).neg_().log1p_().neg_().float()
 
 
 def _inverse_cdf(logits: torch.Tensor, temperature: float, chance: torch.Tensor, block: int = 128) -> torch.LongTensor:
