@@ -267,3 +267,31 @@ def test_bad_input_is_refused(change, message):
 def test_bad_configuration_is_refused(change, message):
     with pytest.raises(ValueError, match=message):
         PaellaUNet(**TINY_UNET | change)
+
+
+@pytest.mark.parametrize("block_types", [("CT", "CTA"), ("CTA", "CTAFT"), ("C", "CT")])
+def test_guided_logits(block_types):
+    """Both halves in one call, the conditioning encoded before: as guidance of two calls."""
+    unet, both = tiny_unet(block_types=block_types, num_attention_heads=(2, 2)), inputs(batch_size=4)
+    both["sample"][2:], both["timestep"][2:] = both["sample"][:2], both["timestep"][:2]
+    both["encoder_attention_mask"] = torch.ones(4, 5).tril(3)
+    both["conditioning_weights"] = torch.rand(4, 3, generator=torch.Generator().manual_seed(1))
+    rows = lambda half: {name: value[half] for name, value in both.items()}
+    with torch.no_grad():
+        expected = 3.0 * unet(**rows(slice(2))).sample - 2.0 * unet(**rows(slice(2, 4))).sample
+        torch.testing.assert_close(unet(**both, guidance_scale=3.0).sample, expected, atol=1e-4, rtol=1e-4)
+        sample, timestep = both.pop("sample"), both.pop("timestep")
+        encoded = unet.encode_conditioning(**both)
+        assert torch.equal(unet(sample, timestep, encoded).sample, unet(sample, timestep, **both).sample)
+        guided = unet(sample, timestep, encoded, guidance_scale=3.0).sample
+        torch.testing.assert_close(guided, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_encoded_conditioning_has_the_adapter():
+    unet, call = tiny_unet(), inputs()
+    unet.add_adapter(LoraConfig(r=2, target_modules=["to_k", "to_v"], init_lora_weights=False))
+    sample, timestep = call.pop("sample"), call.pop("timestep")
+    for scale in (0.0, 0.5, 1.0):
+        lora = {"cross_attention_kwargs": {"scale": scale}}
+        encoded = unet.encode_conditioning(**call, **lora)
+        assert torch.equal(unet(sample, timestep, encoded, **lora).sample, unet(sample, timestep, **call, **lora).sample)

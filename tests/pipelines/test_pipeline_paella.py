@@ -79,6 +79,23 @@ def test_golden_traces(config, name):
     assert torch.equal(final, golden.sampler_traces[f"{name}.final"])
 
 
+def test_golden_of_one_image(golden, golden_models):
+    """For a batch of one, the published code's view of its probabilities changes the order of its random numbers."""
+    io = golden.paella_io
+    pipe = PaellaPipeline(golden_models.vqgan, golden_models.unet, PaellaScheduler())
+    call = {
+        "prompt_embeds": io["byt5"][:1],
+        "negative_prompt_embeds": io["byt5_uncond"][:1],
+        "clip_text_embeds": io["clip_text"][:1],
+        "negative_clip_text_embeds": io["clip_text_uncond"][:1],
+        "height": io["tokens"].shape[1] * 4,
+        "width": io["tokens"].shape[2] * 4,
+        "output_type": "latent",
+    }
+    for generator in (seeded(11), [seeded(11)]):
+        assert torch.equal(pipe(**call, generator=generator).images, golden.one_image["final"])
+
+
 @pytest.mark.parametrize("name", ["ddpm", "ddim"])
 def test_golden_prior_steps(golden, golden_models, name):
     from diffusers import DDPMWuerstchenScheduler

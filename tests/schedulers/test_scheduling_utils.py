@@ -36,3 +36,22 @@ def test_half_precision_draws_are_those_of_their_own_generators():
     both = sample_tokens(logits, 1.0, [seeded(2), seeded(3)])
     assert torch.equal(both[1:], sample_tokens(logits[1:], 1.0, [seeded(3)]))
     assert torch.equal(both, sample_tokens(logits, 1.0, [seeded(2), seeded(3)]))
+
+
+@pytest.mark.parametrize("shape", [(2, 7, 300), (1, 40, 300), (2, 6, 5, 300), (1, 6, 5, 300)])
+def test_float32_draws_are_those_of_multinomial(monkeypatch, shape):
+    """Token for token, in whatever parts; a single grid as a view, as the published code has it, of `(1, tokens, h, w)`."""
+    logits = torch.randn(shape, generator=seeded(1)) * 3
+    logits[..., 7] = -torch.inf
+    rows = (logits / 0.7).softmax(-1).flatten(0, -2)
+    if len(shape) == 4 and shape[0] == 1:
+        rows = rows.T.contiguous().T
+    generator, ours = seeded(), seeded()
+    expected = torch.multinomial(rows, 1, generator=generator).view(shape[:-1])
+    assert torch.equal(sample_tokens(logits, 0.7, ours), expected)
+    assert torch.equal(generator.get_state(), ours.get_state())
+    torch.manual_seed(5)
+    expected = torch.multinomial(rows, 1).view(shape[:-1])
+    monkeypatch.setattr("paella_diffusers.schedulers.scheduling_utils._share", lambda size: 3)
+    torch.manual_seed(5)
+    assert torch.equal(sample_tokens(logits, 0.7, None), expected)
