@@ -134,3 +134,27 @@ def test_forward_without_quantization_decodes_the_latents():
     torch.testing.assert_close(output.sample, vqgan.decode(encoded.latents).sample)
     assert torch.equal(output.indices, encoded.indices)
     torch.testing.assert_close(vqgan(pixels).sample, vqgan.decode(encoded.quantized).sample)
+
+
+@pytest.mark.parametrize("levels", [1, 2, 3])
+def test_slices_and_tiles_change_nothing(levels):
+    vqgan = randomise(VQModel(levels=levels, bottleneck_blocks=2, embed_dim=16, num_vq_embeddings=32))
+    side = vqgan.patch_size
+    pixels = torch.rand(2, 3, 22 * side, 31 * side, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        encoded, decoded = vqgan.encode(pixels), vqgan(pixels).sample
+        vqgan.enable_slicing()
+        vqgan.enable_tiling()
+        vqgan.tile_latent_min_size = 5
+        calls = []
+        vqgan.in_block.register_forward_hook(lambda module, args, output: calls.append(args[0].shape))
+        tiled, redecoded = vqgan.encode(pixels), vqgan(pixels).sample
+    assert len(calls) == 2 * 2 * 5 * 7 and all(shape[0] == 1 for shape in calls)
+    torch.testing.assert_close(tiled.latents, encoded.latents)
+    assert torch.equal(tiled.indices, encoded.indices)
+    torch.testing.assert_close(redecoded, decoded)
+    vqgan.disable_slicing()
+    vqgan.disable_tiling()
+    calls.clear()
+    with torch.no_grad():
+        assert torch.equal(vqgan.encode(pixels).latents, encoded.latents) and len(calls) == 1

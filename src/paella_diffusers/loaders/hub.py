@@ -237,7 +237,9 @@ class WholeOrNotAtAllMixin:
         return super()._load_pretrained_model(model, state_dict, resolved_model_file, *args, **kwargs)
 
     def check_savable(self):
-        """Refuse to save with adapters attached: the result would load as another model."""
+        """Refuse to save with adapters attached, as the result would load as another model, and without weights."""
+        if any(parameter.is_meta for parameter in self.parameters()):
+            raise ValueError(f"This {type(self).__name__} has its weights on disk: load it without `low_memory` to save it.")
         if getattr(self, "peft_config", None):
             raise ValueError(
                 "Adapters are attached, with which the weights have other names: first `fuse_lora` and "

@@ -73,6 +73,8 @@ class PaellaLoraLoaderMixin(LoraBaseMixin):
         """
         if not is_peft_available():
             raise ValueError("LoRA adapters need PEFT: pip install 'paella-diffusers[train]'.")
+        if any(parameter.is_meta for parameter in self.unet.parameters()):
+            raise ValueError("The U-Net has its weights on disk: load the pipeline without `low_memory` to attach adapters.")
         low_cpu_mem_usage = kwargs.pop("low_cpu_mem_usage", True)
         source = pretrained_model_name_or_path_or_dict
         state_dict, metadata = self.lora_state_dict(source, return_lora_metadata=True, **kwargs)

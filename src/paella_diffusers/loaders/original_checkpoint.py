@@ -52,11 +52,15 @@ class OriginalCheckpointMixin:
         Raises:
             ValueError: If the file is no state dict, or a key is missing, unexpected or of the wrong shape.
         """
-        model, state_dict = cls._empty_and_state_dict(_resolve(path_or_hub_url, hub_kwargs), original_config)
-        state_dict = {
-            key: tensor.to(dtype or torch.float32) if tensor.is_floating_point() else tensor
-            for key, tensor in state_dict.items()
-        }
+        path = _resolve(path_or_hub_url, hub_kwargs)
+        model, state_dict = cls._empty_and_state_dict(path, original_config)
+        dtype = dtype or torch.float32
+        if all(tensor.dtype == dtype for tensor in state_dict.values() if tensor.is_floating_point()):
+            pass  # they stay in the mapped file
+        elif zipfile.is_zipfile(path):
+            state_dict = _cast(model, path, state_dict, dtype)
+        else:
+            state_dict = {key: t.to(dtype) if t.is_floating_point() else t for key, t in state_dict.items()}
         model.load_state_dict(state_dict, assign=True)
         model.requires_grad_(True)  # assigned tensors bring their own flag
         return model.eval()
@@ -213,6 +217,20 @@ def _from_original(model, original, path) -> dict[str, torch.Tensor]:
             "`original_config` takes the published constructor's arguments where they differ from the released model's."
         )
     return state_dict
+
+
+def _cast(model, path, state_dict, dtype: torch.dtype, at_once: int = 2**28) -> dict[str, torch.Tensor]:
+    """In another dtype. After every so many bytes the file is mapped anew, so that what was read of it leaves memory."""
+    cast, read = {}, 0
+    for key in list(state_dict):
+        if read > at_once:
+            state_dict.clear()
+            state_dict.update(_from_original(model, read_state_dict(path), path))
+            read = 0
+        tensor = state_dict.pop(key)
+        read += tensor.nbytes
+        cast[key] = tensor.to(dtype) if tensor.is_floating_point() else tensor.clone()
+    return cast
 
 
 def _shorten(names) -> str:

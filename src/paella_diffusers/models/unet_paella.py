@@ -11,6 +11,7 @@ from diffusers.models.attention import AttentionMixin, AttentionModuleMixin
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput, apply_lora_scale
+from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 
 from ..loaders.hub import PaellaHubMixin, WholeOrNotAtAllMixin
@@ -133,7 +134,7 @@ class PaellaTimestepBlock(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
         scale, shift = self.proj(temb[: len(hidden_states)])[:, None, None].chunk(2, dim=-1)
-        return hidden_states * (1 + scale) + shift
+        return torch.addcmul(shift, hidden_states, 1 + scale)
 
 
 class PaellaAttnProcessor:
@@ -561,6 +562,7 @@ class PaellaUNet(
             return (logits,)
         return PaellaUNetOutput(sample=logits)
 
+    @apply_forward_hook
     @apply_lora_scale("cross_attention_kwargs")
     def encode_conditioning(
         self,

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.autoencoders.vae import AutoencoderMixin
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
@@ -108,10 +109,15 @@ class MixingResidualBlock(nn.Module):
         return hidden_states + self.channelwise(norm * (1 + scale2) + shift2).permute(0, 3, 1, 2) * gain2
 
 
-class PaellaVQModel(PaellaHubMixin, WholeOrNotAtAllMixin, ModelMixin, ConfigMixin, OriginalCheckpointMixin):
+class PaellaVQModel(
+    PaellaHubMixin, WholeOrNotAtAllMixin, ModelMixin, AutoencoderMixin, ConfigMixin, OriginalCheckpointMixin
+):
     r"""
     The VQGAN of Paella (https://huggingface.co/papers/2211.07292, section 3.1). Weights and configuration have the
     names of diffusers' `PaellaVQModel`: either class reads the other's folder. Calls differ: this one scales latents.
+
+    `enable_slicing()` and `enable_tiling()` bound the memory of batches and of large images: what comes out is the same, as
+    tiles overlap by all that the convolutions see.
 
     Parameters:
         in_channels (`int`, defaults to 3): Channels of the input image.
@@ -175,6 +181,9 @@ class PaellaVQModel(PaellaHubMixin, WholeOrNotAtAllMixin, ModelMixin, ConfigMixi
             nn.PixelShuffle(up_down_scale_factor),
         )
         self.gradient_checkpointing = False
+        self.use_slicing = False
+        self.use_tiling = False
+        self.tile_latent_min_size = 128  # tokens a side, without the overlap
         self.init_weights()
 
     def init_weights(self):
@@ -217,9 +226,42 @@ class PaellaVQModel(PaellaHubMixin, WholeOrNotAtAllMixin, ModelMixin, ConfigMixi
             raise ValueError(
                 f"`pixels` are {width}×{height}, but both sides must be divisible by {self.patch_size}: resize or crop."
             )
-        hidden_states = self.in_block(pixels.contiguous(memory_format=torch.channels_last))
-        latents = self._run(self.down_blocks, hidden_states)
+        latents = self._in_parts(self._encode_part, pixels, (self.patch_size, 1), halo=3)
         return latents, *self.vquantizer(latents)
+
+    def _encode_part(self, pixels):
+        return self._run(self.down_blocks, self.in_block(pixels.contiguous(memory_format=torch.channels_last)))
+
+    def _decode_part(self, codes):
+        return self.out_block(self._run(self.up_blocks, codes.contiguous(memory_format=torch.channels_last)))
+
+    def _in_parts(self, function, sample, scales: tuple[int, int], halo: int):
+        """
+        A function of images, slice by slice and tile by tile if these are on. It takes and returns `scales` pixels a token;
+        `halo` tokens around a tile are all that a convolution's result within can depend on.
+        """
+        if self.use_slicing and len(sample) > 1:
+            return torch.cat([self._in_parts(function, image, scales, halo) for image in sample.split(1)])
+        before, after = scales
+        height, width = (side // before for side in sample.shape[-2:])
+        size = self.tile_latent_min_size
+        if not self.use_tiling or max(height, width) <= size:
+            return function(sample)
+
+        def spans(length):  # of the tile, and of what it is made from
+            for first in range(0, length, size):
+                last = min(first + size, length)
+                yield first, last, max(first - halo, 0), min(last + halo, length)
+
+        rows = []
+        for top, bottom, upper, lower in spans(height):
+            row = []
+            for left, right, leftmost, rightmost in spans(width):
+                tile = sample[..., upper * before : lower * before, leftmost * before : rightmost * before]
+                inner = slice((top - upper) * after, (bottom - upper) * after)
+                row.append(function(tile)[..., inner, (left - leftmost) * after : (right - leftmost) * after])
+            rows.append(torch.cat(row, dim=-1))
+        return torch.cat(rows, dim=-2)
 
     def _run(self, blocks, hidden_states):
         for block in blocks:
@@ -242,7 +284,8 @@ class PaellaVQModel(PaellaHubMixin, WholeOrNotAtAllMixin, ModelMixin, ConfigMixi
         return self._decode(self.vquantizer.embedding(indices).permute(0, 3, 1, 2), return_dict)
 
     def _decode(self, codes, return_dict):
-        sample = self.out_block(self._run(self.up_blocks, codes.contiguous(memory_format=torch.channels_last)))
+        halo = self.config.bottleneck_blocks + 3
+        sample = self._in_parts(self._decode_part, codes, (1, self.patch_size), halo)
         return VQDecoderOutput(sample=sample) if return_dict else (sample,)
 
     @apply_forward_hook

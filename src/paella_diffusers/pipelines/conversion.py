@@ -4,14 +4,13 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import diffusers
 import torch
 from accelerate import init_empty_weights
-from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 from .. import registration
@@ -20,6 +19,7 @@ from ..loaders.original_checkpoint import to_original
 from ..models.prior_paella import PaellaPrior
 from ..models.unet_paella import PaellaUNet
 from ..models.vq_model import PaellaVQModel
+from .low_memory import MappedWeights, check_weights
 from .original_repo import has_original_layout, original_components
 from .pipeline_paella import PaellaPipeline
 
@@ -83,59 +83,12 @@ def convert_to_original(source: str | Path, output_dir: str | Path, dtype: torch
             with init_empty_weights():
                 model = cls.from_config(cls.load_config(source, subfolder=name, **kwargs))
             original_config[config_name] = model.to_original_config()
-            weights = _MappedWeights(source, name, **kwargs)
-            _check_weights(model, weights, f"{source}/{name}")
+            revision, options = kwargs.get("revision"), {k: v for k, v in kwargs.items() if k != "revision"}
+            find = lambda filename: find_file(source, f"{name}/{filename}", revision, options)  # noqa: B023
+            weights = MappedWeights(find, ("diffusion_pytorch_model",))
+            check_weights(model, weights, f"{source}/{name}")
             torch.save(to_original(model, weights, dtype), folder / cls._original_checkpoint)
         (folder / "config.json").write_text(json.dumps(original_config, indent=2) + "\n")
-
-
-def _check_weights(model, weights: Mapping[str, torch.Tensor], where: str):
-    """Refuse weights that are not the model's, which need not hold any."""
-    expected = model.state_dict()
-    missing, unexpected = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
-    if missing or unexpected:
-        raise ValueError(
-            f"{where} is no {type(model).__name__}: missing keys {missing[:5]}, unexpected keys {unexpected[:5]}."
-        )
-    for key, tensor in weights.items():
-        wanted = expected[key]
-        if tensor.shape != wanted.shape or tensor.is_floating_point() != wanted.is_floating_point():
-            raise ValueError(
-                f"{where} does not fit {type(model).__name__}: {key} is {tensor.dtype} {list(tensor.shape)}, not "
-                f"{wanted.dtype} {list(wanted.shape)}."
-            )
-
-
-class _MappedWeights(Mapping):
-    """
-    The weights of a component in safetensors, whole or in shards. Each tensor has a memory mapping of its own, so that what
-    was read of it leaves memory with it.
-    """
-
-    def __init__(self, source, name: str, revision: str | None = None, **options):
-        weights = f"{name}/diffusion_pytorch_model.safetensors"
-        try:
-            index = json.loads(Path(find_file(source, f"{weights}.index.json", revision, options)).read_text())
-            names = [f"{name}/{shard}" for shard in sorted(set(index["weight_map"].values()))]
-        except FileNotFoundError:
-            names = [weights]
-        self.files = {}
-        for path in [find_file(source, filename, revision, options) for filename in names]:
-            try:
-                with safe_open(path, framework="pt") as file:
-                    self.files |= dict.fromkeys(file.keys(), path)
-            except SafetensorError as error:
-                raise ValueError(f"{path} is damaged ({error}): save or download it again.") from error
-
-    def __getitem__(self, key: str) -> torch.Tensor:
-        with safe_open(self.files[key], framework="pt") as file:
-            return file.get_tensor(key)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.files)
-
-    def __len__(self) -> int:
-        return len(self.files)
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """What Paella's pipelines share: components, prompt encoding, conditioning, the denoising loop and decoding."""
 
 import functools
+import importlib
 import inspect
 import os
 import re
@@ -34,6 +35,7 @@ from ..models.prior_paella import PaellaPrior
 from ..models.unet_paella import PaellaUNet
 from ..models.vq_model import PaellaVQModel
 from ..schedulers.scheduling_utils import PaellaSchedulerBase, check_logits, draw, random_tokens
+from .low_memory import leave_on_disk, weights_on_disk
 from .original_repo import has_original_layout, load_original_components
 from .source_image import SourceImage, read_mask
 
@@ -100,6 +102,9 @@ class PaellaPipelineBase(PaellaHubMixin, DiffusionPipeline, PaellaLoraLoaderMixi
             prior=prior,
             prior_scheduler=prior_scheduler,
         )
+        self._prepare_for_images()
+
+    def _prepare_for_images(self):
         self.vae_scale_factor = self.vqgan.patch_size if getattr(self, "vqgan", None) else 4
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor, do_normalize=False)
 
@@ -139,6 +144,10 @@ class PaellaPipelineBase(PaellaHubMixin, DiffusionPipeline, PaellaLoraLoaderMixi
         Args:
             pretrained_model_name_or_path (`str` or `Path`): A Hub id or a folder.
             dtype (`torch.dtype` or `dict`, defaults to `torch.float32`): Of the weights, or by component name.
+            low_memory (`bool`, defaults to `False`):
+                Leave the models' weights in their files, which must be safetensors in diffusers' layout, and map them into
+                memory only while they are needed, one model at a time: encode, release, denoise, release, decode. Slower by
+                reading them again in each call. On any device: `to` says where they are needed.
             kwargs:
                 As for `DiffusionPipeline.from_pretrained`: components, `cache_dir`, `token`, `local_files_only`, `revision`.
                 In the published layout, `revision` is that of the Paella repository, and `original_config` has the published
@@ -151,13 +160,55 @@ class PaellaPipelineBase(PaellaHubMixin, DiffusionPipeline, PaellaLoraLoaderMixi
         # without a dtype, transformers would keep the stored one
         kwargs["dtype"] = kwargs.get("dtype") or earlier_name or torch.float32
         source = pretrained_model_name_or_path
+        low_memory = kwargs.pop("low_memory", False)
         with loading_errors(str(source), cls.config_name, kwargs.get("revision")):
             if has_original_layout(source, **kwargs):
+                if low_memory:
+                    raise ValueError(
+                        "`low_memory` needs diffusers' layout: first `paella-diffusers convert "
+                        f"{source} FOLDER --dtype bfloat16`."
+                    )
                 modules, _ = cls._get_signature_keys(cls)
                 pipeline = cls(**load_original_components(source, modules, **kwargs))
                 pipeline.register_to_config(_name_or_path=str(source))
                 return pipeline
-        return super().from_pretrained(source, **kwargs)
+            if low_memory:
+                source = source if Path(source).is_dir() else cls.download(source, **kwargs)
+                index = cls.load_config(source)
+                classes = {
+                    name: getattr(importlib.import_module(entry[0]), entry[1])
+                    for name, entry in index.items()
+                    if isinstance(entry, list) and entry[0] and name not in kwargs
+                }
+                classes = {name: cls for name, cls in classes.items() if issubclass(cls, torch.nn.Module)}
+                kwargs |= leave_on_disk(Path(source), classes, kwargs["dtype"], kwargs.get("variant"))
+        # diffusers would warn, and print them whole, of models that are not its own
+        given = {name: part for name, part in kwargs.items() if type(part).__module__.startswith("paella_diffusers.models")}
+        pipeline = super().from_pretrained(source, **kwargs | dict.fromkeys(given))
+        pipeline.register_modules(**given)
+        pipeline._prepare_for_images()
+        if low_memory:
+            pipeline.register_to_config(_name_or_path=str(pretrained_model_name_or_path))
+        return pipeline
+
+    def to(self, *args, **kwargs):
+        """As `DiffusionPipeline.to`; with `low_memory`, it says where models shall be while they are called."""
+        hooks = weights_on_disk(self)
+        if not hooks:
+            return super().to(*args, **kwargs)
+        device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
+        if dtype is not None:
+            raise ValueError("With `low_memory`, weights are read in one dtype: pass `dtype` to `from_pretrained`.")
+        for hook in hooks:
+            hook.release()
+            hook.execution_device = torch.device(device)
+        return self
+
+    def maybe_free_model_hooks(self):
+        """As `DiffusionPipeline.maybe_free_model_hooks`; with `low_memory`, takes away the last model's weights too."""
+        super().maybe_free_model_hooks()
+        for hook in weights_on_disk(self):
+            hook.release()
 
     def save_pretrained(
         self,
@@ -1141,7 +1192,10 @@ def with_shared_arguments(call: Callable) -> Callable:
 
 def is_offloaded(model: torch.nn.Module) -> bool:
     """Whether hooks move the parts of a model about, or change them, when they are called."""
-    return any(hasattr(module, "_hf_hook") or hasattr(module, "_diffusers_hook") for module in model.modules())
+    return any(
+        module is not model and (hasattr(module, "_hf_hook") or hasattr(module, "_diffusers_hook"))
+        for module in model.modules()
+    )
 
 
 def join_conditioning(positive: dict, negative: dict, clip_seq_len: int) -> dict:

@@ -253,12 +253,10 @@ def _race_by_token(logits: torch.Tensor, temperature: float, generator: torch.Ge
     """
     best, tokens = logits.new_full(logits.shape[:1], -torch.inf), torch.zeros(len(logits), dtype=torch.long)
     highest = logits.amax(-1, keepdim=True) / temperature
-    parts = zip(*(tensor.split(_share(logits.shape[1])) for tensor in (logits, highest)))
-    total = torch.cat([(part / temperature).sub_(m).exp_().sum(-1, keepdim=True) for part, m in parts])
     first = 0
     for part in logits.split(_share(len(logits)), dim=1):
         waiting = _exponential(part.T.shape, generator).T.contiguous()
-        race = (part / temperature).sub_(highest).exp_().div_(total).div_(waiting)
+        race = (part / temperature).sub_(highest).exp_().div_(waiting)
         value, index = race.max(-1)
         tokens = torch.where(value > best, first + index, tokens)
         best = torch.maximum(best, value)
