@@ -5,9 +5,10 @@ How long does a sampling step take at full size, where does the time go, and how
 
 `PaellaPipeline`'s loop with a U-Net of the published size and random weights, guidance 8 (`--small` for a try). With
 `--published`, a clone of https://github.com/dome272/Paella, the same weights also run in that code as it is, in turns with
-ours; of its float32 steps each is taken again by ours, from the same tokens and random numbers, and the tokens compared.
-The ceiling is the machine's rate of a large matrix product in the same dtype, and the share of it is the FLOPs of two
-passes ÷ ceiling ÷ time of a step.
+ours, and with `--compare` of its float32 steps each is taken again by ours, from the same tokens and random numbers.
+`--compile` is `torch.compile(fullgraph=True)` with frozen weights.
+The ceiling is the machine's rate of a large matrix product in the same dtype, measured before and after each run, and the
+share of it is the FLOPs of two passes ÷ ceiling ÷ time of a step.
 """
 
 import argparse
@@ -19,6 +20,7 @@ import time
 from pathlib import Path
 
 import torch
+import torch._inductor.config
 from torch.utils.flop_counter import FlopCounterMode
 
 from paella_diffusers import PaellaPipeline, PaellaScheduler, PaellaUNet, VQModel
@@ -166,6 +168,7 @@ class Published:
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--published", type=Path, help="a clone of the published code, to run beside ours")
+    parser.add_argument("--compare", action="store_true", help="count tokens in which 12 steps differ from theirs")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
     parser.add_argument("--sizes", type=int, nargs="+", default=[256], help="pixels a side")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1])
@@ -175,6 +178,7 @@ def main():
     parser.add_argument("--small", action="store_true", help="a small U-Net, to see that it runs")
     args = parser.parse_args()
 
+    torch._inductor.config.freezing = True
     torch.manual_seed(0)
     unet = PaellaUNet(**SMALL if args.small else {}).eval()
     for parameter in unet.parameters():
@@ -183,7 +187,8 @@ def main():
     with torch.inference_mode():
         if args.published:
             published = Published(args.published, unet)
-            print(f"Tokens that differ from the published steps: {published.differences(12, 256)} of 4,096 in each\n")
+            if args.compare:
+                print(f"Tokens that differ from the published steps: {published.differences(12, 256)} of 4,096 in each\n")
         print(
             "| dtype | pixels | batch | loop | step | of it not U-Net | × published | × it in float32 | share of ceiling |"
         )
@@ -197,7 +202,7 @@ def main():
             if published:
                 published.to(unet.dtype)
                 ways = {"published": published} | ways
-            top = ceiling(unet.dtype)
+            top = 0.0
             for size in args.sizes:
                 for batch_size in args.batch_sizes:
                     text, clip = embeddings(unet, batch_size, 32)
@@ -206,19 +211,22 @@ def main():
                     runs = {name: [] for name in ways}
                     for repeat in range(args.repeats + 1):  # in turns, and the first is to warm up
                         for name, way in ways.items():
+                            before = ceiling(unet.dtype)
                             times = way.run(args.steps, batch_size, size)
-                            top = max(top, ceiling(unet.dtype))  # as the machine's neighbours let it
+                            around = (before + ceiling(unet.dtype)) / 2  # as the machine's neighbours let it
                             if repeat:
-                                runs[name].append(times)
-                    steps = {name: statistics.median(step for step, _ in times) for name, times in runs.items()}
+                                runs[name].append((*times, around))
+                                top = max(top, around)
+                    steps = {name: statistics.median(step for step, *_ in times) for name, times in runs.items()}
                     if "published" in steps:
                         yardstick.setdefault((size, batch_size), steps["published"])
                     for name, times in runs.items():
-                        rest = 1 - statistics.median(in_unet / step for step, in_unet in times)
+                        rest = 1 - statistics.median(in_unet / step for step, in_unet, _ in times)
                         ratios = [f"{base / steps[name]:.2f}" if base else "" for base in (
                             steps.get("published"), yardstick.get((size, batch_size))
                         )]  # fmt: skip
-                        share = 2 * counter.get_total_flops() / top / steps[name]
+                        flops = 2 * counter.get_total_flops()
+                        share = statistics.median(flops / around / step for step, _, around in times)
                         print(
                             f"| {dtype} | {size} | {batch_size} | {name} | {steps[name]:.2f} s | {rest:.1%} | "
                             f"{' | '.join(ratios)} | {share:.2f} |",

@@ -295,3 +295,19 @@ def test_encoded_conditioning_has_the_adapter():
         lora = {"cross_attention_kwargs": {"scale": scale}}
         encoded = unet.encode_conditioning(**call, **lora)
         assert torch.equal(unet(sample, timestep, encoded, **lora).sample, unet(sample, timestep, **call, **lora).sample)
+
+
+def test_deep_features_take_the_place_of_the_lower_levels():
+    unet, both = tiny_unet(), inputs(batch_size=4)
+    both["sample"][2:] = both["sample"][:2]
+    unet.eval()
+    with torch.no_grad():
+        features, plain = [], unet(**both, guidance_scale=3.0).sample
+        assert torch.equal(unet(**both, guidance_scale=3.0, deep_features=features).sample, plain) and len(features) == 1
+        calls = []
+        for block in (*unet.down_blocks, *unet.up_blocks):
+            block.register_forward_hook(lambda block, args, output: calls.append(type(block).__name__))
+        torch.testing.assert_close(unet(**both, guidance_scale=3.0, deep_features=features).sample, plain)
+        assert calls == ["PaellaBlock", "PaellaBlock"]  # of the first level, down and up
+        other = both | {"timestep": both["timestep"] / 2}
+        assert not torch.equal(unet(**other, deep_features=features).sample, unet(**other).sample)

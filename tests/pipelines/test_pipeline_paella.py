@@ -333,6 +333,21 @@ def test_no_second_pass_without_guidance(pipe):
     rows.clear()
     tokens(pipe, guidance_scale=(0.0, 2.0))
     assert rows == [1, 1, 2]
+    rows.clear()
+    tokens(pipe, guidance_scale=3.0, guidance_steps=(1, 2))
+    assert rows == [1, 2, 1]
+
+
+def test_deep_features_are_used_again(pipe):
+    """Every second step, and not when guidance ends in between."""
+    deep = []
+    pipe.unet.down_blocks[-1].register_forward_hook(lambda *args: deep.append(args))
+    call = {"guidance_scale": 3.0, "num_inference_steps": 6}
+    plain = tokens(pipe, **call)
+    assert len(deep) == 6 and torch.equal(tokens(pipe, **call, deep_feature_interval=1), plain)
+    for extra, count in (({}, 3), ({"guidance_steps": 3}, 4)):
+        deep.clear()
+        assert tokens(pipe, **call, **extra, deep_feature_interval=2).shape == plain.shape and len(deep) == count
 
 
 def test_negative_prompt_matters_and_defaults_to_the_empty_one(pipe):
@@ -596,6 +611,8 @@ def test_bad_interpolations_are_refused(pipe, arguments, message):
         ({"temperature": (1.0, -1.0)}, "`temperature` must be above 0"),
         ({"num_images_per_prompt": 0}, "`num_images_per_prompt`.*got 0"),
         ({"guidance_steps": -1}, "`guidance_steps`.*at least 0"),
+        ({"guidance_steps": (1, 2, 3)}, r"`guidance_steps`.*\(first, end\)"),
+        ({"deep_feature_interval": 0}, "`deep_feature_interval`.*at least 1, got 0"),
         ({"guidance_scale": (1, 2, 3)}, "`guidance_scale`.*first, last"),
         ({"generator": [seeded(), seeded()]}, "`generator` is a list of 2, but 1 images"),
         ({"latents": torch.zeros(1, 8, 8)}, "`latents`.*int64 tensor, got torch.float32"),

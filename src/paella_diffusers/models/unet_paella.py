@@ -475,6 +475,7 @@ class PaellaUNet(
         conditioning_weights: torch.Tensor | None = None,
         cross_attention_kwargs: dict | None = None,
         guidance_scale: float | None = None,
+        deep_features: list[torch.Tensor] | None = None,
         return_dict: bool = True,
     ) -> PaellaUNetOutput | tuple[torch.Tensor]:
         """
@@ -498,6 +499,9 @@ class PaellaUNet(
             guidance_scale (`float`, *optional*):
                 w, for the guided logits `w · first + (1 - w) · second` of the two halves of the batch, which must be of the
                 same samples. What comes before the first attention, and the head, then run for one half only.
+            deep_features (`list[torch.Tensor]`, *optional*):
+                An approximation after DeepCache (https://huggingface.co/papers/2312.00858): an empty list is given what
+                comes up from the levels below the first, and a list with that takes their place in a later call.
 
         Raises:
             ValueError: If the token grid is not divisible by `sample_multiple`, or the mask or the weights do not fit the
@@ -531,20 +535,29 @@ class PaellaUNet(
                 return self._gradient_checkpointing_func(block, *args)
             return block(*args)
 
-        keys_values = iter(conditioning.keys_values or [])
+        down_blocks, up_blocks, keys_values = self.down_blocks, self.up_blocks, conditioning.keys_values or []
+        if deep_features:
+            above = self.config.layers_per_block[0]
+            down_blocks, up_blocks = down_blocks[:above], up_blocks[-above:]
+            keys_values = keys_values[:above] + keys_values[-above:]
+        keys_values = iter(keys_values)
         conditioning = (temb, conditioning.sequence, conditioning.attention_mask, conditioning.weights)
         skips = []
-        for block in self.down_blocks:
+        for block in down_blocks:
             if isinstance(block, PaellaDownsample):
                 skips.append(hidden_states)
                 hidden_states = block(hidden_states)
             else:
                 hidden_states = run(block, hidden_states, *conditioning, None, next(keys_values, None))
         skip = None
-        for block in self.up_blocks:
+        if deep_features:
+            hidden_states, skip = deep_features[0], hidden_states
+        for block in up_blocks:
             if isinstance(block, PaellaUpsample):
                 hidden_states = block(hidden_states)
                 skip = skips.pop()
+                if deep_features is not None and not skips:
+                    deep_features.append(hidden_states)
             else:
                 hidden_states = run(block, hidden_states, *conditioning, skip, next(keys_values, None))
                 skip = None

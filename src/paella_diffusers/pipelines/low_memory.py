@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 
 class MappedWeights(Mapping):
     """
-    The weights in a folder of safetensors, whole or in shards. Each tensor has a memory mapping of its own, so that what was
-    read of it leaves memory with it.
+    The weights in a folder of safetensors, whole or in shards. A tensor by its key has a memory mapping of its own, so that
+    what was read of it leaves memory with it; with `load`, all share one.
 
     Args:
         find (`Callable`): From the name of a file to its path, or `FileNotFoundError`.
@@ -25,11 +25,14 @@ class MappedWeights(Mapping):
 
     def __init__(self, find: Callable[[str], str], stems: tuple[str, ...], variant: str | None = None):
         part = f".{variant}" if variant else ""
-        self.files = {}
+        self.files, self.shapes, self.is_floating_point = {}, {}, {}
         for path in map(find, self._names(find, stems, part)):
             try:
                 with safe_open(path, framework="pt") as file:
-                    self.files |= dict.fromkeys(file.keys(), path)
+                    for key in file.keys():  # noqa: SIM118 - it is no dictionary
+                        entry = file.get_slice(key)
+                        self.files[key], self.shapes[key] = path, tuple(entry.get_shape())
+                        self.is_floating_point[key] = "F" in entry.get_dtype()  # unlike integers and BOOL
             except SafetensorError as error:
                 raise ValueError(f"{path} is damaged ({error}): save or download it again.") from error
 
@@ -51,6 +54,14 @@ class MappedWeights(Mapping):
     def __getitem__(self, key: str) -> torch.Tensor:
         with safe_open(self.files[key], framework="pt") as file:
             return file.get_tensor(key)
+
+    def load(self) -> dict[str, torch.Tensor]:
+        """All tensors, mapped."""
+        tensors = {}
+        for path in dict.fromkeys(self.files.values()):
+            with safe_open(path, framework="pt") as file:
+                tensors |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        return tensors
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.files)
@@ -74,8 +85,8 @@ class WeightsOnDisk(ModelHook):
         if not self.loaded:
             for other in self.others:
                 other.release()
-            expected = {key: tensor.dtype for key, tensor in self.empty.items()}
-            self._assign({key: self.weights[key].to(self.execution_device, expected[key]) for key in self.weights})
+            device, weights = self.execution_device, self.weights.load()
+            self._assign({key: weights[key].to(device, self.empty[key].dtype) for key in weights})
             for buffer in self.model.buffers():  # those that are not among the weights
                 buffer.data = buffer.data.to(self.execution_device)
             self.loaded = True
@@ -139,7 +150,7 @@ def _tie(model):
         model.tie_weights()
 
 
-def check_weights(model: torch.nn.Module, weights: Mapping[str, torch.Tensor], where: str | Path):
+def check_weights(model: torch.nn.Module, weights: MappedWeights, where: str | Path):
     """Refuse weights that are not the model's, which need not hold any."""
     expected = model.state_dict()
     named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]
@@ -150,10 +161,11 @@ def check_weights(model: torch.nn.Module, weights: Mapping[str, torch.Tensor], w
         raise ValueError(
             f"{where} is no whole {type(model).__name__}: missing keys {missing[:5]}, unexpected keys {unexpected[:5]}."
         )
-    for key, tensor in weights.items():
+    for key, shape in weights.shapes.items():
         wanted = expected[key]
-        if tensor.shape != wanted.shape or tensor.is_floating_point() != wanted.is_floating_point():
+        if shape != wanted.shape or weights.is_floating_point[key] != wanted.is_floating_point():
+            kind = "floating point" if weights.is_floating_point[key] else "integer"
             raise ValueError(
-                f"{where} does not fit {type(model).__name__}: {key} is {tensor.dtype} {list(tensor.shape)}, not "
-                f"{wanted.dtype} {list(wanted.shape)}."
+                f"{where} does not fit {type(model).__name__}: {key} is {kind} {list(shape)}, not {wanted.dtype} "
+                f"{list(wanted.shape)}."
             )

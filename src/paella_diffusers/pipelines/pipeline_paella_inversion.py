@@ -59,7 +59,7 @@ class PaellaInversionPipeline(PaellaPipelineBase):
         width: int | None = None,
         num_inference_steps: int = 32,
         guidance_scale: float | tuple[float, float] | None = 8.0,
-        guidance_steps: int | None = None,
+        guidance_steps: int | tuple[int, int] | None = None,
         num_images_per_prompt: int = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,
         max_sequence_length: int = 768,

@@ -5,6 +5,7 @@ import importlib
 import inspect
 import os
 import re
+import sys
 from collections.abc import Callable, Iterable
 from numbers import Integral, Real
 from pathlib import Path
@@ -242,7 +243,7 @@ class PaellaPipelineBase(PaellaHubMixin, DiffusionPipeline, PaellaLoraLoaderMixi
         width: int | None = None,
         num_inference_steps: int = 12,
         guidance_scale: float | tuple[float, float] | None = 8.0,
-        guidance_steps: int | None = None,
+        guidance_steps: int | tuple[int, int] | None = None,
         temperature: float | tuple[float, float] | None = None,
         renoise_steps: int | None = None,
         num_images_per_prompt: int = 1,
@@ -265,6 +266,7 @@ class PaellaPipelineBase(PaellaHubMixin, DiffusionPipeline, PaellaLoraLoaderMixi
         region_masks: list | torch.Tensor | None = None,
         confidence_threshold: float | None = None,
         stability_threshold: float = 1.0,
+        deep_feature_interval: int = 1,
         cross_attention_kwargs: dict | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
@@ -286,7 +288,9 @@ class PaellaPipelineBase(PaellaHubMixin, DiffusionPipeline, PaellaLoraLoaderMixi
             guidance_scale (`float` or `tuple[float, float]`, defaults to 8.0):
                 w in `w · conditional + (1 - w) · unconditional` logits, or (first, last) for a linear ramp over the steps.
                 With 1 or less, or None, there is no second pass.
-            guidance_steps (`int`, *optional*): Only the first so many steps are guided; all unless given.
+            guidance_steps (`int` or `tuple[int, int]`, *optional*):
+                Only the first so many steps are guided, or those from the first of two numbers to before the second; all
+                unless given.
             temperature (`float` or `tuple[float, float]`, *optional*): The scheduler's, for this call: (first, last).
             renoise_steps (`int`, *optional*): The scheduler's, for this call.
             num_images_per_prompt (`int`, defaults to 1): Images for each prompt.
@@ -325,6 +329,9 @@ class PaellaPipelineBase(PaellaHubMixin, DiffusionPipeline, PaellaLoraLoaderMixi
                 `num_inference_steps` each took.
             stability_threshold (`float`, defaults to 1.0):
                 And so large a share of its tokens, in (0, 1], that were most likely in the step before must be so still.
+            deep_feature_interval (`int`, defaults to 1):
+                An approximation: only in every so many steps the U-Net's levels below the first are computed, and in between
+                what came up from them is used again.
             cross_attention_kwargs (`dict`, *optional*): `{"scale": s}` scales LoRA adapters.
             output_type (`str`, defaults to `"pil"`): `"pil"`, `"np"`, `"pt"`, or `"latent"` for the token grid.
             return_dict (`bool`, defaults to `True`): Whether to return an `ImagePipelineOutput` rather than a tuple.
@@ -393,6 +400,7 @@ class PaellaPipelineBase(PaellaHubMixin, DiffusionPipeline, PaellaLoraLoaderMixi
             regions=regions,
             confidence_threshold=confidence_threshold,
             stability_threshold=stability_threshold,
+            deep_feature_interval=deep_feature_interval,
         )
         self._guidance_scale = guidance_scale
         self._guidance_steps = guidance_steps
@@ -429,6 +437,7 @@ class PaellaPipelineBase(PaellaHubMixin, DiffusionPipeline, PaellaLoraLoaderMixi
             regions=regions,
             step=step,
             stop=None if confidence_threshold is None else _EarlyStop(confidence_threshold, stability_threshold),
+            deep_feature_interval=deep_feature_interval,
             generator=generator,
             cross_attention_kwargs=cross_attention_kwargs,
             callback_on_step_end=callback_on_step_end,
@@ -478,18 +487,22 @@ class PaellaPipelineBase(PaellaHubMixin, DiffusionPipeline, PaellaLoraLoaderMixi
         regions,
         confidence_threshold,
         stability_threshold,
+        deep_feature_interval,
     ) -> int:
         """Refuse bad input, naming the argument, the value and the remedy; the number of prompts otherwise."""
         self.check_size(height, width)
         for name, value, least in (
             ("num_inference_steps", num_inference_steps, 1),
             ("num_images_per_prompt", num_images_per_prompt, 1),
-            ("guidance_steps", 0 if guidance_steps is None else guidance_steps, 0),
+            *(("guidance_steps", value, 0) for value in _interval(guidance_steps)),
+            ("deep_feature_interval", deep_feature_interval, 1),
             ("prior_num_inference_steps", prior_num_inference_steps, 1),
             ("max_sequence_length", max_sequence_length, 1),
         ):
             if not isinstance(value, Integral) or value < least:
                 raise ValueError(f"`{name}` must be an integer of at least {least}, got {value!r}.")
+        if len(_interval(guidance_steps)) != 2:
+            raise ValueError(f"`guidance_steps` must be a number of steps or (first, end), got {guidance_steps!r}.")
         scales = guidance_scale if isinstance(guidance_scale, tuple | list) else (guidance_scale or 0.0,) * 2
         if len(scales) != 2 or not all(isinstance(scale, Real) for scale in scales):
             raise ValueError(f"`guidance_scale` must be a number, (first, last) or None, got {guidance_scale}.")
@@ -887,7 +900,8 @@ class PaellaPipelineBase(PaellaHubMixin, DiffusionPipeline, PaellaLoraLoaderMixi
         if isinstance(scale, tuple | list):
             first, last = scale
             scale = torch.linspace(first, last, self._num_timesteps)[step].item()
-        if self._guidance_steps is not None and step >= self._guidance_steps:
+        first, end = _interval(self._guidance_steps)
+        if not first <= step < end:
             return None
         return scale if self._needs_guidance(scale) else None
 
@@ -1009,6 +1023,7 @@ class PaellaPipelineBase(PaellaHubMixin, DiffusionPipeline, PaellaLoraLoaderMixi
         regions: torch.Tensor | None = None,
         step: Callable | None = None,
         stop: Callable | None = None,
+        deep_feature_interval: int = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,
         cross_attention_kwargs: dict | None = None,
         callback_on_step_end: Callable | None = None,
@@ -1031,12 +1046,15 @@ class PaellaPipelineBase(PaellaHubMixin, DiffusionPipeline, PaellaLoraLoaderMixi
         takes_codebook = "codebook" in inspect.signature(self.scheduler.step).parameters
         codebook = self.vqgan.codebook(latents.device) if takes_codebook else None
 
-        def predict(latents, level, scale):
+        def predict(latents, level, scale, deep_features=None):
             if negative_conditioning is None:  # a callback cannot turn on what was not encoded
                 scale = None
             passes = (1 if scale is None else 2) * (1 if regions is None else len(regions))
             sample = latents.repeat(passes, 1, 1)
-            logits = self.unet(sample, level, **encoded(scale is not None), guidance_scale=scale, **lora).sample
+            if deep_features and len(deep_features[0]) != len(sample):  # guidance began or ended
+                deep_features.clear()
+            extra = {"guidance_scale": scale, "deep_features": deep_features} | lora
+            logits = self.unet(sample, level, **encoded(scale is not None), **extra).sample
             if regions is not None:  # rows are prompts, then images
                 logits = (regions.to(logits)[:, None, None] * logits.unflatten(0, (len(regions), -1))).sum(0)
             return logits
@@ -1048,7 +1066,9 @@ class PaellaPipelineBase(PaellaHubMixin, DiffusionPipeline, PaellaLoraLoaderMixi
                 if self.interrupt:
                     break
                 evaluations += ~finished
-                logits = predict(latents, level, self._guidance_at(i))
+                if i % deep_feature_interval == 0:
+                    deep_features = None if deep_feature_interval == 1 else []
+                logits = predict(latents, level, self._guidance_at(i), deep_features)
                 latents, pred_original_sample = step(logits, t, latents, noise, mask, codebook, generator)
                 for _ in range(self._sweeps[i]):
                     corrected = predict(latents, self._levels[i + 1], self._guidance_at(i))
@@ -1238,6 +1258,13 @@ def check_tokens(name: str, tokens: torch.Tensor, shape: tuple[int, ...], num_to
         raise ValueError(f"`{name}` must have shape {shape}, got {tuple(tokens.shape)}.")
     if tokens.min() < 0 or tokens.max() >= num_tokens:
         raise ValueError(f"`{name}` must be in [0, {num_tokens}), got {tokens.min().item()} to {tokens.max().item()}.")
+
+
+def _interval(guidance_steps: int | tuple[int, int] | None) -> tuple[int, int]:
+    """The first guided step, and the one after the last."""
+    if isinstance(guidance_steps, tuple | list):
+        return tuple(guidance_steps)
+    return 0, sys.maxsize if guidance_steps is None else guidance_steps
 
 
 def _nested_images(images, batch_size: int) -> list[list[PIL.Image.Image]]:
