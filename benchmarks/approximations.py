@@ -5,8 +5,8 @@ What do approximations save, and what do they cost? On the embedded emoji model.
     python benchmarks/approximations.py
 
 Each way draws 100 icon names from the same seeds: time against the plain run beside it (the median of pairs, in turns,
-batches of 25), the share of tokens that are those of the plain run, and the share of pictures whose nearest icon is the right
-one. int8 is torchao's dynamic quantization of all linears, through diffusers' `TorchAoConfig`.
+batches of 25), the share of tokens that are those of the plain run, and the share of pictures whose nearest icon is the
+right one. int8 is torchao's dynamic quantization of all linears, through diffusers' `TorchAoConfig`, the rest in bfloat16.
 """
 
 import argparse

