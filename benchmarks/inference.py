@@ -165,6 +165,23 @@ class Published:
         return counts
 
 
+def plot(path: Path, steps: dict[str, float]):
+    """Seconds a step, by dtype and loop."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 0.5 * len(steps) + 1), layout="constrained")
+    colours = ["0.6" if "published" in name else "tab:orange" for name in steps]
+    bars = axes.barh(list(steps), list(steps.values()), color=colours)
+    axes.bar_label(bars, fmt="%.1f s", padding=3)
+    axes.invert_yaxis()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_xlabel("seconds a step, 256 × 256 pixels, two CPU cores")
+    figure.savefig(path, dpi=110)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--published", type=Path, help="a clone of the published code, to run beside ours")
@@ -175,6 +192,7 @@ def main():
     parser.add_argument("--steps", type=int, default=4, help="in each run")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--compile", action="store_true", help="ours with torch.compile too")
+    parser.add_argument("--plot", type=Path, metavar="PICTURE", help="bars of the first size and batch")
     parser.add_argument("--small", action="store_true", help="a small U-Net, to see that it runs")
     args = parser.parse_args()
 
@@ -193,7 +211,7 @@ def main():
             "| dtype | pixels | batch | loop | step | of it not U-Net | × published | × it in float32 | share of ceiling |"
         )
         print("|---" * 9 + "|")
-        yardstick = {}  # the published loop's step in float32, by size and batch
+        drawn, yardstick = {}, {}  # the published loop's step in float32, by size and batch
         for dtype in args.dtypes:
             unet.to(getattr(torch, dtype))
             ways = {"ours": Ours(unet)}
@@ -220,6 +238,8 @@ def main():
                     steps = {name: statistics.median(step for step, *_ in times) for name, times in runs.items()}
                     if "published" in steps:
                         yardstick.setdefault((size, batch_size), steps["published"])
+                    if (size, batch_size) == (args.sizes[0], args.batch_sizes[0]):
+                        drawn |= {f"{name}, {dtype}": step for name, step in steps.items()}
                     for name, times in runs.items():
                         rest = 1 - statistics.median(in_unet / step for step, in_unet, _ in times)
                         ratios = [f"{base / steps[name]:.2f}" if base else "" for base in (
@@ -233,6 +253,8 @@ def main():
                             flush=True,
                         )
             print(f"\nCeiling in {dtype}: {top / 1e9:.0f} GFLOP/s\n")
+    if args.plot:
+        plot(args.plot, drawn)
 
 
 if __name__ == "__main__":

@@ -347,3 +347,20 @@ def test_bfloat16_attends_in_parts(monkeypatch):
     with torch.no_grad():
         torch.testing.assert_close(unet(**call).sample, ours, atol=0.1, rtol=0.1)
     assert not calls
+
+
+def test_what_pipelines_do_compiles_to_one_graph_of_any_size():
+    """Guided, with encoded conditioning, and then larger: nothing is compiled a third time."""
+    unet, graphs = tiny_unet(), []
+    backend = lambda graph, example: graphs.append(graph) or graph.forward
+    compiled = torch.compile(unet, fullgraph=True, dynamic=True, backend=backend)
+    with torch.no_grad():
+        for side, scale in ((8, 3.0), (12, 4.0), (16, 5.0)):
+            call = inputs(batch_size=4, sample=torch.randint(32, (4, side, side)), timestep=torch.tensor(0.5))
+            sample, timestep = call.pop("sample"), call.pop("timestep")
+            sample[2:] = sample[:2]
+            encoded = unet.encode_conditioning(**call)
+            expected = unet(sample, timestep, encoded, guidance_scale=scale).sample
+            output = compiled(sample, timestep, encoded, guidance_scale=scale).sample
+            torch.testing.assert_close(output, expected, atol=1e-5, rtol=0)
+    assert len(graphs) <= 2

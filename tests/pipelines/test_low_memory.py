@@ -74,6 +74,8 @@ def test_dtype_device_and_parts_of_ones_own(tmp_path):
     assert half.to("cpu") is half and torch.equal(tokens(half), tokens(full))
     with pytest.raises(ValueError, match="pass `dtype` to `from_pretrained`"):
         half.to(torch.float32)
+    with pytest.raises(ValueError, match="needs a device"):
+        half.to()
     mine = tiny_unet()
     own = PaellaPipeline.from_pretrained(tmp_path, low_memory=True, unet=mine, text_encoder_2=None, prior=None)
     assert own.unet is mine and in_memory(own) == {"unet"} and own.text_encoder_2 is None

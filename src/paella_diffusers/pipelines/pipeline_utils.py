@@ -197,9 +197,12 @@ class PaellaPipelineBase(PaellaHubMixin, DiffusionPipeline, PaellaLoraLoaderMixi
         hooks = weights_on_disk(self)
         if not hooks:
             return super().to(*args, **kwargs)
-        device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
-        if dtype is not None:
+        given = [*args, *kwargs.values()]
+        if any(isinstance(value, torch.dtype) for value in given):
             raise ValueError("With `low_memory`, weights are read in one dtype: pass `dtype` to `from_pretrained`.")
+        device = next((value for value in given if isinstance(value, str | torch.device)), None)
+        if device is None:
+            raise ValueError(f"`to` needs a device, such as 'cuda', got {given}.")
         for hook in hooks:
             hook.release()
             hook.execution_device = torch.device(device)
