@@ -275,7 +275,7 @@ def test_what_cannot_be_read_says_which_file_and_what_to_do(hub, pipe, tmp_path,
         ({"status": 401, "headers": GATED}, {}, "me/whole is gated: {file} needs.*hf auth login"),
         ({"status": 401, "headers": {"X-Error-Code": "RepoNotFound"}}, {}, "no me/whole on the Hub, or it is private"),
         ({}, {"revision": "v9"}, "me/whole has no revision v9"),
-        ({}, {"local_files_only": True}, "{file} of me/whole is not in the cache.*online"),
+        ({}, {"local_files_only": True}, "{file}.* is not in the cache.*online"),
     ],
 )
 @pytest.mark.parametrize("what", ["model", "scheduler", "adapter", "single file"])
@@ -295,6 +295,23 @@ def test_what_parts_cannot_be_read(hub, pipe, tmp_path, what, fault, call, messa
     }[what]
     with pytest.raises(OSError, match=message.format(file=file)):
         load()
+
+
+def test_which_file_is_missing_is_said(published, hub, tmp_path, pipe):
+    """Not the one that was asked for first, nor of the repository whose parts come from others."""
+    (hub.repo("dome272/Paella") / "vqgan_f4.pt").rename(tmp_path / "vqgan_f4.pt")
+    with pytest.raises(FileNotFoundError, match="dome272/Paella has no vqgan_f4.pt"):
+        PaellaPipeline.from_pretrained("dome272/Paella", **published)
+    shutil.copy(tmp_path / "vqgan_f4.pt", hub.repo("dome272/Paella"))
+    hub.fail("(GET|HEAD) .*google/byt5-xl", status=403, headers=GATED, times=99)
+    with pytest.raises(OSError, match="google/byt5-xl"):
+        PaellaPipeline.from_pretrained("dome272/Paella", **published)
+    pipe.push_to_hub("me/whole")
+    next((hub.repo("me/whole") / "unet").glob("*.safetensors")).unlink()
+    for load in (PaellaUNet, PaellaPipeline):
+        kwargs = {"subfolder": "unet"} if load is PaellaUNet else {}
+        with pytest.raises(OSError, match="diffusion_pytorch_model"):
+            load.from_pretrained("me/whole", cache_dir=tmp_path / load.__name__, **kwargs)
 
 
 def test_single_files_of_the_hub_that_are_missing_or_cut(hub, golden_a, tmp_path):

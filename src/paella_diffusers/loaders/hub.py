@@ -70,30 +70,36 @@ def loading_errors(repo_id: str, filename: str, revision: str | None = None):
         FileNotFoundError: If the repository has no such file; `LocalEntryNotFoundError`, one of them, while offline.
         OSError: If the repository, its revision or access to it is missing, or the connection breaks.
     """
-    try:
-        yield
-    except Exception as error:
-        for reason in _chain(error):
-            message = _what_to_do(reason, repo_id, filename, revision)
-            if message is not None:
-                kinds = (LocalEntryNotFoundError, FileNotFoundError, OSError)
-                sources = (LocalEntryNotFoundError, RemoteEntryNotFoundError, Exception)
-                raise next(k for k, s in zip(kinds, sources) if isinstance(reason, s))(message) from error
-        raise
+    with connection_errors(f"{repo_id} was loaded", "Call again: whole files are kept."):
+        try:
+            yield
+        except RemoteEntryNotFoundError as error:
+            raise FileNotFoundError(f"{repo_id} has no {filename}.") from error
+        except Exception as error:
+            for reason in _chain(error):
+                if isinstance(reason, LocalEntryNotFoundError):
+                    what = f"{filename} of {repo_id}" if reason is error else f"Some of {repo_id} ({error})"
+                    raise LocalEntryNotFoundError(
+                        f"{what} is not in the cache, and the Hub is out of reach: load it once while online, without "
+                        "`local_files_only`, or pass the `cache_dir` that it is in."
+                    ) from error
+                message = _what_to_do(reason, repo_id, filename, revision)
+                if message is not None:
+                    raise OSError(message) from error
+            raise
 
 
 @contextmanager
-def uploading_errors(repo_id: str):
+def connection_errors(what: str, remedy: str):
     """Say what broke off and what to do, where the Hub's client would only name the HTTP library's error."""
     try:
         yield
+    except LocalEntryNotFoundError:
+        raise
     except Exception as error:
         if not any(map(_is_connection_error, _chain(error))):
             raise
-        raise OSError(
-            f"The connection to the Hub broke while {repo_id} was uploaded ({error}). Call again: nothing was committed, "
-            "and files that arrived are kept."
-        ) from error
+        raise OSError(f"The connection to the Hub broke while {what} ({error}). {remedy}") from error
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
@@ -124,15 +130,6 @@ def _what_to_do(error: BaseException, repo_id: str, filename: str, revision: str
         )
     if isinstance(error, RevisionNotFoundError):
         return f"{repo_id} has no revision {revision} ({filename} was asked for)."
-    if isinstance(error, RemoteEntryNotFoundError):
-        return f"{repo_id} has no {filename}."
-    if isinstance(error, LocalEntryNotFoundError):
-        return (
-            f"{filename} of {repo_id} is not in the cache, and the Hub is out of reach: load it once while online, without "
-            "`local_files_only`, or pass the `cache_dir` that it is in."
-        )
-    if _is_connection_error(error):
-        return f"The connection to the Hub broke while {repo_id} was loaded ({error}). Call again: whole files are kept."
     return None
 
 
@@ -326,7 +323,8 @@ def _push(save, thing, repo_id, commit_message, private, token, create_pr, subfo
     for sample in samples:
         if not {"image", "prompt", "seed"} <= sample.keys() or not isinstance(sample["image"], Image.Image):
             raise ValueError("`samples` must be dictionaries with `image` (PIL), `prompt` and `seed`.")
-    with tempfile.TemporaryDirectory() as name, uploading_errors(repo_id):
+    remedy = "Call again: nothing was committed, and files that arrived are kept."
+    with tempfile.TemporaryDirectory() as name, connection_errors(f"{repo_id} was uploaded", remedy):
         folder = Path(name)
         save(name)  # before anything is made on the Hub
         repo_id = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id

@@ -30,7 +30,7 @@ from transformers import (
 from transformers.image_processing_utils import BaseImageProcessor
 
 from .. import registration
-from ..loaders.hub import PaellaHubMixin, WholeOrNotAtAllMixin, loading_errors
+from ..loaders.hub import PaellaHubMixin, WholeOrNotAtAllMixin, connection_errors, loading_errors
 from ..loaders.lora import PaellaLoraLoaderMixin
 from ..models.prior_paella import PaellaPrior
 from ..models.unet_paella import PaellaUNet
@@ -163,26 +163,27 @@ class PaellaPipelineBase(PaellaHubMixin, DiffusionPipeline, PaellaLoraLoaderMixi
         source = pretrained_model_name_or_path
         low_memory = kwargs.pop("low_memory", False)
         with loading_errors(str(source), cls.config_name, kwargs.get("revision")):
-            if has_original_layout(source, **kwargs):
-                if low_memory:
-                    raise ValueError(
-                        "`low_memory` needs diffusers' layout: first `paella-diffusers convert "
-                        f"{source} FOLDER --dtype bfloat16`."
-                    )
-                modules, _ = cls._get_signature_keys(cls)
+            original = has_original_layout(source, **kwargs)
+            if low_memory and not original and not Path(source).is_dir():
+                source = cls.download(source, **kwargs)
+        if original and low_memory:
+            raise ValueError(
+                f"`low_memory` needs diffusers' layout: first `paella-diffusers convert {source} FOLDER --dtype bfloat16`."
+            )
+        if original:
+            modules, _ = cls._get_signature_keys(cls)
+            with connection_errors(f"{source} was loaded", "Call again: whole files are kept."):
                 pipeline = cls(**load_original_components(source, modules, **kwargs))
-                pipeline.register_to_config(_name_or_path=str(source))
-                return pipeline
-            if low_memory:
-                source = source if Path(source).is_dir() else cls.download(source, **kwargs)
-                index = cls.load_config(source)
-                classes = {
-                    name: getattr(importlib.import_module(entry[0]), entry[1])
-                    for name, entry in index.items()
-                    if isinstance(entry, list) and entry[0] and name not in kwargs
-                }
-                classes = {name: cls for name, cls in classes.items() if issubclass(cls, torch.nn.Module)}
-                kwargs |= leave_on_disk(Path(source), classes, kwargs["dtype"], kwargs.get("variant"))
+            pipeline.register_to_config(_name_or_path=str(source))
+            return pipeline
+        if low_memory:
+            classes = {
+                name: getattr(importlib.import_module(entry[0]), entry[1])
+                for name, entry in cls.load_config(source).items()
+                if isinstance(entry, list) and entry[0] and name not in kwargs
+            }
+            classes = {name: part for name, part in classes.items() if issubclass(part, torch.nn.Module)}
+            kwargs |= leave_on_disk(Path(source), classes, kwargs["dtype"], kwargs.get("variant"))
         # diffusers would warn, and print them whole, of models that are not its own
         given = {name: part for name, part in kwargs.items() if type(part).__module__.startswith("paella_diffusers.models")}
         pipeline = super().from_pretrained(source, **kwargs | dict.fromkeys(given))
