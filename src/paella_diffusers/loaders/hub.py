@@ -23,6 +23,8 @@ from huggingface_hub.errors import (
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 
+# what `hf_hub_download` takes beside the file
+HUB_OPTIONS = ("cache_dir", "force_download", "token", "local_files_only")
 CARD = """---
 {{ card_data }}
 ---

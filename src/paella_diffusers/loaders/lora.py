@@ -11,11 +11,10 @@ from diffusers.utils import convert_unet_state_dict_to_peft, is_peft_available
 from huggingface_hub import list_repo_files
 from safetensors import safe_open
 
-from .hub import find_file, push_lora
+from .hub import HUB_OPTIONS, find_file, push_lora
 from .original_checkpoint import read_state_dict
 
 WEIGHT_NAMES = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin")
-HUB_OPTIONS = ("cache_dir", "force_download", "token", "local_files_only")
 
 
 class PaellaLoraLoaderMixin(LoraBaseMixin):

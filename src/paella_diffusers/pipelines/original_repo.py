@@ -17,7 +17,7 @@ from transformers import (
     T5EncoderModel,
 )
 
-from ..loaders.hub import download, find_file
+from ..loaders.hub import HUB_OPTIONS, download, find_file
 from ..models.prior_paella import PaellaPrior
 from ..models.unet_paella import PaellaUNet
 from ..models.vq_model import PaellaVQModel
@@ -27,7 +27,6 @@ logger = logging.get_logger(__name__)
 
 BYT5_REPO = "google/byt5-xl"
 CLIP_REPO = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
-HUB_OPTIONS = ("cache_dir", "force_download", "token", "local_files_only")
 
 
 def has_original_layout(path: str | Path, revision: str | None = None, **kwargs) -> bool:
