@@ -5,7 +5,7 @@ from conftest import TINY_UNET, manifest, tiny_unet
 from peft import LoraConfig
 
 from paella_diffusers import PaellaUNet
-from paella_diffusers.models.unet_paella import attend_in_parts, sinusoidal_embedding
+from paella_diffusers.models.unet_paella import GlobalResponseNorm, attend_in_parts, sinusoidal_embedding
 
 
 def inputs(batch_size=2, length=5, seed=0, **kwargs):
@@ -364,3 +364,13 @@ def test_what_pipelines_do_compiles_to_one_graph_of_any_size():
             output = compiled(sample, timestep, encoded, guidance_scale=scale).sample
             torch.testing.assert_close(output, expected, atol=1e-5, rtol=0)
     assert len(graphs) <= 2
+
+
+def test_a_silent_channel_has_finite_gradients():
+    norm = GlobalResponseNorm(4)
+    torch.nn.init.ones_(norm.gamma)
+    hidden_states = torch.randn(2, 3, 3, 4)
+    hidden_states[..., 1] = 0
+    hidden_states.requires_grad_()
+    norm(hidden_states).square().sum().backward()
+    assert hidden_states.grad.isfinite().all() and norm.gamma.grad.isfinite().all()

@@ -85,7 +85,8 @@ class GlobalResponseNorm(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         # over these dimensions torch sums several times faster than it takes norms on CPUs
-        response = hidden_states.square().sum(dim=(1, 2), keepdim=True, dtype=torch.float32).sqrt()
+        energy = hidden_states.square().sum(dim=(1, 2), keepdim=True, dtype=torch.float32)
+        response = energy.clamp(min=1e-30).sqrt()  # a channel that is silent must not have an infinite gradient
         response = (response / (response.mean(dim=-1, keepdim=True) + 1e-6)).to(hidden_states.dtype)
         return torch.addcmul(self.beta, hidden_states, 1 + self.gamma * response)
 

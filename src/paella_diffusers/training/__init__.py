@@ -1,3 +1,3 @@
-from .losses import corrupt, loss_weights, paella_loss
+from .losses import corrupt, draw_timesteps, loss_weights, paella_loss
 
-__all__ = ["corrupt", "loss_weights", "paella_loss"]
+__all__ = ["corrupt", "draw_timesteps", "loss_weights", "paella_loss"]

@@ -5,7 +5,11 @@ import torch.nn.functional as F
 
 
 def corrupt(
-    tokens: torch.LongTensor, timestep: torch.Tensor, num_tokens: int, generator: torch.Generator | None = None
+    tokens: torch.LongTensor,
+    timestep: torch.Tensor,
+    num_tokens: int,
+    generator: torch.Generator | None = None,
+    part: tuple[int, int] = (0, 1),
 ) -> tuple[torch.LongTensor, torch.LongTensor]:
     """
     Replace each token by a uniformly random one with probability t (https://huggingface.co/papers/2211.07292, section 3.2).
@@ -15,13 +19,27 @@ def corrupt(
         timestep (`torch.Tensor` of shape `(batch_size,)`): Noise levels in [0, 1].
         num_tokens (`int`): Number of different tokens.
         generator (`torch.Generator`, *optional*): The source of randomness: the mask first, then the tokens.
+        part (`tuple[int, int]`, defaults to `(0, 1)`):
+            `(index, count)` if the batch is every `count`-th row, from `index` on, of one that is spread over processes: with
+            the same generator everywhere the rows get the noise that they would get in one process.
 
     Returns:
         The noised tokens and the mask, 1 where noised, both of the shape of `tokens`, int64.
     """
-    mask = torch.rand(tokens.shape, generator=generator, device=tokens.device) <= timestep[:, None, None]
-    random_tokens = torch.randint(num_tokens, tokens.shape, generator=generator, device=tokens.device)
+    index, count = part
+    device = generator.device if generator is not None else tokens.device
+    shape = (len(tokens) * count, *tokens.shape[1:])
+    mask = torch.rand(shape, generator=generator, device=device)[index::count].to(tokens.device) <= timestep[:, None, None]
+    random_tokens = torch.randint(num_tokens, shape, generator=generator, device=device)[index::count].to(tokens.device)
     return torch.where(mask, random_tokens, tokens), mask.long()
+
+
+def draw_timesteps(
+    batch_size: int, generator: torch.Generator | None = None, part: tuple[int, int] = (0, 1)
+) -> torch.Tensor:
+    """Noise levels as published: uniform in [0.001, 1], a little more often 1. `(batch_size,)`; `part` as in `corrupt`."""
+    index, count = part
+    return (1.001 - torch.rand(batch_size * count, generator=generator)[index::count]).clamp(0.001, 1)
 
 
 def loss_weights(mask: torch.Tensor, timestep: torch.Tensor, clean_weight: float = 0.3) -> torch.Tensor:

@@ -1,0 +1,167 @@
+"""
+Train the VQGAN that turns pictures into tokens, from scratch or onwards (https://huggingface.co/papers/2211.07292, section
+3.1; the losses are those of https://huggingface.co/papers/2012.09841).
+
+    accelerate launch examples/train_vqgan.py --data pictures --output-dir my-vqgan --perceptual-model microsoft/resnet-50
+
+With `--decoder-only` the tokens stay what they are, and with them every U-Net that was trained on these tokens.
+"""
+
+import torch
+import torch.nn.functional as F
+from accelerate.utils import broadcast
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.utils import make_image_grid
+from torch import nn
+from torch.func import functional_call
+from transformers import AutoBackbone, AutoImageProcessor
+
+from paella_diffusers import VQModel
+from paella_diffusers.training.run import TrainingRun, training_arguments
+
+
+def make_discriminator(channels: int = 64, layers: int = 3) -> nn.Sequential:
+    """Says of every patch whether it is real (PatchGAN, https://huggingface.co/papers/1611.07004)."""
+    widths = [channels * min(2**layer, 8) for layer in range(layers + 1)]
+    blocks = [nn.Conv2d(3, widths[0], 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
+    for layer in range(1, layers + 1):
+        stride = 2 if layer < layers else 1
+        blocks.append(nn.Conv2d(widths[layer - 1], widths[layer], 4, stride=stride, padding=1, bias=False))
+        blocks += [nn.BatchNorm2d(widths[layer]), nn.LeakyReLU(0.2)]
+    return nn.Sequential(*blocks, nn.Conv2d(widths[-1], 1, 4, padding=1))
+
+
+class PerceptualLoss(nn.Module):
+    """Distance of two batches of images in the features of an image classifier, each position's of length one."""
+
+    def __init__(self, name: str):
+        super().__init__()
+        self.backbone = AutoBackbone.from_pretrained(name, out_indices=(1, 2, 3)).eval().requires_grad_(False)
+        processor = AutoImageProcessor.from_pretrained(name)
+        for key in ("mean", "std"):
+            self.register_buffer(key, torch.tensor(getattr(processor, f"image_{key}")).view(3, 1, 1))
+
+    def forward(self, images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        features = self.backbone((torch.cat([images, targets]) - self.mean) / self.std).feature_maps
+        pairs = [F.normalize(feature, dim=1).chunk(2) for feature in features]
+        return sum((first - second).square().sum(1).mean() for first, second in pairs)
+
+
+class CodebookRestarts:
+    """Moves codes that nothing was nearest to since the last time to latents of the batch."""
+
+    def __init__(self, vqgan: VQModel, every: int):
+        self.vqgan, self.every = vqgan, every
+        self.used = torch.zeros(vqgan.config.num_vq_embeddings, dtype=torch.long)
+
+    @torch.no_grad()
+    def __call__(self, run: TrainingRun, pixels: torch.Tensor, indices: torch.LongTensor):
+        self.used += torch.bincount(indices.flatten(), minlength=len(self.used)).cpu()
+        if (run.step + 1) % self.every:
+            return
+        used = run.accelerator.reduce(self.used.to(indices.device))
+        latents = self.vqgan.encode(pixels).latents * self.vqgan.config.scale_factor
+        rows, codebook = latents.movedim(1, -1).flatten(0, -2), self.vqgan.vquantizer.embedding.weight
+        chosen = torch.randint(len(rows), (len(used),), generator=run.generator()).to(rows.device)
+        codebook.copy_(torch.where(used[:, None] > 0, codebook, broadcast(rows[chosen].to(codebook))))
+        self.used.zero_()
+
+    def state_dict(self) -> dict:
+        return {"used": self.used}
+
+    def load_state_dict(self, state: dict):
+        self.used = state["used"]
+
+
+def adversarial_weight(loss: torch.Tensor, adversarial: torch.Tensor, last_layer: torch.Tensor) -> torch.Tensor:
+    """The factor that gives both losses gradients of one length at the last layer (equation 7)."""
+    norms = [torch.autograd.grad(part, last_layer, retain_graph=True)[0].norm() for part in (loss, adversarial)]
+    return (norms[0] / (norms[1] + 1e-4)).clamp(max=1e4).detach()
+
+
+def parse_args(args=None):
+    parser = training_arguments(__doc__, max_steps=600_000, text_column=None)
+    add = parser.add_argument_group("VQGAN").add_argument
+    add("--pretrained", help="a VQGAN, or a pipeline's, to train onwards: a folder or Hub id")
+    add("--subfolder", help="where it is within")
+    add("--embed-dim", type=int, default=384, help="channels at the lowest resolution")
+    add("--bottleneck-blocks", type=int, default=12, help="of the decoder")
+    add("--num-vq-embeddings", type=int, default=8192, help="different tokens")
+    add("--scale-factor", type=float, default=0.3764, help="by which `encode` divides latents")
+    add("--decoder-only", action="store_true", help="leave encoder and codebook as they are")
+    add("--codebook-weight", type=float, default=1.0)
+    add("--restart-every", type=int, default=1000, help="steps after which unused codes move")
+    add("--restart-until", type=int, default=100_000, help="the step after which none move")
+    add("--perceptual-model", help="an image classifier of transformers whose features shall agree, as microsoft/resnet-50")
+    add("--perceptual-weight", type=float, default=1.0)
+    add("--adversarial-start", type=int, default=50_000, help="the step from which on a discriminator takes part")
+    add("--adversarial-weight", type=float, default=0.8, help="0 for none")
+    return parser.parse_args(args)
+
+
+def main(args):
+    run = TrainingRun(args)
+    if args.pretrained:
+        vqgan = VQModel.from_pretrained(args.pretrained, subfolder=args.subfolder)
+    else:
+        sizes = ("embed_dim", "bottleneck_blocks", "num_vq_embeddings", "scale_factor")
+        vqgan = VQModel(**{name: getattr(args, name) for name in sizes})
+    vqgan.requires_grad_(True)
+    restarts = CodebookRestarts(vqgan, args.restart_every)
+    if args.decoder_only:
+        for part in (vqgan.in_block, vqgan.down_blocks, vqgan.vquantizer):
+            part.requires_grad_(False)
+    else:
+        run.accelerator.register_for_checkpointing(restarts)
+    model = run.prepare(vqgan)
+    perceptual = PerceptualLoss(args.perceptual_model).to(run.accelerator.device) if args.perceptual_model else None
+    discriminator = run.prepare(make_discriminator()) if args.adversarial_weight else None
+    run.load_data()
+    shown = None
+
+    def draw():
+        pixels = torch.cat([shown, vqgan(shown).sample.clamp(0, 1)])
+        images = VaeImageProcessor.numpy_to_pil(VaeImageProcessor.pt_to_numpy(pixels))
+        return make_image_grid(images, rows=2, cols=len(shown))
+
+    for batch in run.batches(draw):
+        pixels = batch["pixels"]
+        shown = pixels[:8]
+        if args.decoder_only:
+            vqgan.eval()  # the norm of the latents, too, stays as it is
+        with run.accelerator.autocast():
+            output = model(pixels)
+        rebuilt = output.sample.float()
+        error = F.mse_loss(rebuilt, pixels)
+        loss = error
+        if perceptual is not None:
+            loss = loss + args.perceptual_weight * perceptual(rebuilt, pixels)
+
+        adversarial = discriminator is not None and run.step >= args.adversarial_start
+        if adversarial:
+            own = run.accelerator.unwrap_model(discriminator)
+            fixed = {name: value.detach() for name, value in own.state_dict().items()}
+            fooled = -functional_call(own.eval(), fixed, rebuilt).mean()
+            own.train()
+            weight = args.adversarial_weight * adversarial_weight(loss, fooled, vqgan.out_block[0].weight)
+            loss = loss + weight * fooled
+        loss = loss + args.codebook_weight * output.commit_loss.float()
+        run.update(model, loss)
+        if adversarial:
+            real, fake = discriminator(torch.cat([pixels, rebuilt.detach()])).chunk(2)
+            run.update(discriminator, (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2)  # hinge loss
+            run.log(**{"discriminator, real": real.mean(), "discriminator, fake": fake.mean()})
+        if not args.decoder_only and run.step < args.restart_until and run.accelerator.sync_gradients:
+            restarts(run, pixels, output.indices)
+        decibels = -10 * (rebuilt.clamp(0, 1) - pixels).square().mean((1, 2, 3)).log10().mean()
+        run.log(loss=loss, error=error, decibels=decibels)
+
+    weights = run.weights(model)
+    if weights is not None:
+        result = VQModel.from_config(vqgan.config)
+        result.load_state_dict(weights)
+        run.publish(result)
+
+
+if __name__ == "__main__":
+    main(parse_args())

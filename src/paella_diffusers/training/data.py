@@ -1,0 +1,342 @@
+"""
+Endless streams of training samples, from an image folder, a dataset of the Hub or WebDataset shards.
+
+What a sample looks like, its crop and its caption among several, depends on the seed, the epoch and the sample alone, so that
+runs can be repeated, continued and spread over processes. Samples that cannot be read are skipped and counted.
+"""
+
+import io
+import json
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers.utils import logging
+from PIL import Image
+from torch.utils.data import IterableDataset, get_worker_info
+
+logger = logging.get_logger(__name__)
+
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+ARRAYS = ("tokens", "prompt_embeds", "clip_text_embeds", "clip_image_embeds")  # what `examples/precompute.py` can store
+
+
+@dataclass
+class QualityFilter:
+    """
+    Which samples are good enough, by their metadata with the names of LAION's. As published, a sample without a wanted entry
+    is rejected, but for the size, which is the image's then; None asks for nothing. The published training had
+    `QualityFilter(256, 0.5, 5.0, 0.99)`.
+
+    Args:
+        min_size (`int`, *optional*): Pixels that `original_width` and `original_height` must have at least.
+        max_watermark (`float`, *optional*): Highest probability of a watermark, `pwatermark`.
+        min_aesthetic (`float`, *optional*): Lowest aesthetic score, `aesthetic` or `AESTHETIC_SCORE`, of about 0 to 10.
+        max_unsafe (`float`, *optional*): Highest probability of unsafe content, `punsafe`.
+    """
+
+    min_size: int | None = None
+    max_watermark: float | None = None
+    min_aesthetic: float | None = None
+    max_unsafe: float | None = None
+
+    def __call__(self, metadata: dict) -> bool:
+        def within(name, lowest=None, highest=None):
+            value = metadata.get(name)
+            return value is not None and (lowest is None or value >= lowest) and (highest is None or value <= highest)
+
+        return (
+            (self.min_size is None or all(within(f"original_{side}", self.min_size) for side in ("width", "height")))
+            and (self.max_watermark is None or within("pwatermark", highest=self.max_watermark))
+            and (
+                self.min_aesthetic is None
+                or any(within(name, self.min_aesthetic) for name in ("aesthetic", "AESTHETIC_SCORE"))
+            )
+            and (self.max_unsafe is None or within("punsafe", highest=self.max_unsafe))
+        )
+
+
+class SampleTransform:
+    """
+    Raw samples to tensors: `pixels` `(3, resolution, resolution)`, float32 in [0, 1]: on white where transparent, the shorter
+    side resized, then cropped at random as published; `text`, one of the captions; and arrays that were computed before,
+    in place of either.
+
+    Args:
+        resolution (`int`): Pixels a side.
+        quality (`QualityFilter`, *optional*): Which samples to take.
+        center_crop (`bool`, defaults to `False`): Whether to crop the middle, rather than at random.
+        captions (`bool`, defaults to `True`): Whether samples must have captions; otherwise all have "".
+    """
+
+    def __init__(
+        self,
+        resolution: int,
+        quality: QualityFilter | None = None,
+        center_crop: bool = False,
+        captions: bool = True,
+    ):
+        self.resolution, self.quality, self.center_crop, self.captions = resolution, quality, center_crop, captions
+
+    def __call__(self, raw: dict, rng: random.Random) -> dict | None:
+        """The sample, or None if it is not wanted. Raises anything if it cannot be read."""
+        arrays = {name: np.load(io.BytesIO(raw[name]), allow_pickle=False) for name in ARRAYS if name in raw}
+        sample = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        image = raw["image"]
+        if "tokens" not in sample:
+            image = Image.open(io.BytesIO(image) if isinstance(image, bytes) else image)
+        if self.quality is not None:
+            metadata = raw["metadata"]
+            metadata = json.loads(metadata) if isinstance(metadata, bytes) else metadata or {}
+            if isinstance(image, Image.Image):
+                metadata = {"original_width": image.width, "original_height": image.height} | metadata
+            if not self.quality(metadata):
+                return None
+        text = raw["text"] if self.captions else ""
+        text = text.decode() if isinstance(text, bytes) else rng.choice(text) if isinstance(text, list) else text
+        if not isinstance(text, str):
+            raise ValueError("it has no caption")
+        sample["text"] = text
+        if "tokens" not in sample:
+            sample["pixels"] = self._pixels(image, rng)
+        return sample
+
+    def _pixels(self, image: Image.Image, rng: random.Random) -> torch.Tensor:
+        if image.mode != "RGB":
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+        scale = self.resolution / min(image.size)
+        if scale != 1:
+            size = [max(self.resolution, round(side * scale)) for side in image.size]
+            image = image.resize(size, Image.Resampling.BICUBIC)
+        free = [side - self.resolution for side in image.size]
+        left, top = (side // 2 if self.center_crop else rng.randint(0, side) for side in free)
+        image = image.crop((left, top, left + self.resolution, top + self.resolution))
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
+
+
+class SampleStream(IterableDataset):
+    """
+    Samples without end, for [`~torchdata.stateful_dataloader.StatefulDataLoader`], whose state dict then holds the position
+    of every worker. Subclasses know where raw samples come from.
+
+    Each sample also says what was passed over before it: `unreadable`, a number of samples, and `filtered`.
+
+    Args:
+        transform (`Callable`): From a raw sample and a `random.Random` to a sample, as [`SampleTransform`].
+        seed (`int`, defaults to 0): Of the order and of the transforms.
+        shuffle (`bool`, defaults to `True`): Whether each epoch has an order of its own.
+        process_index (`int`, defaults to 0): Which of `num_processes` parts of the samples to give.
+        num_processes (`int`, defaults to 1): Number of parts.
+        epochs (`int`, *optional*): End after so many, instead of never.
+
+    Raises:
+        ValueError: When a whole epoch has not a single sample for this process.
+    """
+
+    def __init__(
+        self,
+        transform: Callable,
+        seed: int = 0,
+        shuffle: bool = True,
+        process_index: int = 0,
+        num_processes: int = 1,
+        epochs: int | None = None,
+    ):
+        self.transform, self.seed, self.shuffle, self.epochs = transform, seed, shuffle, epochs
+        self.process_index, self.num_processes = process_index, num_processes
+        self.epoch, self.position = 0, None  # the position is None, or what a subclass gave with the last sample
+
+    def raw_samples(self, part: int, parts: int) -> Iterator[tuple]:
+        """The part's samples of this epoch after `position`: each with its position, and a name that only it has."""
+        raise NotImplementedError
+
+    def __iter__(self) -> Iterator[dict]:
+        worker = get_worker_info()
+        workers, index = (worker.num_workers, worker.id) if worker else (1, 0)
+        # sample i of an epoch is process i % num_processes', whatever the number of workers
+        part, parts = index * self.num_processes + self.process_index, self.num_processes * workers
+        skipped = {"unreadable": 0, "filtered": 0}
+        while self.epochs is None or self.epoch < self.epochs:
+            samples, error = 0, None
+            whole_epoch = self.position is None
+            for self.position, name, raw in self.raw_samples(part, parts):
+                try:
+                    sample = self.transform(raw, random.Random(f"{self.seed} {self.epoch} {name}"))
+                except Exception as problem:  # whatever it is: a decoder's errors are of any kind
+                    skipped["unreadable"] += 1
+                    error = f"{name}: {type(problem).__name__}: {problem}"
+                    logger.info(f"Skipped a sample that cannot be read, {error}")
+                    continue
+                if sample is None:
+                    skipped["filtered"] += 1
+                    continue
+                samples += 1
+                yield sample | skipped
+                skipped = dict.fromkeys(skipped, 0)
+            if whole_epoch and not samples:
+                raise ValueError(
+                    f"No sample of {self} could be used: {skipped['unreadable']} are unreadable"
+                    + (f" (the last: {error})" if error else "")
+                    + f" and {skipped['filtered']} were filtered out."
+                )
+            self.epoch, self.position = self.epoch + 1, None
+
+    def state_dict(self) -> dict:
+        return {"epoch": self.epoch, "position": self.position}
+
+    def load_state_dict(self, state: dict):
+        self.epoch, self.position = state["epoch"], state["position"]
+
+
+class RowStream(SampleStream):
+    """
+    Samples of a dataset with random access, as `datasets.load_dataset` gives for a folder of images with `metadata.jsonl`
+    (https://huggingface.co/docs/datasets/image_dataset) and for datasets of the Hub. Every epoch has a random order.
+
+    Args:
+        rows (`datasets.Dataset`): Its images must not be decoded: `rows.cast_column("image", datasets.Image(decode=False))`.
+        image_column (`str`, defaults to `"image"`): Where the images are.
+        text_column (`str`, *optional*, defaults to `"text"`): Where the captions are: one for an image, or a list of them.
+    """
+
+    def __init__(self, rows, *args, image_column: str = "image", text_column: str | None = "text", **kwargs):
+        super().__init__(*args, **kwargs)
+        self.rows, self.image_column, self.text_column = rows, image_column, text_column
+        for column in (image_column, text_column):
+            if column is not None and column not in rows.column_names:
+                raise ValueError(f"The data have no column {column!r}, but {rows.column_names}.")
+
+    def __str__(self):
+        return f"{len(self.rows)} rows"
+
+    def raw_samples(self, part, parts):
+        order = range(len(self.rows))
+        if self.shuffle:
+            order = torch.randperm(len(self.rows), generator=torch.Generator().manual_seed(self.seed + self.epoch)).tolist()
+        start = part if self.position is None else self.position + parts
+        for position in range(start, len(order), parts):
+            row = self.rows[order[position]]
+            image = row.pop(self.image_column)
+            raw = {"image": image["bytes"] or image["path"], "text": row.pop(self.text_column, None), "metadata": row}
+            yield position, f"row {order[position]}", raw
+
+
+class ShardStream(SampleStream):
+    """
+    Samples of WebDataset shards, local or remote, streamed: pictures as `.jpg`, `.png` or `.webp`, captions as `.txt`,
+    metadata as `.json`, arrays as `.npy`. The order of shards is random, and so is that of samples within windows.
+
+    Args:
+        shards (`list[str]`): Paths or addresses, as `webdataset` opens them.
+        window (`int`, defaults to 1000): Samples that are in memory, still compressed, to be shuffled.
+    """
+
+    def __init__(self, shards: list[str], *args, window: int = 1000, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.shards, self.window = list(shards), window
+
+    def __str__(self):
+        return f"{len(self.shards)} shards, {self.shards[0]} first,"
+
+    def raw_samples(self, part, parts):
+        shards = sorted(self.shards)
+        if self.shuffle:
+            random.Random(f"{self.seed} {self.epoch}").shuffle(shards)
+        share = parts <= len(shards)  # each part has shards of its own, or else its samples of every shard
+        shards = shards[part::parts] if share else shards
+        first_shard, first_window, first = self.position or (0, 0, -1)
+        for number in range(first_shard, len(shards)):
+            samples = self._read(shards[number])
+            if number > first_shard:
+                first_window, first = 0, -1
+            for _ in range(first_window * self.window):
+                next(samples, None)
+            count = first_window
+            while window := [sample for _, sample in zip(range(self.window), samples)]:
+                if self.shuffle:
+                    random.Random(f"{self.seed} {self.epoch} {shards[number]} {count}").shuffle(window)
+                for index in range(first + 1, len(window)):
+                    if share or index % parts == part:
+                        name = f"{window[index]['__key__']} of {shards[number]}"
+                        yield (number, count, index), name, self._parse(window[index])
+                count, first = count + 1, -1
+
+    @staticmethod
+    def _read(shard: str) -> Iterator[dict]:
+        from webdataset import tariterators
+
+        def broken(error):  # a shard that is missing, or ends too soon, shall not end a training of weeks
+            logger.warning(f"Skipped the rest of {shard}: {error}")
+            return True
+
+        return tariterators.tarfile_samples([{"url": shard}], handler=broken)
+
+    @staticmethod
+    def _parse(sample: dict) -> dict:
+        image = next((sample[extension] for extension in IMAGE_EXTENSIONS if extension in sample), None)
+        raw = {name: sample[f"{name}.npy"] for name in ARRAYS if f"{name}.npy" in sample}
+        text, metadata = sample.get("txt"), sample.get("json")
+        return raw | {"image": image, "text": text, "metadata": metadata}
+
+
+def collate(samples: list[dict]) -> dict:
+    """
+    A batch: tensors stacked, texts in a list, counts added up. `prompt_embeds` of several lengths are padded, and
+    `prompt_attention_mask`, `(batch_size, length)`, says where.
+    """
+    batch = {"text": [sample["text"] for sample in samples]}
+    for name in ("unreadable", "filtered"):
+        batch[name] = sum(sample[name] for sample in samples)
+    for name in {"pixels", *ARRAYS} & set.intersection(*(set(sample) for sample in samples)):
+        values = [sample[name] for sample in samples]
+        if name == "prompt_embeds":
+            batch[name] = torch.nn.utils.rnn.pad_sequence(values, batch_first=True)
+            lengths = torch.tensor([len(value) for value in values])
+            if lengths.min() < lengths.max():
+                batch["prompt_attention_mask"] = (torch.arange(lengths.max()) < lengths[:, None]).long()
+        else:
+            batch[name] = torch.stack(values)
+    return batch
+
+
+def load_stream(data: str, *args, image_column: str = "image", text_column: str | None = "text", **kwargs) -> SampleStream:
+    """
+    The stream for `data`: WebDataset shards, if it is a folder with `.tar` files or a pattern as `{00000..00999}.tar`, also of
+    a URL or a `pipe:`; else a folder of images with `metadata.jsonl`; or else a dataset of the Hub, of which `train` is taken.
+
+    Args:
+        data (`str`): Where the data are.
+        args, kwargs: Of [`SampleStream`].
+
+    Raises:
+        FileNotFoundError: If there is nothing of the kind.
+    """
+    folder = Path(data)
+    shards = sorted(str(path) for path in folder.glob("*.tar")) if folder.is_dir() else []
+    if shards or ".tar" in data:
+        from webdataset.shardlists import expand_urls
+
+        shards = shards or expand_urls(data)
+        missing = [shard for shard in shards if ":" not in shard and not Path(shard).is_file()]
+        if missing:
+            raise FileNotFoundError(f"`data` names {len(shards)} shards, but {missing[0]} is not there, nor {len(missing) - 1} more.")
+        return ShardStream(shards, *args, **kwargs)
+
+    import datasets
+
+    if folder.is_dir():
+        if not (folder / "metadata.jsonl").is_file():
+            raise FileNotFoundError(
+                f"`data` is the folder {folder}, which has neither `.tar` shards nor `metadata.jsonl`, with a line as "
+                '{"file_name": "a.png", "text": "a caption"} for each image.'
+            )
+        rows = datasets.load_dataset("imagefolder", data_dir=str(folder), split="train")
+    else:
+        rows = datasets.load_dataset(data, split="train")
+    if image_column in rows.column_names:
+        rows = rows.cast_column(image_column, datasets.Image(decode=False))
+    return RowStream(rows, *args, image_column=image_column, text_column=text_column, **kwargs)

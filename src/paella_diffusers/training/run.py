@@ -1,0 +1,368 @@
+"""What every trainer does around its own few lines: accelerate, the data's position, checkpoints, averages, trackers, sheets."""
+
+import argparse
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType, FullyShardedDataParallelPlugin, PartialState
+from accelerate.utils import ProjectConfiguration, broadcast_object_list, send_to_device, set_seed
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from PIL import Image
+from torch import nn
+from tqdm import tqdm
+
+from .data import QualityFilter, SampleStream, SampleTransform, collate, load_stream
+
+
+def training_arguments(description: str, **defaults) -> argparse.ArgumentParser:
+    """The arguments that all trainers have. `defaults` replace the published U-Net's; the names are the arguments'."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument_group("data").add_argument
+    add("--data", required=True, help="a folder of images with metadata.jsonl, WebDataset shards, or a dataset of the Hub")
+    add("--image-column", default="image", help="where the images are")
+    add("--text-column", default="text", help="where the captions are, one for an image or a list of them")
+    add("--resolution", type=int, default=256, help="pixels a side")
+    add("--num-workers", type=int, default=2, help="processes that read data, for each that trains")
+    add("--min-size", type=int, help="take images of at least so many pixels a side")
+    add("--max-watermark", type=float, help="take images with at most this `pwatermark` (published: 0.5)")
+    add("--min-aesthetic", type=float, help="take images with at least this `aesthetic` score (published: 5)")
+    add("--max-unsafe", type=float, help="take images with at most this `punsafe` (published: 0.99)")
+
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--batch-size", type=int, default=16, help="images a process and pass")
+    add("--gradient-accumulation-steps", type=int, default=1, help="passes a step")
+    add("--max-steps", type=int, default=1_500_000, help="steps of the optimizer")
+    add("--learning-rate", type=float, default=1e-4)
+    add("--lr-scheduler", default="constant_with_warmup", help="as in diffusers: cosine, linear, ...")
+    add("--warmup-steps", type=int, default=10_000)
+    add("--weight-decay", type=float, default=0.01)
+    add("--adam-beta2", type=float, default=0.999)
+    add("--adam-8bit", action="store_true", help="AdamW of bitsandbytes, with states of 8 bits")
+    add("--max-grad-norm", type=float, default=1.0)
+    add("--ema-decay", type=float, help="also average the weights, and publish and sample these")
+    add("--ema-start", type=int, default=0, help="step at which averaging starts")
+    add("--mixed-precision", choices=["no", "fp16", "bf16"], help="accelerate's, unless given")
+    add("--gradient-checkpointing", action="store_true", help="less memory for a fourth more time")
+    add("--compile", action="store_true", help="torch.compile the model's repeated blocks")
+    add("--seed", type=int, default=0)
+
+    add = parser.add_argument_group("output").add_argument
+    add("--output-dir", type=Path, required=True, help="the trained pipeline; within: checkpoints, logs, samples")
+    add("--resume", help="`latest`, or a folder in `checkpoints`, to go on with")
+    add("--save-every", type=int, default=2000, help="steps")
+    add("--keep", type=int, default=2, help="checkpoints to keep")
+    add("--sample-every", type=int, default=2000, help="steps")
+    add("--log-every", type=int, default=50, help="steps")
+    add("--report-to", default="tensorboard", help="trackers of accelerate: tensorboard, wandb, trackio, ..., or none")
+    add("--push-to-hub", action="store_true", help="upload the result")
+    add("--hub-model-id", help="where to; the output folder's name unless given")
+    parser.set_defaults(**defaults)
+    return parser
+
+
+class TrainingRun:
+    """
+    One run of a trainer, alike on one CPU and on many nodes:
+
+        run = TrainingRun(args)
+        model = run.prepare(model)
+        run.load_data()
+        for batch in run.batches():
+            loss = ...
+            run.update(model, loss)
+            run.log(loss=loss)
+
+    A checkpoint has the models, optimizers, schedules, averages, the random states of every process and the data's positions:
+    a run that was killed and resumed ends as one that was not.
+
+    Args:
+        args (`argparse.Namespace`): Of `training_arguments`.
+
+    Raises:
+        ValueError: If an argument is out of range, or the output folder has checkpoints that `--resume` does not ask for.
+    """
+
+    def __init__(self, args: argparse.Namespace):
+        self.args, self.step, self.models, self.loader, self.sums = args, 0, [], None, {}
+        for name in ("batch_size", "gradient_accumulation_steps", "max_steps", "save_every", "sample_every", "log_every", "keep"):
+            if getattr(args, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}.")
+        self.checkpoint = self._find_checkpoint()
+        fsdp = FullyShardedDataParallelPlugin() if os.environ.get("ACCELERATE_USE_FSDP") == "true" else None
+        self.accelerator = Accelerator(
+            gradient_accumulation_steps=args.gradient_accumulation_steps,
+            mixed_precision=args.mixed_precision,
+            log_with=None if args.report_to == "none" else args.report_to.split(","),
+            project_config=ProjectConfiguration(str(args.output_dir), logging_dir=str(args.output_dir / "logs")),
+            fsdp_plugin=fsdp,
+            # in most batches some of the conditioning is left out
+            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+            step_scheduler_with_optimizer=False,  # else warm-up would be as many times shorter as there are processes
+        )
+        if fsdp is not None and self.accelerator.distributed_type == DistributedType.MULTI_CPU:
+            for state in (PartialState(), self.accelerator.state):  # torch shards on CPUs as well, accelerate does not ask it
+                state.distributed_type = DistributedType.FSDP
+            self.accelerator.state.fsdp_plugin = fsdp
+        self.sharded = self.accelerator.distributed_type == DistributedType.FSDP
+        if args.ema_decay is not None and self.sharded:
+            raise ValueError("--ema-decay averages whole models, but FSDP has a shard in each process: leave one out.")
+        if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
+            self.accelerator.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = args.batch_size
+        set_seed(args.seed + self.accelerator.process_index)  # for dropout; noise has generators of its own
+        self.ema = None
+        self.skipped = {"unreadable": 0, "filtered": 0}
+
+    @property
+    def part(self) -> tuple[int, int]:
+        """This process and the number of processes: for `corrupt` and other draws for the batch of all."""
+        return self.accelerator.process_index, self.accelerator.num_processes
+
+    def generator(self) -> torch.Generator:
+        """The random numbers of this pass: of the seed and the number of the pass, and the same in every process."""
+        return torch.Generator().manual_seed((self.args.seed << 32) + self.passes)
+
+    # ------------------------------------------------------------------------------------------------------------ set-up
+
+    def prepare(self, model: nn.Module, parameters=None) -> nn.Module:
+        """Give a model an optimizer and a schedule, and make it parallel. The first one is that which is averaged."""
+        args = self.args
+        if args.gradient_checkpointing and hasattr(model, "enable_gradient_checkpointing"):
+            model.enable_gradient_checkpointing()
+        if args.compile and hasattr(model, "compile_repeated_blocks"):
+            model.compile_repeated_blocks()
+        parameters = list(parameters or (p for p in model.parameters() if p.requires_grad))
+        options = dict(lr=args.learning_rate, betas=(0.9, args.adam_beta2), weight_decay=args.weight_decay)
+        optimizer = self._optimizer_class()(parameters, **options)
+        schedule = get_scheduler(args.lr_scheduler, optimizer, args.warmup_steps, args.max_steps)
+        first = not self.models
+        if first and args.ema_decay is not None:
+            self.ema = EMAModel(parameters, args.ema_decay, update_after_step=args.ema_start, foreach=True)
+            self.ema.to(self.accelerator.device)
+            self.accelerator.register_for_checkpointing(self.ema)
+        model, optimizer, schedule = self.accelerator.prepare(model, optimizer, schedule)
+        self.models.append((model, optimizer, schedule, parameters))
+        return model
+
+    def _optimizer_class(self):
+        if not self.args.adam_8bit:
+            return torch.optim.AdamW
+        try:
+            from bitsandbytes.optim import AdamW8bit
+        except ImportError as error:
+            raise ImportError("--adam-8bit needs bitsandbytes: pip install bitsandbytes") from error
+        return AdamW8bit
+
+    def load_data(self, **transform_options):
+        """Make the loader for `--data`, of this process's share of the samples. Options are those of `SampleTransform`."""
+        from torchdata.stateful_dataloader import StatefulDataLoader
+
+        args = self.args
+        wanted = (args.min_size, args.max_watermark, args.min_aesthetic, args.max_unsafe)
+        quality = None if all(value is None for value in wanted) else QualityFilter(*wanted)
+        captions = args.text_column is not None
+        transform = SampleTransform(args.resolution, quality, captions=captions, **transform_options)
+        index, count = self.part
+        columns = dict(image_column=args.image_column, text_column=args.text_column)
+        stream = load_stream(args.data, transform, args.seed, process_index=index, num_processes=count, **columns)
+        self.loader = StatefulDataLoader(stream, args.batch_size, num_workers=args.num_workers, collate_fn=collate)
+
+    # ---------------------------------------------------------------------------------------------------------- the loop
+
+    def batches(self, draw: Callable[[], Image.Image] | None = None) -> Iterator[dict]:
+        """
+        Batches on this process's device until `--max-steps` are done; after steps it saves, logs, and has `draw` make a sheet
+        of samples, which goes to the folder `samples` and to the trackers.
+        """
+        args, accelerator = self.args, self.accelerator
+        if accelerator.is_main_process:
+            args.output_dir.mkdir(parents=True, exist_ok=True)
+            settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+            (args.output_dir / "training_args.json").write_text(json.dumps(settings, indent=2) + "\n")
+        if args.report_to != "none":
+            accelerator.init_trackers("paella")
+        if self.checkpoint is not None:
+            self._load(self.checkpoint)
+        self.passes = self.step * args.gradient_accumulation_steps
+        for model, *_ in self.models:
+            model.train()
+        loader, models = iter(self.loader), [model for model, *_ in self.models]
+        progress = tqdm(initial=self.step, total=args.max_steps, disable=not accelerator.is_main_process, mininterval=5)
+        self.started, self.waited = time.perf_counter(), 0.0
+        while self.step < args.max_steps:
+            asked = time.perf_counter()
+            batch = next(loader)
+            self.waited += time.perf_counter() - asked
+            for name in self.skipped:
+                self.skipped[name] += batch.pop(name)
+            with accelerator.accumulate(*models):
+                yield send_to_device(batch, accelerator.device)
+            self.passes += 1
+            if not accelerator.sync_gradients:
+                continue
+            self.step += 1
+            progress.update()
+            last = self.step == args.max_steps
+            if last or self.step % args.log_every == 0:
+                self._report(progress)
+            if last or self.step % args.save_every == 0:
+                self._save()
+            if draw is not None and (last or self.step % args.sample_every == 0):
+                self._draw(draw)
+        progress.close()
+        accelerator.end_training()
+
+    def update(self, model: nn.Module, loss: torch.Tensor):
+        """Backward; and, when the gradients of a step are complete: clip them, step, and average."""
+        optimizer, schedule, parameters = next(rest for own, *rest in self.models if own is model)
+        self.accelerator.backward(loss)
+        if self.accelerator.sync_gradients:
+            if self.sharded:  # an optimizer that has seen nothing of a parameter could not be loaded again
+                for parameter in model.parameters():
+                    if parameter.requires_grad and parameter.grad is None:
+                        parameter.grad = torch.zeros_like(parameter)
+            norm = self.accelerator.clip_grad_norm_(model.parameters(), self.args.max_grad_norm)
+            self.log(**{"gradient norm" if model is self.models[0][0] else "gradient norm 2": norm})
+        optimizer.step()
+        if self.accelerator.sync_gradients:
+            if not self.accelerator.optimizer_step_was_skipped:
+                schedule.step()
+            if self.ema is not None and model is self.models[0][0]:
+                self.ema.step(parameters)
+        optimizer.zero_grad()
+
+    def log(self, **values: torch.Tensor | float):
+        """Report the mean of these values since the last report, over all processes."""
+        for name, value in values.items():
+            total, count = self.sums.get(name, (0, 0))
+            value = value.detach() if isinstance(value, torch.Tensor) else torch.tensor(float(value))
+            value = value.full_tensor() if hasattr(value, "full_tensor") else value
+            self.sums[name] = (total + value.float().to(self.accelerator.device), count + 1)
+
+    def _report(self, progress):
+        elapsed = time.perf_counter() - self.started
+        means = self.accelerator.reduce({name: total / count for name, (total, count) in self.sums.items()}, "mean")
+        skipped = torch.tensor(list(self.skipped.values()), device=self.accelerator.device)
+        skipped = dict(zip(self.skipped, self.accelerator.reduce(skipped, "sum").tolist()))
+        values = {name: value.item() for name, value in means.items()}
+        if any(value != value for value in values.values()):
+            raise FloatingPointError(
+                f"At step {self.step} {values} is not finite: lower --learning-rate, or --mixed-precision bf16 or no. "
+                f"{self.args.output_dir / 'checkpoints'} has the checkpoints from before."
+            )
+        values |= {"learning rate": self.models[0][2].get_last_lr()[0], "data wait": self.waited / elapsed} | skipped
+        progress.set_postfix({name: f"{value:.4g}" for name, value in values.items()}, refresh=True)
+        self.accelerator.log(values, step=self.step)
+        self.sums, self.started, self.waited = {}, time.perf_counter(), 0.0
+
+    def _draw(self, draw):
+        if not (self.accelerator.is_main_process or self.sharded):  # shards answer only together
+            return
+        model = self.models[0][0]
+        model.eval()
+        with torch.random.fork_rng(), torch.no_grad(), self.averaged():
+            sheet = draw()
+        model.train()
+        if self.accelerator.is_main_process:
+            folder = self.args.output_dir / "samples"
+            folder.mkdir(exist_ok=True)
+            sheet.save(folder / f"{self.step:08d}.png")
+            pixels = torch.frombuffer(bytearray(sheet.convert("RGB").tobytes()), dtype=torch.uint8)
+            images = pixels.view(1, sheet.height, sheet.width, 3).numpy()
+            for tracker in self.accelerator.trackers:
+                if hasattr(tracker, "log_images"):
+                    options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                    tracker.log_images({"samples": images}, step=self.step, **options)
+
+    # --------------------------------------------------------------------------------------------------------- the result
+
+    @contextmanager
+    def averaged(self):
+        """The first model with its averaged weights, if there are any."""
+        if self.ema is None:
+            yield
+            return
+        parameters = self.models[0][3]
+        self.ema.store(parameters)
+        self.ema.copy_to(parameters)
+        try:
+            yield
+        finally:
+            self.ema.restore(parameters)
+
+    def weights(self, model: nn.Module) -> dict[str, torch.Tensor] | None:
+        """The whole model's weights, averaged if they are, in the main process; elsewhere None."""
+        with self.averaged():
+            weights = self.accelerator.get_state_dict(model)
+            if not self.accelerator.is_main_process:
+                return None
+            return {name.replace("_orig_mod.", ""): weight.detach().cpu().clone() for name, weight in weights.items()}
+
+    def publish(self, result):
+        """Write a pipeline or a model to the output folder, and upload it if wanted; in the main process."""
+        result.save_pretrained(self.args.output_dir)
+        if self.args.push_to_hub:
+            result.push_to_hub(self.args.hub_model_id or self.args.output_dir.name)
+        print(f"{type(result).__name__} is in {self.args.output_dir}.")
+
+    # -------------------------------------------------------------------------------------------------------- checkpoints
+
+    def _find_checkpoint(self) -> Path | None:
+        folder = self.args.output_dir / "checkpoints"
+        found = sorted(path for path in folder.glob("[0-9]*") if path.suffix != ".tmp")
+        resume = self.args.resume
+        if resume is None:
+            if found:
+                raise ValueError(
+                    f"{folder} has the checkpoints of another run: go on with `--resume latest`, or take another --output-dir."
+                )
+            return None
+        if resume == "latest":
+            return found[-1] if found else None  # so that a job may be started again with the same command
+        if not Path(resume).is_dir():
+            raise FileNotFoundError(f"--resume {resume} is no folder; there are {[str(path) for path in found]}.")
+        return Path(resume)
+
+    def _save(self):
+        """Whole or not at all: under another name until all is there."""
+        folder = self.args.output_dir / "checkpoints" / f"{self.step:08d}"
+        partial = folder.with_suffix(".tmp")
+        if self.accelerator.is_main_process:
+            for path in folder.parent.glob("*.tmp"):  # of a run that was killed
+                shutil.rmtree(path)
+            partial.mkdir(parents=True)
+        self.accelerator.wait_for_everyone()
+        self.accelerator.save_state(str(partial))
+        index, count = self.part
+        state = {"step": self.step, "processes": count, "data": self.loader.state_dict(), "skipped": self.skipped}
+        torch.save(state, partial / f"run-{index}.pt")
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            if folder.exists():
+                shutil.rmtree(folder)
+            os.replace(partial, folder)
+            for path in sorted(folder.parent.glob("[0-9]*"))[: -self.args.keep]:
+                trash = path.with_suffix(".tmp")  # half of it deleted, it shall not be taken for a checkpoint
+                os.replace(path, trash)
+                shutil.rmtree(trash)
+        self.accelerator.wait_for_everyone()
+
+    def _load(self, folder: Path):
+        index, count = self.part
+        folder = Path(broadcast_object_list([str(folder)])[0])
+        saved = torch.load(next(folder.glob("run-0.pt")), weights_only=True)
+        if saved["processes"] != count:
+            raise ValueError(
+                f"{folder} was saved by {saved['processes']} processes, but there are {count}: start as many, or begin anew "
+                "from the pipeline in the output folder."
+            )
+        self.accelerator.load_state(str(folder))
+        saved = torch.load(folder / f"run-{index}.pt", weights_only=True)
+        self.step, self.skipped = saved["step"], saved["skipped"]
+        self.loader.load_state_dict(saved["data"])
