@@ -156,7 +156,7 @@ def main(args):
         decibels = -10 * (rebuilt.clamp(0, 1) - pixels).square().mean((1, 2, 3)).log10().mean()
         run.log(loss=loss, error=error, decibels=decibels)
 
-    weights = run.weights(model)
+    weights = run.finish(model)
     if weights is not None:
         result = VQModel.from_config(vqgan.config)
         result.load_state_dict(weights)

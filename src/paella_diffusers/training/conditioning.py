@@ -38,13 +38,18 @@ class Encoder:
         for part in (pipe.vqgan, pipe.text_encoder, pipe.text_encoder_2, pipe.image_encoder):
             if part is not None:
                 part.eval().requires_grad_(False)
-        self.empty = empty
-        if empty is None:
+        self._empty = empty
+
+    @property
+    def empty(self) -> dict[str, torch.Tensor | None]:
+        """`prompt_embeds` and `clip_text_embeds` of ""."""
+        if self._empty is None:
             inputs = self.conditioning({"text": [""]}, (False, False, True))
-            self.empty = {
+            self._empty = {
                 "prompt_embeds": inputs["encoder_hidden_states"],
-                "clip_text_embeds": inputs.get("clip_text_embeds"),
+                "clip_text_embeds": inputs["clip_text_embeds"],
             }
+        return self._empty
 
     def to(self, device, dtype: torch.dtype | None = None) -> "Encoder":
         """Move the frozen parts, all but the VQGAN also to `dtype`."""
@@ -53,7 +58,8 @@ class Encoder:
                 part.to(device, dtype)
         if self.pipe.vqgan is not None:
             self.pipe.vqgan.to(device)
-        self.empty = {name: None if value is None else value.to(device) for name, value in self.empty.items()}
+        if self._empty is not None:
+            self._empty = {name: None if value is None else value.to(device) for name, value in self._empty.items()}
         return self
 
     @torch.no_grad()

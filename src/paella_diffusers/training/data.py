@@ -217,7 +217,9 @@ class RowStream(SampleStream):
         order = range(len(self.rows))
         if self.shuffle:
             order = torch.randperm(len(self.rows), generator=torch.Generator().manual_seed(self.seed + self.epoch)).tolist()
-        start = part if self.position is None else self.position + parts
+        # the parts take turns from one epoch into the next: all processes together have the batches of one
+        first = (part - self.epoch * len(order)) % parts
+        start = first if self.position is None else self.position + parts
         for position in range(start, len(order), parts):
             row = self.rows[order[position]]
             image = row.pop(self.image_column)
@@ -334,7 +336,8 @@ def load_stream(data: str, *args, image_column: str = "image", text_column: str 
                 f"`data` is the folder {folder}, which has neither `.tar` shards nor `metadata.jsonl`, with a line as "
                 '{"file_name": "a.png", "text": "a caption"} for each image.'
             )
-        rows = datasets.load_dataset("imagefolder", data_dir=str(folder), split="train")
+        # all files: by itself it takes a picture called train.png for the training split, and leaves out the others
+        rows = datasets.load_dataset("imagefolder", data_dir=str(folder), data_files={"train": "**"}, split="train")
     else:
         rows = datasets.load_dataset(data, split="train")
     if image_column in rows.column_names:

@@ -14,6 +14,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedTy
 from accelerate.utils import ProjectConfiguration, broadcast_object_list, send_to_device, set_seed
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
+from huggingface_hub import create_repo, upload_folder
 from PIL import Image
 from torch import nn
 from tqdm import tqdm
@@ -78,6 +79,7 @@ class TrainingRun:
             loss = ...
             run.update(model, loss)
             run.log(loss=loss)
+        weights = run.finish(model)
 
     A checkpoint has the models, optimizers, schedules, averages, the random states of every process and the data's positions:
     a run that was killed and resumed ends as one that was not.
@@ -140,7 +142,8 @@ class TrainingRun:
         parameters = list(parameters or (p for p in model.parameters() if p.requires_grad))
         options = dict(lr=args.learning_rate, betas=(0.9, args.adam_beta2), weight_decay=args.weight_decay)
         optimizer = self._optimizer_class()(parameters, **options)
-        schedule = get_scheduler(args.lr_scheduler, optimizer, args.warmup_steps, args.max_steps)
+        lengths = dict(num_warmup_steps=args.warmup_steps, num_training_steps=args.max_steps)
+        schedule = get_scheduler(args.lr_scheduler, optimizer, **lengths)
         first = not self.models
         if first and args.ema_decay is not None:
             self.ema = EMAModel(parameters, args.ema_decay, update_after_step=args.ema_start, foreach=True)
@@ -171,7 +174,14 @@ class TrainingRun:
         index, count = self.part
         columns = dict(image_column=args.image_column, text_column=args.text_column)
         stream = load_stream(args.data, transform, args.seed, process_index=index, num_processes=count, **columns)
-        self.loader = StatefulDataLoader(stream, args.batch_size, num_workers=args.num_workers, collate_fn=collate)
+        self.loader = StatefulDataLoader(
+            stream,
+            args.batch_size,
+            num_workers=args.num_workers,
+            collate_fn=collate,
+            pin_memory=self.accelerator.device.type == "cuda",
+            generator=torch.Generator(),  # of its own: a resumed run shall not draw from the one that is continued
+        )
 
     # ---------------------------------------------------------------------------------------------------------- the loop
 
@@ -216,7 +226,6 @@ class TrainingRun:
             if draw is not None and (last or self.step % args.sample_every == 0):
                 self._draw(draw)
         progress.close()
-        accelerator.end_training()
 
     def update(self, model: nn.Module, loss: torch.Tensor):
         """Backward; and, when the gradients of a step are complete: clip them, step, and average."""
@@ -296,20 +305,35 @@ class TrainingRun:
         finally:
             self.ema.restore(parameters)
 
-    def weights(self, model: nn.Module) -> dict[str, torch.Tensor] | None:
-        """The whole model's weights, averaged if they are, in the main process; elsewhere None."""
+    def finish(self, model: nn.Module, only: str = "") -> dict[str, torch.Tensor] | None:
+        """
+        End the run. The whole model's weights, averaged if they are, whose names have `only` in them, in the main process;
+        None in the others.
+        """
         with self.averaged():
             weights = self.accelerator.get_state_dict(model)
-            if not self.accelerator.is_main_process:
-                return None
-            return {name.replace("_orig_mod.", ""): weight.detach().cpu().clone() for name, weight in weights.items()}
+            if self.accelerator.is_main_process:
+                weights = {name: weight.detach().cpu().clone() for name, weight in weights.items() if only in name}
+        self.accelerator.end_training()
+        return weights if self.accelerator.is_main_process else None
 
     def publish(self, result):
-        """Write a pipeline or a model to the output folder, and upload it if wanted; in the main process."""
-        result.save_pretrained(self.args.output_dir)
-        if self.args.push_to_hub:
-            result.push_to_hub(self.args.hub_model_id or self.args.output_dir.name)
-        print(f"{type(result).__name__} is in {self.args.output_dir}.")
+        """
+        Write a pipeline or a model to the output folder, in the main process, and upload it if wanted. A string is the name of
+        what the folder has already.
+        """
+        args = self.args
+        hub_id = args.hub_model_id or args.output_dir.name
+        if isinstance(result, str):
+            if args.push_to_hub:
+                hub_id = create_repo(hub_id, exist_ok=True).repo_id
+                upload_folder(repo_id=hub_id, folder_path=args.output_dir, ignore_patterns=["checkpoints/*", "logs/*"])
+        else:
+            result.save_pretrained(args.output_dir)
+            if args.push_to_hub:
+                result.push_to_hub(hub_id)
+            result = type(result).__name__
+        print(f"{result} is in {args.output_dir}.")
 
     # -------------------------------------------------------------------------------------------------------- checkpoints
 
@@ -338,7 +362,8 @@ class TrainingRun:
                 shutil.rmtree(path)
             partial.mkdir(parents=True)
         self.accelerator.wait_for_everyone()
-        self.accelerator.save_state(str(partial))
+        with self._without_frozen():
+            self.accelerator.save_state(str(partial))
         index, count = self.part
         state = {"step": self.step, "processes": count, "data": self.loader.state_dict(), "skipped": self.skipped}
         torch.save(state, partial / f"run-{index}.pt")
@@ -353,6 +378,22 @@ class TrainingRun:
                 shutil.rmtree(trash)
         self.accelerator.wait_for_everyone()
 
+    @contextmanager
+    def _without_frozen(self):
+        """Leave what is not trained out of checkpoints: all but a few megabytes, with a LoRA adapter."""
+
+        def keep_trained(models, weights, folder):  # accelerate's own list, to be changed in place
+            for model, own in zip(models, weights):
+                for name, parameter in model.named_parameters():
+                    if not parameter.requires_grad:
+                        own.pop(name, None)
+
+        hook = self.accelerator.register_save_state_pre_hook(keep_trained)
+        try:
+            yield
+        finally:
+            hook.remove()
+
     def _load(self, folder: Path):
         index, count = self.part
         folder = Path(broadcast_object_list([str(folder)])[0])
@@ -362,7 +403,7 @@ class TrainingRun:
                 f"{folder} was saved by {saved['processes']} processes, but there are {count}: start as many, or begin anew "
                 "from the pipeline in the output folder."
             )
-        self.accelerator.load_state(str(folder))
+        self.accelerator.load_state(str(folder), strict=False)  # without what is not trained
         saved = torch.load(folder / f"run-{index}.pt", weights_only=True)
         self.step, self.skipped = saved["step"], saved["skipped"]
         self.loader.load_state_dict(saved["data"])

@@ -1,0 +1,133 @@
+"""
+Compute tokens and embeddings once, and train many epochs on them: a frozen ByT5-XL is most of a training step's cost.
+
+    accelerate launch examples/precompute.py --pretrained dome272/Paella --data pictures --output-dir computed
+    accelerate launch examples/train_paella.py --pretrained dome272/Paella --data computed --output-dir my-paella
+
+It writes WebDataset shards, each whole or not at all, with `tokens.npy` (int16 or int32), the embeddings as float16, and
+captions; `empty.safetensors` has the embeddings of "". Started again, it goes on after the last whole shard.
+"""
+
+import argparse
+import io
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+import webdataset
+from accelerate import Accelerator
+from accelerate.utils import send_to_device
+from safetensors.torch import save_file
+from torchdata.stateful_dataloader import StatefulDataLoader
+from tqdm import tqdm
+
+from paella_diffusers import PaellaPipeline
+from paella_diffusers.training.conditioning import Encoder
+from paella_diffusers.training.data import ARRAYS, SampleTransform, collate, load_stream
+
+
+def parse_args(args=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--data", required=True, help="as for train_paella.py")
+    add("--pretrained", required=True, help="a Paella: a folder or Hub id")
+    add("--output-dir", type=Path, required=True)
+    add("--parts", nargs="+", choices=ARRAYS, default=list(ARRAYS), help="what to compute")
+    add("--resolution", type=int, default=256, help="pixels a side")
+    add("--batch-size", type=int, default=16)
+    add("--shard-size", type=int, default=1000, help="samples a shard")
+    add("--epochs", type=int, default=1, help="passes over the data, each with other crops and captions")
+    add("--num-workers", type=int, default=2)
+    add("--image-column", default="image")
+    add("--text-column", default="text")
+    add("--seed", type=int, default=0)
+    return parser.parse_args(args)
+
+
+def npy(array: torch.Tensor) -> bytes:
+    array = array.cpu().numpy()
+    if array.dtype == np.int64:
+        array = array.astype(np.int16 if array.max() < 2**15 else np.int32)
+    buffer = io.BytesIO()
+    np.save(buffer, array if array.dtype.kind == "i" else array.astype(np.float16), allow_pickle=False)
+    return buffer.getvalue()
+
+
+@torch.no_grad()
+def compute(encoder: Encoder, batch: dict, parts: list[str]) -> list[dict]:
+    """One dictionary of files for each sample of a batch."""
+    conditioning = encoder.conditioning(batch, (False, False, "clip_image_embeds" not in parts))
+    lengths = [None] * len(batch["text"])
+    if conditioning["encoder_attention_mask"] is not None:
+        lengths = conditioning["encoder_attention_mask"].sum(1).tolist()
+    arrays = {
+        "tokens": encoder.tokens(batch),
+        "prompt_embeds": [rows[:length] for rows, length in zip(conditioning["encoder_hidden_states"], lengths)],
+        "clip_text_embeds": conditioning["clip_text_embeds"],
+        "clip_image_embeds": conditioning["clip_image_embeds"],
+    }
+    arrays = {name: arrays[name] for name in parts if arrays[name] is not None}
+    samples = [{f"{name}.npy": npy(array[row]) for name, array in arrays.items()} for row in range(len(batch["text"]))]
+    return [files | {"txt": text} for files, text in zip(samples, batch["text"])]
+
+
+def main(args):
+    accelerator = Accelerator()
+    index, count = accelerator.process_index, accelerator.num_processes
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    pipe = PaellaPipeline.from_pretrained(args.pretrained)
+    half = torch.float16 if accelerator.device.type != "cpu" else None
+    encoder = Encoder(pipe).to(accelerator.device, half)
+
+    progress_path = args.output_dir / f"progress-{index}.json"  # what the whole shards have
+    progress = {"shards": 0, "samples": 0, "data": None}
+    if progress_path.exists():
+        progress = json.loads(progress_path.read_text())
+    stream = load_stream(
+        args.data,
+        SampleTransform(args.resolution),
+        args.seed,
+        process_index=index,
+        num_processes=count,
+        epochs=args.epochs,
+        image_column=args.image_column,
+        text_column=args.text_column,
+    )
+    loader = StatefulDataLoader(stream, args.batch_size, num_workers=args.num_workers, collate_fn=collate)
+    if progress["data"] is not None:
+        loader.load_state_dict(progress["data"])
+
+    def write(samples: list[dict]):
+        path = args.output_dir / f"{index:04d}-{progress['shards']:06d}.tar"
+        with webdataset.TarWriter(str(path.with_suffix(".tmp"))) as shard:
+            for number, sample in enumerate(samples):
+                shard.write({"__key__": f"{path.stem}-{number:06d}"} | sample)
+        progress.update(shards=progress["shards"] + 1, samples=progress["samples"] + len(samples), data=loader.state_dict())
+        temporary = progress_path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(progress))
+        os.replace(path.with_suffix(".tmp"), path)
+        os.replace(temporary, progress_path)
+
+    waiting, skipped = [], 0
+    bar = tqdm(loader, disable=not accelerator.is_local_main_process, unit="batch")
+    for batch in bar:
+        skipped += batch.pop("unreadable") + batch.pop("filtered")
+        waiting += compute(encoder, send_to_device(batch, accelerator.device), args.parts)
+        if len(waiting) >= args.shard_size:
+            write(waiting)
+            waiting = []
+        bar.set_postfix(samples=progress["samples"] + len(waiting), skipped=skipped)
+    if waiting:
+        write(waiting)
+    if accelerator.is_main_process:
+        empty = {name: value.cpu().contiguous() for name, value in encoder.empty.items() if value is not None}
+        path = args.output_dir / "empty.safetensors"
+        save_file(empty, path.with_suffix(".tmp"), metadata={"computed": " ".join(args.parts)})
+        os.replace(path.with_suffix(".tmp"), path)
+    print(f"Process {index}: {progress['samples']} samples in {progress['shards']} shards.")
+
+
+if __name__ == "__main__":
+    main(parse_args())

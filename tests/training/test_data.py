@@ -1,0 +1,208 @@
+import io
+import json
+import random
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchdata.stateful_dataloader import StatefulDataLoader
+
+from paella_diffusers.training.data import QualityFilter, SampleTransform, collate, load_stream
+
+
+def picture(value: int, size=(20, 16), **save) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", size, (value, 0, 0)).save(buffer, **{"format": "PNG"} | save)
+    return buffer.getvalue()
+
+
+def write_tar(path, samples: list[dict[str, bytes]]):
+    with tarfile.open(path, "w") as tar:
+        for index, sample in enumerate(samples):
+            for extension, content in sample.items():
+                member = tarfile.TarInfo(f"{path.stem}-{index:05d}.{extension}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """21 pictures, which `datasets` by itself would take apart by their names; their red says which they are."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    names = ["train.png", "test.png", *(f"{i}.png" for i in range(2, 21))]
+    for index, name in enumerate(names):
+        (folder / name).write_bytes(picture(index * 10))
+    lines = [{"file_name": name, "text": f"caption {index}"} for index, name in enumerate(names)]
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return folder
+
+
+@pytest.fixture
+def shards(tmp_path):
+    """21 samples in three shards."""
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    for shard in range(3):
+        samples = [{"png": picture(i * 10), "txt": f"caption {i}".encode()} for i in range(shard * 7, shard * 7 + 7)]
+        write_tar(folder / f"{shard:02d}.tar", samples)
+    return folder
+
+
+@pytest.fixture(params=["folder", "shards"])
+def data(request):
+    return request.getfixturevalue(request.param)
+
+
+def take(stream, count: int) -> list[int]:
+    samples = [sample for _, sample in zip(range(count), stream)]
+    for sample in samples:  # pictures and captions belong together
+        assert sample["text"] == f"caption {round(sample['pixels'][0].mean().item() * 25.5)}"
+    return [int(sample["text"].split()[1]) for sample in samples]
+
+
+def test_every_epoch_has_all_samples_in_another_order(data):
+    drawn = take(load_stream(str(data), SampleTransform(8), seed=1), 63)
+    epochs = [drawn[:21], drawn[21:42], drawn[42:]]
+    assert all(sorted(epoch) == list(range(21)) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2] and epochs[0] != sorted(epochs[0])
+    assert take(load_stream(str(data), SampleTransform(8), seed=1), 63) == drawn
+    assert take(load_stream(str(data), SampleTransform(8), seed=2), 21) != epochs[0]
+    in_order = load_stream(str(data), SampleTransform(8), shuffle=False, epochs=1)
+    assert take(in_order, 100) == list(range(21))
+
+
+@pytest.mark.parametrize("processes", [2, 4])  # as many as shards, or more
+def test_processes_share_the_samples(data, processes):
+    streams = [
+        load_stream(str(data), SampleTransform(8), process_index=i, num_processes=processes, epochs=1)
+        for i in range(processes)
+    ]
+    assert sorted(sum((take(stream, 100) for stream in streams), [])) == list(range(21))
+
+
+def test_two_processes_have_the_batches_of_one(folder):
+    one = take(load_stream(str(folder), SampleTransform(8)), 60)  # of epochs with 21
+    two = [take(load_stream(str(folder), SampleTransform(8), process_index=i, num_processes=2), 30) for i in range(2)]
+    assert two == [one[0::2], one[1::2]]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("consumed", [1, 4, 7])
+def test_a_stream_goes_on_where_it_was(data, num_workers, consumed):
+    def batches():
+        stream = load_stream(str(data), SampleTransform(8, center_crop=False), seed=3)
+        return StatefulDataLoader(stream, batch_size=5, num_workers=num_workers, collate_fn=collate)
+
+    def read(loader, count):
+        return [(batch["text"], batch["pixels"].sum().item()) for _, batch in zip(range(count), loader)]
+
+    loader = batches()
+    expected = read(batches(), consumed + 3)
+    iterator = iter(loader)
+    for _ in range(consumed):
+        next(iterator)
+    state = json.loads(json.dumps(loader.state_dict()))
+    resumed = batches()
+    resumed.load_state_dict(state)
+    assert read(resumed, 3) == expected[consumed:]
+
+
+def test_ten_thousand_samples_of_which_two_percent_are_corrupt(tmp_path):
+    rng, corrupt = random.Random(0), 0
+    good = picture(100, (32, 24), format="JPEG")
+    for shard in range(10):
+        samples = []
+        for _ in range(1000):
+            sample = {"jpg": good, "txt": b"a picture", "json": b"{}"}
+            if rng.random() < 0.02:
+                corrupt += 1
+                sample |= rng.choice([{"jpg": good[: len(good) // 2]}, {"jpg": b"no picture"}, {"json": b"{"}, {"txt": b"\xff"}])
+            samples.append(sample)
+        write_tar(tmp_path / f"{shard:02d}.tar", samples)
+    assert 150 < corrupt < 250
+    stream = load_stream(str(tmp_path / "{00..09}.tar"), SampleTransform(16, QualityFilter(min_size=20)), epochs=1)
+    loader = StatefulDataLoader(stream, batch_size=50, num_workers=2, collate_fn=collate)
+    batches = [(len(batch["text"]), batch["unreadable"]) for batch in loader]
+    read, unreadable = (sum(column) for column in zip(*batches))
+    assert read == 10_000 - corrupt
+    # those after a worker's last readable sample of an epoch are counted in the next one
+    assert corrupt - 4 <= unreadable <= corrupt
+
+
+def test_broken_shards_lose_what_is_broken_only(shards, caplog):
+    whole = (shards / "01.tar").read_bytes()
+    (shards / "01.tar").write_bytes(whole[:2600])  # within its second sample
+    numbers = take(load_stream(str(shards), SampleTransform(8), epochs=1), 100)
+    assert sorted(set(range(21)) - set(numbers)) == [*range(8, 14)]
+
+
+def test_nothing_usable(shards, folder, tmp_path):
+    with pytest.raises(ValueError, match=r"No sample of 3 shards.* could be used: 0 are unreadable and 21 were filtered out"):
+        next(iter(load_stream(str(shards), SampleTransform(8, QualityFilter(min_size=1000)))))
+    for path in folder.glob("*.png"):
+        path.write_bytes(b"")
+    with pytest.raises(ValueError, match=r"21 are unreadable \(the last: row \d+: UnidentifiedImageError"):
+        next(iter(load_stream(str(folder), SampleTransform(8))))
+    with pytest.raises(ValueError, match=r"no column 'caption', but \['image', 'text'\]"):
+        load_stream(str(folder), SampleTransform(8), text_column="caption")
+    with pytest.raises(FileNotFoundError, match=r'neither `.tar` shards nor `metadata.jsonl`, with a line as {"file_name"'):
+        load_stream(str(tmp_path), SampleTransform(8))
+    with pytest.raises(FileNotFoundError, match=r"2 shards, but .*03.tar is not there"):
+        load_stream(str(shards / "{02,03}.tar"), SampleTransform(8))
+
+
+@pytest.mark.parametrize(
+    "limits, metadata, wanted",
+    [
+        ((256, None, None, None), {"original_width": 256, "original_height": 300}, True),
+        ((256, None, None, None), {"original_width": 255, "original_height": 300}, False),
+        ((256, None, None, None), {}, False),
+        ((None, 0.5, None, None), {"pwatermark": 0.0}, True),
+        ((None, 0.5, None, None), {"pwatermark": 0.6}, False),
+        ((None, 0.5, None, None), {"pwatermark": None}, False),
+        ((None, None, 5.0, None), {"AESTHETIC_SCORE": 5.0}, True),
+        ((None, None, 5.0, None), {"aesthetic": 6.0, "AESTHETIC_SCORE": 1.0}, True),
+        ((None, None, 5.0, None), {"aesthetic": 4.9}, False),
+        ((None, None, None, 0.99), {"punsafe": 0.98}, True),
+        ((None, None, None, 0.99), {}, False),
+        ((None, None, None, None), {}, True),
+    ],
+)
+def test_quality_filter(limits, metadata, wanted):
+    assert QualityFilter(*limits)(metadata) == wanted
+
+
+def test_pictures_become_squares():
+    def pixels(image, resolution=8, **options):
+        buffer = io.BytesIO()
+        image.save(buffer, format="PNG")
+        raw = {"image": buffer.getvalue(), "text": "", "metadata": {}}
+        return SampleTransform(resolution, **options)(raw, random.Random(0))["pixels"]
+
+    assert pixels(Image.new("RGBA", (8, 8), (255, 0, 0, 0))).min() == 1  # transparent is white
+    assert pixels(Image.new("L", (5, 4), 255)).shape == (3, 8, 8)  # small ones grow
+    wide = Image.fromarray(np.tile(np.arange(0, 240, 10, dtype=np.uint8), (8, 1)))
+    centre = pixels(wide, center_crop=True)
+    assert torch.equal(centre[0, 0], torch.arange(80, 160, 10) / 255)
+    assert not torch.equal(pixels(wide), centre)
+
+
+def test_captions():
+    raw = {"image": picture(0), "text": ["one", "two"], "metadata": {}}
+    drawn = {SampleTransform(8)(raw, random.Random(seed))["text"] for seed in range(20)}
+    assert drawn == {"one", "two"}
+    with pytest.raises(ValueError, match="no caption"):
+        SampleTransform(8)(raw | {"text": None}, random.Random(0))
+    assert SampleTransform(8, captions=False)(raw | {"text": None}, random.Random(0))["text"] == ""
+
+
+def test_embeddings_of_several_lengths_are_padded():
+    samples = [{"text": "", "unreadable": 1, "filtered": 2, "prompt_embeds": torch.ones(n, 4)} for n in (2, 3)]
+    batch = collate(samples)
+    assert batch["prompt_embeds"].shape == (2, 3, 4) and batch["prompt_embeds"][0, 2].abs().sum() == 0
+    assert batch["prompt_attention_mask"].tolist() == [[1, 1, 0], [1, 1, 1]]
+    assert batch["unreadable"] == 2 and batch["filtered"] == 4
+    assert "prompt_attention_mask" not in collate(samples[:1])
