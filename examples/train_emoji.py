@@ -31,7 +31,16 @@ from diffusers.utils import make_image_grid
 from PIL import Image
 from torch import nn
 from tqdm import tqdm
-from transformers import ByT5Tokenizer, CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+from transformers import (
+    ByT5Tokenizer,
+    CLIPTextConfig,
+    CLIPTextModelWithProjection,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+    T5Config,
+    T5EncoderModel,
+)
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from paella_diffusers import PaellaPipeline, PaellaScheduler, PaellaUNet, VQModel
 from paella_diffusers.training import corrupt, paella_loss
@@ -414,6 +423,50 @@ def train_text(images: torch.Tensor, captions: Captions, steps: int, steps_all: 
     optimizers = muon_and_adam(encoders, keep_adam, lr=0.7)
     fit("text-all", encoders, optimizers, loss_all, steps_all, work_dir, warmup=40, report=report)
     return encoders
+
+
+def train_image_encoder(images: torch.Tensor, captions: Captions, encoders: TextEncoders, steps: int, work_dir: Path):
+    """
+    CLIP's other half, a small ViT, contrastively against the text encoder, which stays as it is ("locked tuning" the other
+    way round, https://huggingface.co/papers/2111.07991). Icons are moved and resized a little.
+    """
+    config = CLIPVisionConfig(
+        hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4, image_size=SIZE, patch_size=8,
+        projection_dim=256,
+    )  # fmt: skip
+    encoder = CLIPVisionModelWithProjection(config)
+    mean, std = (torch.tensor(value).view(3, 1, 1) for value in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
+
+    def embed(pixels):
+        return encoder((pixels - mean) / std).image_embeds.float()
+
+    def loss(step):
+        rows, rng = batch(step, 128, len(images)), random.Random(f"image {step}")
+        pixels = F.pad(images[rows], (8, 8, 8, 8), value=1.0)
+        side, (left, top) = rng.randint(48, 80), (rng.random(), rng.random())
+        left, top = (round(share * (80 - side)) for share in (left, top))
+        pixels = F.interpolate(pixels[..., top : top + side, left : left + side], SIZE, mode="bilinear", antialias=True)
+        with torch.no_grad():
+            text = encoders.encode([captions.draw(i, rng, plain=0.5) for i in rows.tolist()])[2].float()
+        with torch.autocast("cpu", torch.bfloat16):
+            image = embed(pixels)
+        similarities = 20 * F.normalize(text, dim=1) @ F.normalize(image, dim=1).T
+        target = torch.arange(len(rows))
+        return (F.cross_entropy(similarities, target) + F.cross_entropy(similarities.T, target)) / 2
+
+    @torch.no_grad()
+    def report(step):
+        image = F.normalize(torch.cat([embed(part) for part in images.split(256)]), dim=1)
+        text = torch.cat([encoders.encode(captions.names[i : i + 256])[2] for i in range(0, len(images), 256)])
+        right = (F.normalize(text, dim=1) @ image.T).argmax(1) == torch.arange(len(images))
+        tqdm.write(f"image encoder, step {step}: {right.float().mean():.1%} of names find their icon")
+
+    optimizers = muon_and_adam(encoder, keep_adam=("embed",))
+    fit("image", encoder, optimizers, loss, steps, work_dir, warmup=40, report=report)
+    with torch.no_grad():  # the prior adds noise of variance one: let embeddings have that, too
+        embeds = torch.cat([embed(part) for part in images.split(256)])
+        encoder.visual_projection.weight /= embeds.std()
+    return encoder
 
 
 @torch.no_grad()

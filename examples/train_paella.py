@@ -10,8 +10,6 @@ Train Paella's U-Net, from scratch or onwards (https://huggingface.co/papers/221
 
 import json
 
-import torch
-
 from paella_diffusers import PaellaPipeline, PaellaUNet
 from paella_diffusers.training.run import TrainingRun, training_arguments
 from paella_diffusers.training.unet import PaellaTraining, add_unet_arguments
@@ -29,7 +27,6 @@ def main(args):
     run = TrainingRun(args)
     training = PaellaTraining(run)
     if args.from_scratch:
-        torch.manual_seed(args.seed)  # the same weights in every process
         training.pipe.unet = PaellaUNet.from_config({**training.pipe.unet.config, **args.unet_config})
     unet = training.pipe.unet.requires_grad_(True)
     model = run.prepare(unet)

@@ -20,7 +20,9 @@ TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out"]
 
 
 def parse_args(args=None):
-    parser = training_arguments(__doc__, learning_rate=1e-3, warmup_steps=100, max_steps=2000, save_every=500, sample_every=500)
+    parser = training_arguments(
+        __doc__, learning_rate=1e-3, warmup_steps=100, max_steps=2000, save_every=500, sample_every=500
+    )
     add_unet_arguments(parser)
     add = parser.add_argument_group("LoRA").add_argument
     add("--rank", type=int, default=16)

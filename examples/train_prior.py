@@ -35,9 +35,8 @@ def main(args):
     device = run.accelerator.device
     empty, spare = computed_embeddings(args.data)
     pipe = PaellaPipeline.from_pretrained(args.pretrained, **dict.fromkeys(spare))
-    torch.manual_seed(args.seed)  # the same weights in every process
     prior = PaellaPrior(**args.prior_config) if args.from_scratch else pipe.prior
-    scheduler = pipe.prior_scheduler or DDIMWuerstchenScheduler()
+    scheduler = DDIMWuerstchenScheduler() if pipe.prior_scheduler is None else pipe.prior_scheduler
     encoder = Encoder(pipe, empty).to(device)
     model = run.prepare(prior.requires_grad_(True))
     run.load_data()

@@ -14,7 +14,7 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import make_image_grid
 from torch import nn
 from torch.func import functional_call
-from transformers import AutoBackbone, AutoImageProcessor
+from transformers import AutoImageProcessor, AutoModel
 
 from paella_diffusers import VQModel
 from paella_diffusers.training.run import TrainingRun, training_arguments
@@ -32,19 +32,20 @@ def make_discriminator(channels: int = 64, layers: int = 3) -> nn.Sequential:
 
 
 class PerceptualLoss(nn.Module):
-    """Distance of two batches of images in the features of an image classifier, each position's of length one."""
+    """Distance of two batches of images in the feature maps of an image classifier, each position's of length one."""
 
     def __init__(self, name: str):
         super().__init__()
-        self.backbone = AutoBackbone.from_pretrained(name, out_indices=(1, 2, 3)).eval().requires_grad_(False)
+        self.classifier = AutoModel.from_pretrained(name).eval().requires_grad_(False)
         processor = AutoImageProcessor.from_pretrained(name)
         for key in ("mean", "std"):
             self.register_buffer(key, torch.tensor(getattr(processor, f"image_{key}")).view(3, 1, 1))
 
     def forward(self, images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        features = self.backbone((torch.cat([images, targets]) - self.mean) / self.std).feature_maps
+        pixels = (torch.cat([images, targets]) - self.mean) / self.std
+        features = self.classifier(pixels, output_hidden_states=True).hidden_states
         pairs = [F.normalize(feature, dim=1).chunk(2) for feature in features]
-        return sum((first - second).square().sum(1).mean() for first, second in pairs)
+        return sum((first - second).square().sum(1).mean() for first, second in pairs) / len(pairs)
 
 
 class CodebookRestarts:
@@ -92,7 +93,10 @@ def parse_args(args=None):
     add("--codebook-weight", type=float, default=1.0)
     add("--restart-every", type=int, default=1000, help="steps after which unused codes move")
     add("--restart-until", type=int, default=100_000, help="the step after which none move")
-    add("--perceptual-model", help="an image classifier of transformers whose features shall agree, as microsoft/resnet-50")
+    add(
+        "--perceptual-model",
+        help="a convolutional classifier of transformers whose features shall agree, as microsoft/resnet-50",
+    )
     add("--perceptual-weight", type=float, default=1.0)
     add("--adversarial-start", type=int, default=50_000, help="the step from which on a discriminator takes part")
     add("--adversarial-weight", type=float, default=0.8, help="0 for none")

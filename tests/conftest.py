@@ -26,6 +26,7 @@ os.environ.pop("HF_HUB_OFFLINE", None)
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from paella_diffusers import PaellaPipeline, PaellaPrior, PaellaScheduler, PaellaUNet, VQModel
@@ -199,3 +200,22 @@ def published(hub, tmp_path):
     ByT5Tokenizer().save_pretrained(hub.repo(CLIP_REPO))
     CLIPImageProcessor(size={"shortest_edge": 16}, crop_size=16).save_pretrained(hub.repo(CLIP_REPO))
     return {"original_config": golden.config, "cache_dir": tmp_path / "cache"}
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    lines = []
+    for index in range(20):
+        Image.new("RGB", (36, 32), (index * 12, 100, 200 - index * 10)).save(folder / f"{index}.png")
+        lines.append(json.dumps({"file_name": f"{index}.png", "text": [f"colour {index}", f"no. {index}"]}))
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    return str(folder)
+
+
+@pytest.fixture
+def pretrained(tmp_path):
+    """A tiny pipeline's folder. Dropout is on: its random numbers must be continued, too."""
+    tiny_pipeline().save_pretrained(tmp_path / "pretrained")
+    return str(tmp_path / "pretrained")

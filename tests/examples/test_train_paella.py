@@ -4,11 +4,11 @@ import time
 
 import pytest
 import torch
+import train_paella
 from PIL import Image
 from safetensors.torch import load_file
-from trainers import TINY, finish, pictures, pretrained, start  # noqa: F401, fixtures
+from trainers import TINY, finish, start
 
-import train_paella
 from paella_diffusers import PaellaPipeline, PaellaUNet
 
 
@@ -21,7 +21,7 @@ def identical(first: dict, second: dict) -> bool:
 
 
 @pytest.fixture
-def options(pictures, pretrained):  # noqa: F811
+def options(pictures, pretrained):
     return [*TINY, "--data", pictures, "--pretrained", pretrained, "--batch-size", "4"]
 
 
@@ -30,7 +30,7 @@ def train(options, folder, *more):
     return weights(folder)
 
 
-def test_it_trains_samples_and_publishes(options, tmp_path, pretrained):  # noqa: F811
+def test_it_trains_samples_and_publishes(options, tmp_path, pretrained):
     before = PaellaUNet.from_pretrained(pretrained, subfolder="unet").state_dict()
     folder = tmp_path / "out"
     after = train(
@@ -76,7 +76,7 @@ def test_killed_and_resumed_it_ends_as_if_it_had_not_been(options, tmp_path):
     assert not list(folder.glob("checkpoints/*.tmp"))
 
 
-def test_two_processes_train_as_one_with_twice_the_batch(options, tmp_path, pretrained):  # noqa: F811
+def test_two_processes_train_as_one_with_twice_the_batch(options, tmp_path, pretrained):
     unet = PaellaUNet.from_pretrained(pretrained, subfolder="unet")  # without dropout, which is each process's own
     PaellaUNet.from_config({**unet.config, "dropout": 0.0}).save_config(f"{pretrained}/unet")
     options = [*options, "--max-steps", "20", "--log-every", "1", "--clip-image-dropout", "0.5"]

@@ -80,7 +80,7 @@ def test_processes_share_the_samples(data, processes):
         load_stream(str(data), SampleTransform(8), process_index=i, num_processes=processes, epochs=1)
         for i in range(processes)
     ]
-    assert sorted(sum((take(stream, 100) for stream in streams), [])) == list(range(21))
+    assert sorted(number for stream in streams for number in take(stream, 100)) == list(range(21))
 
 
 def test_two_processes_have_the_batches_of_one(folder):
@@ -119,7 +119,9 @@ def test_ten_thousand_samples_of_which_two_percent_are_corrupt(tmp_path):
             sample = {"jpg": good, "txt": b"a picture", "json": b"{}"}
             if rng.random() < 0.02:
                 corrupt += 1
-                sample |= rng.choice([{"jpg": good[: len(good) // 2]}, {"jpg": b"no picture"}, {"json": b"{"}, {"txt": b"\xff"}])
+                sample |= rng.choice(
+                    [{"jpg": good[: len(good) // 2]}, {"jpg": b"no picture"}, {"json": b"{"}, {"txt": b"\xff"}]
+                )
             samples.append(sample)
         write_tar(tmp_path / f"{shard:02d}.tar", samples)
     assert 150 < corrupt < 250
@@ -140,7 +142,9 @@ def test_broken_shards_lose_what_is_broken_only(shards, caplog):
 
 
 def test_nothing_usable(shards, folder, tmp_path):
-    with pytest.raises(ValueError, match=r"No sample of 3 shards.* could be used: 0 are unreadable and 21 were filtered out"):
+    with pytest.raises(
+        ValueError, match=r"No sample of 3 shards.* could be used: 0 are unreadable and 21 were filtered out"
+    ):
         next(iter(load_stream(str(shards), SampleTransform(8, QualityFilter(min_size=1000)))))
     for path in folder.glob("*.png"):
         path.write_bytes(b"")

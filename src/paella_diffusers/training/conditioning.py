@@ -27,10 +27,9 @@ class Encoder:
     already is taken from there.
 
     Args:
-        pipe ([`PaellaPipeline`]): Of which `vqgan`, the text encoders and the image encoder may be None if batches have all
-            that they would give.
-        empty (`dict[str, torch.Tensor]`, *optional*): `prompt_embeds` and `clip_text_embeds` of "", with one row; computed by
-            the text encoders unless given.
+        pipe ([`PaellaPipeline`]): Of which the encoders may be None if batches have all that they would give.
+        empty (`dict[str, torch.Tensor]`, *optional*):
+            `prompt_embeds` and `clip_text_embeds` of "", with one row; computed by the text encoders unless given.
     """
 
     def __init__(self, pipe, empty: dict[str, torch.Tensor] | None = None):
@@ -77,9 +76,7 @@ class Encoder:
         """
         no_text, no_clip_text, no_clip_image = dropped
         size = len(batch["text"])
-        text, mask, clip_text = (
-            batch.get(name) for name in ("prompt_embeds", "prompt_attention_mask", "clip_text_embeds")
-        )
+        text, mask, clip_text = (batch.get(name) for name in ("prompt_embeds", "prompt_attention_mask", "clip_text_embeds"))
         if no_text:
             text, mask = self.empty["prompt_embeds"].expand(size, -1, -1), None
         if no_clip_text and self.empty["clip_text_embeds"] is not None:

@@ -1,8 +1,8 @@
 """
 Endless streams of training samples, from an image folder, a dataset of the Hub or WebDataset shards.
 
-What a sample looks like, its crop and its caption among several, depends on the seed, the epoch and the sample alone, so that
-runs can be repeated, continued and spread over processes. Samples that cannot be read are skipped and counted.
+What a sample looks like, its crop and its caption among several, depends on the seed, the epoch and the sample alone, so
+that runs can be repeated, continued and spread over processes. Samples that cannot be read are skipped and counted.
 """
 
 import io
@@ -61,9 +61,9 @@ class QualityFilter:
 
 class SampleTransform:
     """
-    Raw samples to tensors: `pixels` `(3, resolution, resolution)`, float32 in [0, 1]: on white where transparent, the shorter
-    side resized, then cropped at random as published; `text`, one of the captions; and arrays that were computed before,
-    in place of either.
+    Raw samples to tensors: `pixels` `(3, resolution, resolution)`, float32 in [0, 1], on white where transparent, the
+    shorter side resized, then cropped at random as published; `text`, one of the captions; and arrays that were computed
+    before, in place of either.
 
     Args:
         resolution (`int`): Pixels a side.
@@ -163,7 +163,8 @@ class SampleStream(IterableDataset):
         while self.epochs is None or self.epoch < self.epochs:
             samples, error = 0, None
             whole_epoch = self.position is None
-            for self.position, name, raw in self.raw_samples(part, parts):
+            for position, name, raw in self.raw_samples(part, parts):
+                self.position = position
                 try:
                     sample = self.transform(raw, random.Random(f"{self.seed} {self.epoch} {name}"))
                 except Exception as problem:  # whatever it is: a decoder's errors are of any kind
@@ -307,8 +308,8 @@ def collate(samples: list[dict]) -> dict:
 
 def load_stream(data: str, *args, image_column: str = "image", text_column: str | None = "text", **kwargs) -> SampleStream:
     """
-    The stream for `data`: WebDataset shards, if it is a folder with `.tar` files or a pattern as `{00000..00999}.tar`, also of
-    a URL or a `pipe:`; else a folder of images with `metadata.jsonl`; or else a dataset of the Hub, of which `train` is taken.
+    The stream for `data`: WebDataset shards, if it is a folder with `.tar` files or a pattern as `{00000..00999}.tar`, also
+    of a URL or a `pipe:`; else a folder of images with `metadata.jsonl`; or else a dataset of the Hub, its `train` split.
 
     Args:
         data (`str`): Where the data are.
@@ -325,7 +326,9 @@ def load_stream(data: str, *args, image_column: str = "image", text_column: str 
         shards = shards or expand_urls(data)
         missing = [shard for shard in shards if ":" not in shard and not Path(shard).is_file()]
         if missing:
-            raise FileNotFoundError(f"`data` names {len(shards)} shards, but {missing[0]} is not there, nor {len(missing) - 1} more.")
+            raise FileNotFoundError(
+                f"`data` names {len(shards)} shards, but {missing[0]} is not there, nor {len(missing) - 1} more."
+            )
         return ShardStream(shards, *args, **kwargs)
 
     import datasets

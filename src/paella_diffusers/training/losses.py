@@ -20,8 +20,8 @@ def corrupt(
         num_tokens (`int`): Number of different tokens.
         generator (`torch.Generator`, *optional*): The source of randomness: the mask first, then the tokens.
         part (`tuple[int, int]`, defaults to `(0, 1)`):
-            `(index, count)` if the batch is every `count`-th row, from `index` on, of one that is spread over processes: with
-            the same generator everywhere the rows get the noise that they would get in one process.
+            `(index, count)` if the batch is every `count`-th row, from `index` on, of one that is spread over processes:
+            with the same generator everywhere the rows get the noise that they would get in one process.
 
     Returns:
         The noised tokens and the mask, 1 where noised, both of the shape of `tokens`, int64.

@@ -1,4 +1,4 @@
-"""What every trainer does around its own few lines: accelerate, the data's position, checkpoints, averages, trackers, sheets."""
+"""What trainers do around their own few lines: accelerate, checkpoints, the data's position, averages, trackers, sheets."""
 
 import argparse
 import json
@@ -10,7 +10,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType, FullyShardedDataParallelPlugin, PartialState
+from accelerate import (
+    Accelerator,
+    DistributedDataParallelKwargs,
+    DistributedType,
+    FullyShardedDataParallelPlugin,
+    PartialState,
+)
 from accelerate.utils import ProjectConfiguration, broadcast_object_list, send_to_device, set_seed
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
@@ -19,7 +25,7 @@ from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
-from .data import QualityFilter, SampleStream, SampleTransform, collate, load_stream
+from .data import QualityFilter, SampleTransform, collate, load_stream
 
 
 def training_arguments(description: str, **defaults) -> argparse.ArgumentParser:
@@ -81,8 +87,8 @@ class TrainingRun:
             run.log(loss=loss)
         weights = run.finish(model)
 
-    A checkpoint has the models, optimizers, schedules, averages, the random states of every process and the data's positions:
-    a run that was killed and resumed ends as one that was not.
+    A checkpoint has the models, optimizers, schedules, averages, the random states of every process and the data's
+    positions: a run that was killed and resumed ends as one that was not.
 
     Args:
         args (`argparse.Namespace`): Of `training_arguments`.
@@ -93,7 +99,15 @@ class TrainingRun:
 
     def __init__(self, args: argparse.Namespace):
         self.args, self.step, self.models, self.loader, self.sums = args, 0, [], None, {}
-        for name in ("batch_size", "gradient_accumulation_steps", "max_steps", "save_every", "sample_every", "log_every", "keep"):
+        for name in (
+            "batch_size",
+            "gradient_accumulation_steps",
+            "max_steps",
+            "save_every",
+            "sample_every",
+            "log_every",
+            "keep",
+        ):
             if getattr(args, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}.")
         self.checkpoint = self._find_checkpoint()
@@ -109,7 +123,10 @@ class TrainingRun:
             step_scheduler_with_optimizer=False,  # else warm-up would be as many times shorter as there are processes
         )
         if fsdp is not None and self.accelerator.distributed_type == DistributedType.MULTI_CPU:
-            for state in (PartialState(), self.accelerator.state):  # torch shards on CPUs as well, accelerate does not ask it
+            for state in (
+                PartialState(),
+                self.accelerator.state,
+            ):  # torch shards on CPUs as well, accelerate does not ask it
                 state.distributed_type = DistributedType.FSDP
             self.accelerator.state.fsdp_plugin = fsdp
         self.sharded = self.accelerator.distributed_type == DistributedType.FSDP
@@ -117,7 +134,7 @@ class TrainingRun:
             raise ValueError("--ema-decay averages whole models, but FSDP has a shard in each process: leave one out.")
         if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
             self.accelerator.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = args.batch_size
-        set_seed(args.seed + self.accelerator.process_index)  # for dropout; noise has generators of its own
+        set_seed(args.seed)  # new weights are the same in every process
         self.ema = None
         self.skipped = {"unreadable": 0, "filtered": 0}
 
@@ -187,8 +204,8 @@ class TrainingRun:
 
     def batches(self, draw: Callable[[], Image.Image] | None = None) -> Iterator[dict]:
         """
-        Batches on this process's device until `--max-steps` are done; after steps it saves, logs, and has `draw` make a sheet
-        of samples, which goes to the folder `samples` and to the trackers.
+        Batches on this process's device until `--max-steps` are done; after steps it saves, logs, and has `draw` make a
+        sheet of samples, which goes to the folder `samples` and to the trackers.
         """
         args, accelerator = self.args, self.accelerator
         if accelerator.is_main_process:
@@ -197,6 +214,7 @@ class TrainingRun:
             (args.output_dir / "training_args.json").write_text(json.dumps(settings, indent=2) + "\n")
         if args.report_to != "none":
             accelerator.init_trackers("paella")
+        set_seed(args.seed, device_specific=True)  # dropout is not; and noise has generators of its own
         if self.checkpoint is not None:
             self._load(self.checkpoint)
         self.passes = self.step * args.gradient_accumulation_steps
@@ -319,8 +337,8 @@ class TrainingRun:
 
     def publish(self, result):
         """
-        Write a pipeline or a model to the output folder, in the main process, and upload it if wanted. A string is the name of
-        what the folder has already.
+        Write a pipeline or a model to the output folder, in the main process, and upload it if wanted. A string is the name
+        of what the folder has already.
         """
         args = self.args
         hub_id = args.hub_model_id or args.output_dir.name
@@ -344,7 +362,8 @@ class TrainingRun:
         if resume is None:
             if found:
                 raise ValueError(
-                    f"{folder} has the checkpoints of another run: go on with `--resume latest`, or take another --output-dir."
+                    f"{folder} has the checkpoints of another run: go on with `--resume latest`, or take another "
+                    "--output-dir."
                 )
             return None
         if resume == "latest":

@@ -32,8 +32,8 @@ class PaellaTraining:
     A pretrained pipeline with its U-Net in training and the other parts frozen.
 
     Args:
-        run ([`TrainingRun`]): With the arguments above. If its data are what `examples/precompute.py` wrote, the encoders that
-            they stand in for are not kept.
+        run ([`TrainingRun`]): With the arguments above. If its data are what `examples/precompute.py` wrote, the encoders
+            that they stand in for are not kept.
     """
 
     def __init__(self, run: TrainingRun):

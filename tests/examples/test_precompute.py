@@ -1,0 +1,86 @@
+import precompute
+import pytest
+import torch
+import train_paella
+import train_prior
+from trainers import TINY
+
+from paella_diffusers import PaellaPipeline
+from paella_diffusers.training.conditioning import Encoder
+from paella_diffusers.training.data import SampleTransform, collate, load_stream
+from paella_diffusers.training.unet import computed_embeddings
+
+
+@pytest.fixture
+def options(pictures, pretrained, tmp_path):
+    options = ["--data", pictures, "--pretrained", pretrained, "--output-dir", str(tmp_path / "computed")]
+    return [*options, "--resolution", "32", "--num-workers", "0", "--batch-size", "3", "--shard-size", "6"]
+
+
+def read(folder, **kwargs):
+    stream = load_stream(str(folder), SampleTransform(32), shuffle=False, epochs=1, **kwargs)
+    return {sample["text"]: sample for sample in stream}
+
+
+def test_computed_is_what_would_be_computed(options, pictures, pretrained, tmp_path):
+    precompute.main(precompute.parse_args(options))
+    computed = read(tmp_path / "computed")
+    assert len(list((tmp_path / "computed").glob("*.tar"))) == 4 and len(computed) == 20
+    encoder = Encoder(PaellaPipeline.from_pretrained(pretrained))
+    originals = load_stream(pictures, SampleTransform(32), epochs=1)  # the same seed: the same crops and captions
+    for sample in originals:
+        batch, other = collate([sample]), collate([computed[sample["text"]]])
+        assert torch.equal(encoder.tokens(batch), encoder.tokens(other))
+        for dropped in ((False, False, False), (True, True, True)):
+            expected, found = encoder.conditioning(batch, dropped), encoder.conditioning(other, dropped)
+            for name, value in expected.items():
+                assert (value is None) == (found[name] is None)
+                if value is not None:
+                    torch.testing.assert_close(found[name], value, atol=2e-3, rtol=2e-3)
+    empty, spare = computed_embeddings(str(tmp_path / "computed"))
+    assert empty["prompt_embeds"].shape == (1, 1, 16) and spare == ["text_encoder", "text_encoder_2", "image_encoder"]
+
+
+@pytest.mark.parametrize("prompts", [[], ["--prompts", "red"]])
+def test_training_on_it(options, pretrained, tmp_path, prompts):
+    precompute.main(precompute.parse_args(options))
+    train = [
+        *TINY,
+        "--data",
+        str(tmp_path / "computed"),
+        "--pretrained",
+        pretrained,
+        "--max-steps",
+        "2",
+        "--batch-size",
+        "4",
+    ]
+    more = ["--output-dir", str(tmp_path / "unet"), "--clip-image-dropout", "0", "--sample-every", "2", *prompts]
+    train_paella.main(train_paella.parse_args([*train, *more]))
+    assert PaellaPipeline.from_pretrained(tmp_path / "unet").text_encoder is not None  # what is published is whole
+    train_prior.main(train_prior.parse_args([*train, "--output-dir", str(tmp_path / "prior")]))
+
+
+def test_tokens_alone(options, pretrained, tmp_path):
+    precompute.main(precompute.parse_args([*options, "--parts", "tokens"]))
+    sample = next(iter(read(tmp_path / "computed").values()))
+    assert sample["tokens"].dtype == torch.int16 and sample.keys() == {"text", "tokens", "unreadable", "filtered"}
+    train = [*TINY, "--data", str(tmp_path / "computed"), "--pretrained", pretrained, "--max-steps", "1"]
+    train_paella.main(train_paella.parse_args([*train, "--output-dir", str(tmp_path / "out")]))
+
+
+def test_interrupted_it_goes_on(options, tmp_path, monkeypatch):
+    whole = precompute.compute
+
+    def interrupted(encoder, batch, parts, calls=[]):
+        calls.append(1)
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+        return whole(encoder, batch, parts)
+
+    monkeypatch.setattr(precompute, "compute", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        precompute.main(precompute.parse_args(options))
+    assert [path.name for path in sorted((tmp_path / "computed").glob("*.tar"))] == ["0000-000000.tar", "0000-000001.tar"]
+    precompute.main(precompute.parse_args(options))
+    assert len(read(tmp_path / "computed")) == 20

@@ -1,0 +1,30 @@
+import torch
+import train_prior
+from trainers import TINY
+
+from paella_diffusers import PaellaPipeline, PaellaPrior
+
+
+def test_it_trains_and_publishes(pictures, pretrained, tmp_path):
+    options = [*TINY, "--data", pictures, "--pretrained", pretrained, "--output-dir", str(tmp_path / "out")]
+    options += ["--batch-size", "8", "--max-steps", "3", "--ema-start", "1"]
+    train_prior.main(train_prior.parse_args(options))
+    pipe = PaellaPipeline.from_pretrained(tmp_path / "out")
+    before = PaellaPrior.from_pretrained(pretrained, subfolder="prior").state_dict()
+    assert any(not torch.equal(before[name], weight) for name, weight in pipe.prior.state_dict().items())
+    assert pipe("red", num_inference_steps=2, prior_num_inference_steps=2, use_prior=True).images
+
+
+def test_it_learns(pictures, pretrained, tmp_path):
+    """The noise in embeddings that are all alike can be told at once."""
+    sizes = '{"embedding_dim": 12, "hidden_dim": 32, "time_embed_dim": 8, "num_layers": 2}'
+    options = [*TINY, "--data", pictures, "--pretrained", pretrained, "--output-dir", str(tmp_path / "out")]
+    options += ["--batch-size", "20", "--max-steps", "150", "--from-scratch", "--prior-config", sizes]
+    options += ["--learning-rate", "3e-3", "--ema-start", "100", "--text-dropout", "0"]
+    train_prior.main(train_prior.parse_args(options))
+    torch.manual_seed(0)
+    prior = PaellaPrior.from_pretrained(tmp_path / "out", subfolder="prior")
+    noise = torch.randn(200, 12)
+    with torch.no_grad():
+        predicted = prior(noise, torch.full((200,), 0.99), torch.zeros(200, 12)).sample
+    assert (predicted - noise).square().mean() < 0.3

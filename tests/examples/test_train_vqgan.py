@@ -1,0 +1,68 @@
+import pytest
+import torch
+import train_vqgan
+from PIL import Image
+from trainers import TINY
+from transformers import ConvNextConfig, ConvNextImageProcessor, ConvNextModel
+
+from paella_diffusers import VQModel
+
+SIZES = ["--embed-dim", "16", "--bottleneck-blocks", "1", "--num-vq-embeddings", "32"]
+
+
+@pytest.fixture
+def options(pictures):
+    return [*TINY, *SIZES, "--data", pictures, "--batch-size", "4", "--adversarial-start", "3", "--log-every", "1"]
+
+
+def train(options, folder, *more) -> VQModel:
+    train_vqgan.main(train_vqgan.parse_args([*options, "--output-dir", str(folder), *map(str, more)]))
+    return VQModel.from_pretrained(folder)
+
+
+@pytest.fixture
+def classifier(tmp_path):
+    config = ConvNextConfig(hidden_sizes=[8, 8, 8, 8], depths=[1, 1, 1, 1], image_size=32)
+    ConvNextModel(config).save_pretrained(tmp_path / "classifier")
+    ConvNextImageProcessor().save_pretrained(tmp_path / "classifier")
+    return tmp_path / "classifier"
+
+
+def test_all_losses(options, tmp_path, classifier):
+    options += ["--perceptual-model", str(classifier), "--restart-every", "2"]
+    vqgan = train(options, tmp_path / "out", "--max-steps", 6, "--sample-every", 6)
+    assert vqgan.config.num_vq_embeddings == 32
+    assert Image.open(tmp_path / "out" / "samples" / "00000006.png").size == (4 * 32, 2 * 32)
+
+
+def test_it_learns_and_uses_its_codes(options, tmp_path):
+    torch.manual_seed(0)
+    before = VQModel(embed_dim=16, bottleneck_blocks=1, num_vq_embeddings=32).eval()
+    options += ["--adversarial-weight", "0", "--learning-rate", "3e-3", "--batch-size", "20", "--restart-every", "20"]
+    after = train(options, tmp_path / "out", "--max-steps", 200, "--restart-until", 100)
+    # the pictures of the data set
+    pixels = (
+        torch.stack([torch.tensor([i * 12, 100, 200 - i * 10]) for i in range(20)]).view(20, 3, 1, 1).expand(-1, -1, 32, 32)
+    )
+    pixels = pixels / 255
+    with torch.no_grad():
+        errors = [(vqgan(pixels).sample - pixels).square().mean() for vqgan in (before, after)]
+    assert errors[1] < errors[0] / 20
+    assert len(after.encode(pixels).indices.unique()) >= 8
+
+
+def test_with_the_decoder_only_tokens_stay(options, tmp_path, pretrained):
+    options = [*options, "--pretrained", pretrained, "--subfolder", "vqgan", "--decoder-only", "--max-steps", "4"]
+    after = train(options, tmp_path / "out")
+    before = VQModel.from_pretrained(pretrained, subfolder="vqgan")
+    pixels = torch.rand(2, 3, 32, 32)
+    assert torch.equal(before.encode(pixels).indices, after.encode(pixels).indices)
+    assert not torch.equal(before(pixels).sample, after(pixels).sample)
+
+
+def test_resumed_it_ends_as_if_not_interrupted(options, tmp_path):
+    options += ["--restart-every", "3"]
+    expected = train(options, tmp_path / "whole", "--max-steps", 6).state_dict()
+    train(options, tmp_path / "parts", "--max-steps", 4)
+    resumed = train(options, tmp_path / "parts", "--max-steps", 6, "--resume", "latest").state_dict()
+    assert all(torch.equal(resumed[name], expected[name]) for name in expected)
