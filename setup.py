@@ -31,7 +31,8 @@ setup(
     ],
     extras_require={
         "emoji": ["resvg_py>=0.2", "tqdm"],  # examples/train_emoji.py
-        "train": ["peft>=0.17"],  # LoRA adapters
+        # LoRA adapters, and the trainers in examples/
+        "train": ["peft>=0.17", "datasets>=3.0", "webdataset>=0.2.100", "torchdata>=0.11", "tensorboard>=2.15"],
         "test": ["pytest>=8.0", "ruff", "flow_matching", "scipy"],
     },
     entry_points={"console_scripts": ["paella-diffusers = paella_diffusers.cli:main"]},

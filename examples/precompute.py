@@ -58,17 +58,20 @@ def npy(array: torch.Tensor) -> bytes:
 @torch.no_grad()
 def compute(encoder: Encoder, batch: dict, parts: list[str]) -> list[dict]:
     """One dictionary of files for each sample of a batch."""
-    conditioning = encoder.conditioning(batch, (False, False, "clip_image_embeds" not in parts))
-    lengths = [None] * len(batch["text"])
-    if conditioning["encoder_attention_mask"] is not None:
-        lengths = conditioning["encoder_attention_mask"].sum(1).tolist()
-    arrays = {
-        "tokens": encoder.tokens(batch),
-        "prompt_embeds": [rows[:length] for rows, length in zip(conditioning["encoder_hidden_states"], lengths)],
-        "clip_text_embeds": conditioning["clip_text_embeds"],
-        "clip_image_embeds": conditioning["clip_image_embeds"],
-    }
-    arrays = {name: arrays[name] for name in parts if arrays[name] is not None}
+    arrays = {}
+    if "tokens" in parts:
+        arrays["tokens"] = encoder.tokens(batch)
+    if "clip_image_embeds" in parts:
+        arrays["clip_image_embeds"] = encoder.clip_image_embeds(batch)
+    if "prompt_embeds" in parts or "clip_text_embeds" in parts:
+        text = encoder.conditioning(batch, (False, False, True))
+        if "clip_text_embeds" in parts:
+            arrays["clip_text_embeds"] = text["clip_text_embeds"]
+        if "prompt_embeds" in parts:  # without padding
+            mask, embeds = text["encoder_attention_mask"], text["encoder_hidden_states"]
+            lengths = [None] * len(embeds) if mask is None else mask.sum(1).tolist()
+            arrays["prompt_embeds"] = [rows[:length] for rows, length in zip(embeds, lengths)]
+    arrays = {name: array for name, array in arrays.items() if array is not None}
     samples = [{f"{name}.npy": npy(array[row]) for name, array in arrays.items()} for row in range(len(batch["text"]))]
     return [files | {"txt": text} for files, text in zip(samples, batch["text"])]
 

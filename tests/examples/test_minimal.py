@@ -1,10 +1,7 @@
-import sys
 from pathlib import Path
 
-from PIL import Image
-
-sys.path.insert(0, str(Path(__file__).parent.parent.parent / "examples"))
 import minimal
+from PIL import Image
 
 
 def test_it_trains_and_draws_in_less_than_140_lines(tmp_path, capsys):

@@ -1,13 +1,9 @@
 """The script that trained the embedded model, on a few random pictures and for a few steps."""
 
 import random
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 import train_emoji
 
 

@@ -62,8 +62,8 @@ class QualityFilter:
 class SampleTransform:
     """
     Raw samples to tensors: `pixels` `(3, resolution, resolution)`, float32 in [0, 1], on white where transparent, the
-    shorter side resized, then cropped at random as published; `text`, one of the captions; and arrays that were computed
-    before, in place of either.
+    shorter side resized, then cropped at random as published; `text`, one of the captions. Or arrays that were computed from
+    the picture and the caption before, instead of the picture.
 
     Args:
         resolution (`int`): Pixels a side.
@@ -86,7 +86,7 @@ class SampleTransform:
         arrays = {name: np.load(io.BytesIO(raw[name]), allow_pickle=False) for name in ARRAYS if name in raw}
         sample = {name: torch.from_numpy(array) for name, array in arrays.items()}
         image = raw["image"]
-        if "tokens" not in sample:
+        if not arrays:
             image = Image.open(io.BytesIO(image) if isinstance(image, bytes) else image)
         if self.quality is not None:
             metadata = raw["metadata"]
@@ -100,7 +100,7 @@ class SampleTransform:
         if not isinstance(text, str):
             raise ValueError("it has no caption")
         sample["text"] = text
-        if "tokens" not in sample:
+        if not arrays:
             sample["pixels"] = self._pixels(image, rng)
         return sample
 

@@ -7,6 +7,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -172,7 +173,7 @@ class TrainingRun:
 
     def _optimizer_class(self):
         if not self.args.adam_8bit:
-            return torch.optim.AdamW
+            return partial(torch.optim.AdamW, fused=True)
         try:
             from bitsandbytes.optim import AdamW8bit
         except ImportError as error:
@@ -181,8 +182,10 @@ class TrainingRun:
 
     def load_data(self, **transform_options):
         """Make the loader for `--data`, of this process's share of the samples. Options are those of `SampleTransform`."""
-        from torchdata.stateful_dataloader import StatefulDataLoader
-
+        try:
+            from torchdata.stateful_dataloader import StatefulDataLoader
+        except ImportError as error:
+            raise ImportError("Training needs torchdata: pip install 'paella-diffusers[train]'") from error
         args = self.args
         wanted = (args.min_size, args.max_watermark, args.min_aesthetic, args.max_unsafe)
         quality = None if all(value is None for value in wanted) else QualityFilter(*wanted)
