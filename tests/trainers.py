@@ -9,12 +9,12 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 TINY = ["--num-workers", "0", "--resolution", "32", "--report-to", "none", "--warmup-steps", "2"]
 
 
-def start(script: str, *args, processes: int = 1, **environment) -> subprocess.Popen:
+def start(script: str, *args, processes: int = 1, config: str = "ddp", **environment) -> subprocess.Popen:
     """A trainer in a process of its own, or in several through `accelerate launch`, on CPUs."""
     command = [sys.executable]
     if processes > 1:
-        command += ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes)]
-        command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+        command += ["-m", "accelerate.commands.launch", "--config_file", str(EXAMPLES / "configs" / f"{config}.yaml")]
+        command += ["--num_processes", str(processes), "--mixed_precision", "no", "--main_process_port", "0"]
         environment = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"} | environment
     return subprocess.Popen(
         [*command, str(script if "/" in str(script) else EXAMPLES / script), *map(str, args)],

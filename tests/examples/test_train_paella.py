@@ -91,19 +91,11 @@ def test_two_processes_train_as_one_with_twice_the_batch(options, tmp_path, pret
 
 def test_fsdp(options, tmp_path):
     """Two processes with half of each weight; checkpoints are continued, and what is published is whole."""
-    fsdp = {
-        "ACCELERATE_USE_FSDP": "true",
-        "FSDP_VERSION": "2",
-        "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
-        "FSDP_TRANSFORMER_CLS_TO_WRAP": "PaellaBlock",
-        "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
-        "FSDP_RESHARD_AFTER_FORWARD": "true",
-    }
     folder = tmp_path / "out"
     options = [*options, "--output-dir", folder, "--save-every", 2, "--log-every", 1]
-    finish(start("train_paella.py", *options, "--max-steps", 3, processes=2, **fsdp))
+    finish(start("train_paella.py", *options, "--max-steps", 3, processes=2, config="fsdp"))
     shutil.rmtree(folder / "unet")
-    finish(start("train_paella.py", *options, "--max-steps", 6, "--resume", "latest", processes=2, **fsdp))
+    finish(start("train_paella.py", *options, "--max-steps", 6, "--resume", "latest", processes=2, config="fsdp"))
     sharded = weights(folder)
     assert PaellaPipeline.from_pretrained(folder)("red", num_inference_steps=2).images[0].size == (32, 32)
     assert all(weight.isfinite().all() for weight in sharded.values())

@@ -1,0 +1,31 @@
+"""The launch configurations; `test_train_paella.py` trains with FSDP's."""
+
+import os
+import subprocess
+import sys
+
+import train_paella
+from accelerate.commands.launch import launch_command_parser
+from trainers import EXAMPLES
+
+
+def test_the_published_case_under_slurm(tmp_path):
+    """With stand-ins for Slurm's commands, two nodes launch what accelerate and the trainer understand."""
+    (tmp_path / "scontrol").write_text("#!/bin/sh\necho node-a\necho node-b\n")
+    (tmp_path / "srun").write_text('#!/bin/sh\nfor i in 0 1; do SLURM_NODEID=$i "$@"; done\n')
+    (tmp_path / "accelerate").write_text(f"#!{sys.executable}\nimport sys\nprint(*sys.argv[1:], sep='\\n')\nprint('=====')\n")
+    for name in ("scontrol", "srun", "accelerate"):
+        (tmp_path / name).chmod(0o755)
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    environment |= {"SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "node-[a-b]", "DATA": "a folder/{0..9}.tar"}
+    script = EXAMPLES / "configs" / "train_paella.sbatch"
+    output = subprocess.run(["bash", script], env=environment, check=True, capture_output=True, text=True).stdout
+    commands = [command.strip().splitlines() for command in output.split("=====\n") if command]
+    for rank, command in enumerate(commands):
+        assert command[0] == "launch"
+        launch = launch_command_parser().parse_args(command[1:])
+        assert (launch.machine_rank, launch.num_machines, launch.num_processes) == (rank, 2, 16)
+        assert launch.main_process_ip == "node-a"
+        args = train_paella.parse_args(launch.training_script_args)
+        assert args.data == "a folder/{0..9}.tar" and len(args.prompts) == 2 and args.resume == "latest"
+    assert len(commands) == 2
