@@ -5,8 +5,9 @@ Train the text-to-image Paella that ships inside the package, from nothing to th
     python examples/train_emoji.py --work-dir emoji-training --output-dir my-emoji
 
 It fetches two npm packages (`npm` must be installed): Microsoft's Fluent Emoji icons and a set of emoji keywords, both MIT.
-Then it trains on two CPU cores for some three hours: (1) a VQGAN; (2) the two text encoders, contrastively against a small
-image network, which is thrown away; (3) the U-Net, with the published loss. Each stage saves to the work folder every
+Then it trains on two CPU cores for some four hours: (1) a VQGAN; (2) the two text encoders, contrastively against a small
+image network, which is thrown away; (3) the U-Net, with the published loss; (4) CLIP's image encoder; and with the trainers
+beside this script (5) the VQGAN's decoder, (6) the prior and (7) the U-Net again. Each stage saves to the work folder every
 few minutes; run the same command again to resume. Sample sheets are drawn there.
 """
 
@@ -18,6 +19,7 @@ import os
 import random
 import re
 import subprocess
+import sys
 import tarfile
 import time
 from collections import Counter
@@ -33,6 +35,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers import (
     ByT5Tokenizer,
+    CLIPImageProcessor,
     CLIPTextConfig,
     CLIPTextModelWithProjection,
     CLIPVisionConfig,
@@ -527,6 +530,61 @@ def train_unet(vqgan, encoders, images, captions, steps: int, work_dir: Path, co
     return pipe
 
 
+def write_dataset(folder: Path, names: list[str], images: torch.Tensor, captions: Captions, count: int = 200):
+    """A folder of images with `metadata.jsonl`, as the trainers read it, with `count` captions an icon."""
+    folder.mkdir(exist_ok=True)
+    lines = []
+    for index, (name, image) in enumerate(zip(names, images)):
+        file_name, rng = f"{name.replace(' ', '-')}.png", random.Random(index)
+        Image.fromarray((image * 255).round().byte().permute(1, 2, 0).numpy()).save(folder / file_name)
+        texts = [captions.draw(index, rng, plain=0.5) for _ in range(count)]
+        lines.append(json.dumps({"file_name": file_name, "text": texts}))
+    (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+
+
+def trainer(script: str, output: Path, *options):
+    """One of the scripts beside this one, unless it is done; started again, it goes on."""
+    if any((output / name).exists() for name in ("model_index.json", "config.json", "empty.safetensors")):
+        return
+    if script != "precompute.py":
+        options = (*options, "--resume", "latest", "--report-to", "none")
+    command = [sys.executable, Path(__file__).parent / script, "--output-dir", output, "--resolution", SIZE, *options]
+    subprocess.run([str(part) for part in command], check=True)
+
+
+def refine(pipe: PaellaPipeline, icons: Path, work_dir: Path) -> PaellaPipeline:
+    """Let the trainers do the rest: a better decoder for the same tokens, a prior, and a U-Net that knows CLIP images."""
+    pipe.save_pretrained(work_dir / "first")
+    smooth = ["--lr-scheduler", "cosine", "--weight-decay", "0", "--adam-beta2", "0.99"]
+    bf16 = ["--mixed-precision", "bf16"]
+    # fmt: off
+    trainer(
+        "train_vqgan.py", work_dir / "vqgan-decoder", "--data", icons, "--pretrained", work_dir / "first",
+        "--subfolder", "vqgan", "--decoder-only", "--adversarial-weight", "0", "--learning-rate", "1e-3",
+        "--warmup-steps", "50", "--max-steps", "4500", *smooth, *bf16, "--num-workers", "0",
+    )
+    pipe.vqgan = VQModel.from_pretrained(work_dir / "vqgan-decoder")
+    pipe.save_pretrained(work_dir / "second")
+    trainer(
+        "precompute.py", work_dir / "computed", "--data", icons, "--pretrained", work_dir / "second", "--epochs", "20",
+        "--parts", "tokens", "clip_text_embeds", "clip_image_embeds", "--batch-size", "64", "--num-workers", "0",
+    )
+    trainer(
+        "train_prior.py", work_dir / "prior", "--data", work_dir / "computed", "--pretrained", work_dir / "second",
+        "--from-scratch", "--prior-config", '{"embedding_dim": 256, "hidden_dim": 192, "num_layers": 2}',
+        "--learning-rate", "2e-3", "--warmup-steps", "100", "--max-steps", "6000", "--batch-size", "256",
+        "--ema-start", "1000", *smooth, "--num-workers", "0",
+    )
+    trainer(
+        "train_paella.py", work_dir / "paella", "--data", work_dir / "computed", "--pretrained", work_dir / "prior",
+        "--label-smoothing", "0", "--text-dropout", "0.15", "--clip-text-dropout", "0.3", "--clip-image-dropout", "0.5",
+        "--learning-rate", "3e-4", "--warmup-steps", "50", "--max-steps", "1000", "--batch-size", "64", *smooth, *bf16,
+        "--prompts", *SHEET, "--guidance-scale", "1.5", "--sample-every", "250", "--save-every", "100", "--num-workers", "0",
+    )
+    # fmt: on
+    return PaellaPipeline.from_pretrained(work_dir / "paella")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work-dir", type=Path, default=Path("emoji-training"), help="downloads, checkpoints, samples")
@@ -536,6 +594,7 @@ def main():
     parser.add_argument("--text-steps", type=int, default=1000, help="with the image network")
     parser.add_argument("--text-all-steps", type=int, default=1800, help="against all images at once")
     parser.add_argument("--unet-steps", type=int, default=7500)
+    parser.add_argument("--image-steps", type=int, default=700, help="of the CLIP image encoder")
     parser.add_argument("--compile", action="store_true", help="the U-Net, with torch.compile; needs g++")
     args = parser.parse_args()
 
@@ -547,6 +606,11 @@ def main():
     vqgan = train_vqgan(images, args.vqgan_steps, args.coarse_steps, args.work_dir)
     encoders = train_text(images, captions, args.text_steps, args.text_all_steps, args.work_dir)
     pipe = train_unet(vqgan, encoders, images, captions, args.unet_steps, args.work_dir, args.compile)
+    image_encoder = train_image_encoder(images, captions, encoders, args.image_steps, args.work_dir)
+    processor = CLIPImageProcessor(size={"shortest_edge": SIZE}, crop_size=SIZE)
+    pipe.register_modules(image_encoder=image_encoder, feature_extractor=processor)
+    write_dataset(args.work_dir / "icons", names, images, captions)
+    pipe = refine(pipe, args.work_dir / "icons", args.work_dir)
     pipe.to(torch.float16, silence_dtype_warnings=True).save_pretrained(args.output_dir)
     print(f"The pipeline is in {args.output_dir}.")
 

@@ -13,7 +13,8 @@ def test_the_published_case_under_slurm(tmp_path):
     """With stand-ins for Slurm's commands, two nodes launch what accelerate and the trainer understand."""
     (tmp_path / "scontrol").write_text("#!/bin/sh\necho node-a\necho node-b\n")
     (tmp_path / "srun").write_text('#!/bin/sh\nfor i in 0 1; do SLURM_NODEID=$i "$@"; done\n')
-    (tmp_path / "accelerate").write_text(f"#!{sys.executable}\nimport sys\nprint(*sys.argv[1:], sep='\\n')\nprint('=====')\n")
+    script = f"#!{sys.executable}\nimport sys\nprint(*sys.argv[1:], '=====', sep='\\n')\n"
+    (tmp_path / "accelerate").write_text(script)
     for name in ("scontrol", "srun", "accelerate"):
         (tmp_path / name).chmod(0o755)
     environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}

@@ -1,10 +1,15 @@
 """The script that trained the embedded model, on a few random pictures and for a few steps."""
 
+import importlib
 import random
+from pathlib import Path
 
 import pytest
 import torch
 import train_emoji
+from transformers import CLIPImageProcessor
+
+from paella_diffusers import EMOJI_MODEL, PaellaPipeline
 
 
 @pytest.fixture
@@ -28,6 +33,29 @@ def test_all_stages_make_a_pipeline(images, captions, tmp_path):
     # a finished run is found again, not repeated
     again = train_emoji.train_unet(vqgan, encoders, images, captions, steps=2, work_dir=tmp_path, compile=False)
     assert all(torch.equal(a, b) for a, b in zip(pipe.unet.parameters(), again.unet.parameters()))
+
+
+def test_the_trainers_take_it_from_there(images, captions, tmp_path, monkeypatch):
+    """With one step each, and in this process."""
+
+    def run(command, check):
+        script = importlib.import_module(Path(command[1]).stem)
+        args = script.parse_args(command[2:])
+        vars(args).update({"max_steps": 1, "batch_size": 4, "epochs": 1, "mixed_precision": None, "sample_every": 1})
+        script.main(args)
+
+    monkeypatch.setattr(train_emoji.subprocess, "run", run)
+    monkeypatch.setattr(train_emoji, "SHEET", ["icon 1"])
+    torch.manual_seed(0)
+    pipe = PaellaPipeline.from_pretrained(EMOJI_MODEL)
+    encoders = train_emoji.TextEncoders()
+    image_encoder = train_emoji.train_image_encoder(images, captions, encoders, steps=1, work_dir=tmp_path)
+    processor = CLIPImageProcessor(size={"shortest_edge": 64}, crop_size=64)
+    pipe.register_modules(image_encoder=image_encoder, feature_extractor=processor)
+    train_emoji.write_dataset(tmp_path / "icons", captions.names[:8], images[:8], captions, count=3)
+    refined = train_emoji.refine(pipe, tmp_path / "icons", tmp_path)
+    assert refined.prior is not None and refined("icon 1", num_inference_steps=2).images[0].size == (64, 64)
+    assert (tmp_path / "paella" / "samples" / "00000001.png").exists()
 
 
 def test_a_resumed_stage_ends_as_an_uninterrupted_one(tmp_path):

@@ -1,6 +1,6 @@
 import torch
 
-from paella_diffusers.training import corrupt, loss_weights, paella_loss
+from paella_diffusers.training import corrupt, draw_timesteps, loss_weights, paella_loss
 
 
 def test_golden_step(golden, golden_models):
@@ -23,3 +23,20 @@ def test_corrupt_replaces_the_wanted_fraction():
     assert fraction[0] < 0.001 and abs(fraction[1] - 0.5) < 0.03 and fraction[2] == 1
     assert torch.equal(noised.ne(0) & mask.eq(0), torch.zeros_like(mask, dtype=torch.bool))
     assert noised.max() > 900
+
+
+def test_timesteps_are_the_published_ones():
+    timestep = draw_timesteps(10_000, torch.Generator().manual_seed(0))
+    uniform = torch.rand(10_000, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(timestep, (1.001 - uniform).clamp(0.001, 1))
+    assert timestep.min() >= 0.001 and timestep.max() == 1
+
+
+def test_processes_have_the_noise_of_one():
+    tokens, t = torch.randint(50, (6, 8, 8)), torch.rand(6)
+    whole = corrupt(tokens, t, 50, torch.Generator().manual_seed(0))
+    times = draw_timesteps(6, torch.Generator().manual_seed(0))
+    for index in range(2):
+        part = corrupt(tokens[index::2], t[index::2], 50, torch.Generator().manual_seed(0), (index, 2))
+        assert all(torch.equal(mine, all_of_them[index::2]) for mine, all_of_them in zip(part, whole))
+        assert torch.equal(draw_timesteps(3, torch.Generator().manual_seed(0), (index, 2)), times[index::2])
