@@ -443,6 +443,10 @@ def train_image_encoder(images: torch.Tensor, captions: Captions, encoders: Text
     def embed(pixels):
         return encoder((pixels - mean) / std).image_embeds.float()
 
+    with torch.no_grad():
+        text_of_names = torch.cat([encoders.encode(captions.names[i : i + 256])[2] for i in range(0, len(images), 256)])
+    text_of_names = F.normalize(text_of_names.float(), dim=1)
+
     def loss(step):
         rows, rng = batch(step, 128, len(images)), random.Random(f"image {step}")
         pixels = F.pad(images[rows], (8, 8, 8, 8), value=1.0)
@@ -450,18 +454,18 @@ def train_image_encoder(images: torch.Tensor, captions: Captions, encoders: Text
         left, top = (round(share * (80 - side)) for share in (left, top))
         pixels = F.interpolate(pixels[..., top : top + side, left : left + side], SIZE, mode="bilinear", antialias=True)
         with torch.no_grad():
-            text = encoders.encode([captions.draw(i, rng, plain=0.5) for i in rows.tolist()])[2].float()
+            text = encoders.encode([captions.draw(i, rng, plain=0.0) for i in rows.tolist()])[2].float()
         with torch.autocast("cpu", torch.bfloat16):
-            image = embed(pixels)
-        similarities = 20 * F.normalize(text, dim=1) @ F.normalize(image, dim=1).T
-        target = torch.arange(len(rows))
-        return (F.cross_entropy(similarities, target) + F.cross_entropy(similarities.T, target)) / 2
+            image = F.normalize(embed(pixels), dim=1)
+        similarities = 20 * F.normalize(text, dim=1) @ image.T  # to sentences in the batch, and to the names of all icons
+        return (
+            F.cross_entropy(similarities, torch.arange(len(rows))) + F.cross_entropy(20 * image @ text_of_names.T, rows)
+        ) / 2
 
     @torch.no_grad()
     def report(step):
         image = F.normalize(torch.cat([embed(part) for part in images.split(256)]), dim=1)
-        text = torch.cat([encoders.encode(captions.names[i : i + 256])[2] for i in range(0, len(images), 256)])
-        right = (F.normalize(text, dim=1) @ image.T).argmax(1) == torch.arange(len(images))
+        right = (text_of_names @ image.T).argmax(1) == torch.arange(len(images))
         tqdm.write(f"image encoder, step {step}: {right.float().mean():.1%} of names find their icon")
 
     optimizers = muon_and_adam(encoder, keep_adam=("embed",))

@@ -76,6 +76,16 @@ def test_killed_and_resumed_it_ends_as_if_it_had_not_been(options, tmp_path):
     assert not list(folder.glob("checkpoints/*.tmp"))
 
 
+def test_a_run_resumed_from_an_earlier_checkpoint_leaves_the_later_ones(options, tmp_path):
+    folder = tmp_path / "out"
+    expected = train(options, folder, "--max-steps", 6, "--save-every", 2, "--keep", 5)
+    names = lambda: sorted(path.name for path in (folder / "checkpoints").iterdir())
+    assert names() == ["00000002", "00000004", "00000006"]
+    earlier = folder / "checkpoints" / "00000002"
+    again = train(options, folder, "--max-steps", 6, "--save-every", 3, "--keep", 2, "--resume", earlier)
+    assert names() == ["00000003", "00000006"] and identical(again, expected)
+
+
 def test_two_processes_train_as_one_with_twice_the_batch(options, tmp_path, pretrained):
     unet = PaellaUNet.from_pretrained(pretrained, subfolder="unet")  # without dropout, which is each process's own
     PaellaUNet.from_config({**unet.config, "dropout": 0.0}).save_config(f"{pretrained}/unet")
@@ -109,5 +119,5 @@ def test_clear_errors(options, tmp_path):
         train(options, tmp_path / "out", "--max-steps", 1, "--resume", "nowhere")
     with pytest.raises(ValueError, match="--batch-size must be at least 1, got 0"):
         train(options, tmp_path / "new", "--batch-size", 0)
-    with pytest.raises(FloatingPointError, match="is not finite: lower --learning-rate"):
+    with pytest.raises(FloatingPointError, match="the loss is nan: lower --learning-rate"):
         train(options, tmp_path / "far", "--max-steps", 30, "--learning-rate", 1e30, "--log-every", 1, "--warmup-steps", 0)

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import os
 import shutil
 import time
@@ -100,15 +101,8 @@ class TrainingRun:
 
     def __init__(self, args: argparse.Namespace):
         self.args, self.step, self.models, self.loader, self.sums = args, 0, [], None, {}
-        for name in (
-            "batch_size",
-            "gradient_accumulation_steps",
-            "max_steps",
-            "save_every",
-            "sample_every",
-            "log_every",
-            "keep",
-        ):
+        counts = "batch_size gradient_accumulation_steps max_steps save_every sample_every log_every keep"
+        for name in counts.split():
             if getattr(args, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}.")
         self.checkpoint = self._find_checkpoint()
@@ -124,10 +118,8 @@ class TrainingRun:
             step_scheduler_with_optimizer=False,  # else warm-up would be as many times shorter as there are processes
         )
         if fsdp is not None and self.accelerator.distributed_type == DistributedType.MULTI_CPU:
-            for state in (
-                PartialState(),
-                self.accelerator.state,
-            ):  # torch shards on CPUs as well, accelerate does not ask it
+            # torch shards on CPUs as well, but accelerate does not ask it to
+            for state in (PartialState(), self.accelerator.state):
                 state.distributed_type = DistributedType.FSDP
             self.accelerator.state.fsdp_plugin = fsdp
         self.sharded = self.accelerator.distributed_type == DistributedType.FSDP
@@ -150,20 +142,19 @@ class TrainingRun:
 
     # ------------------------------------------------------------------------------------------------------------ set-up
 
-    def prepare(self, model: nn.Module, parameters=None) -> nn.Module:
+    def prepare(self, model: nn.Module) -> nn.Module:
         """Give a model an optimizer and a schedule, and make it parallel. The first one is that which is averaged."""
         args = self.args
         if args.gradient_checkpointing and hasattr(model, "enable_gradient_checkpointing"):
             model.enable_gradient_checkpointing()
         if args.compile and hasattr(model, "compile_repeated_blocks"):
             model.compile_repeated_blocks()
-        parameters = list(parameters or (p for p in model.parameters() if p.requires_grad))
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         options = dict(lr=args.learning_rate, betas=(0.9, args.adam_beta2), weight_decay=args.weight_decay)
         optimizer = self._optimizer_class()(parameters, **options)
         lengths = dict(num_warmup_steps=args.warmup_steps, num_training_steps=args.max_steps)
         schedule = get_scheduler(args.lr_scheduler, optimizer, **lengths)
-        first = not self.models
-        if first and args.ema_decay is not None:
+        if not self.models and args.ema_decay is not None:
             self.ema = EMAModel(parameters, args.ema_decay, update_after_step=args.ema_start, foreach=True)
             self.ema.to(self.accelerator.device)
             self.accelerator.register_for_checkpointing(self.ema)
@@ -240,9 +231,10 @@ class TrainingRun:
             self.step += 1
             progress.update()
             last = self.step == args.max_steps
-            if last or self.step % args.log_every == 0:
-                self._report(progress)
-            if last or self.step % args.save_every == 0:
+            save = last or self.step % args.save_every == 0
+            if save or self.step % args.log_every == 0:
+                self._report(progress)  # and fail before a checkpoint of nothing replaces a good one
+            if save:
                 self._save()
             if draw is not None and (last or self.step % args.sample_every == 0):
                 self._draw(draw)
@@ -258,13 +250,14 @@ class TrainingRun:
                     if parameter.requires_grad and parameter.grad is None:
                         parameter.grad = torch.zeros_like(parameter)
             norm = self.accelerator.clip_grad_norm_(model.parameters(), self.args.max_grad_norm)
-            self.log(**{"gradient norm" if model is self.models[0][0] else "gradient norm 2": norm})
         optimizer.step()
         if self.accelerator.sync_gradients:
             if not self.accelerator.optimizer_step_was_skipped:
                 schedule.step()
-            if self.ema is not None and model is self.models[0][0]:
-                self.ema.step(parameters)
+            if model is self.models[0][0]:
+                self.log(**{"gradient norm": norm})
+                if self.ema is not None:
+                    self.ema.step(parameters)
         optimizer.zero_grad()
 
     def log(self, **values: torch.Tensor | float):
@@ -281,10 +274,10 @@ class TrainingRun:
         skipped = torch.tensor(list(self.skipped.values()), device=self.accelerator.device)
         skipped = dict(zip(self.skipped, self.accelerator.reduce(skipped, "sum").tolist()))
         values = {name: value.item() for name, value in means.items()}
-        if any(value != value for value in values.values()):
+        if not math.isfinite(values.get("loss", 0)):
             raise FloatingPointError(
-                f"At step {self.step} {values} is not finite: lower --learning-rate, or --mixed-precision bf16 or no. "
-                f"{self.args.output_dir / 'checkpoints'} has the checkpoints from before."
+                f"At step {self.step} the loss is {values['loss']}: lower --learning-rate, or take --mixed-precision bf16 "
+                f"or no. {self.args.output_dir / 'checkpoints'} has the checkpoints from before."
             )
         values |= {"learning rate": self.models[0][2].get_last_lr()[0], "data wait": self.waited / elapsed} | skipped
         progress.set_postfix({name: f"{value:.4g}" for name, value in values.items()}, refresh=True)
@@ -394,7 +387,10 @@ class TrainingRun:
             if folder.exists():
                 shutil.rmtree(folder)
             os.replace(partial, folder)
-            for path in sorted(folder.parent.glob("[0-9]*"))[: -self.args.keep]:
+            others = [path for path in sorted(folder.parent.glob("[0-9]*")) if path != folder]
+            older = [path for path in others if path < folder]
+            # and those after it: the run was resumed from before them
+            for path in (set(others) - set(older)) | set(older[: max(0, len(older) + 1 - self.args.keep)]):
                 trash = path.with_suffix(".tmp")  # half of it deleted, it shall not be taken for a checkpoint
                 os.replace(path, trash)
                 shutil.rmtree(trash)
