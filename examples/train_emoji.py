@@ -523,7 +523,7 @@ def train_unet(vqgan, encoders, images, captions, steps: int, work_dir: Path, co
         with torch.autocast("cpu", torch.bfloat16):
             logits = forward(noised, timestep, sequence, clip, encoder_attention_mask=mask).sample
         # the published label smoothing would hide what is still to be learned
-        return paella_loss(logits.float(), tokens[rows], noise_mask, timestep, label_smoothing=0.0)
+        return paella_loss(logits, tokens[rows], noise_mask, timestep, label_smoothing=0.0)
 
     def report(step):
         sheet = pipe(SHEET, guidance_scale=1.5, generator=torch.Generator().manual_seed(0)).images

@@ -1,6 +1,9 @@
+import pytest
 import torch
+import torch.nn.functional as F
 
 from paella_diffusers.training import corrupt, draw_timesteps, loss_weights, paella_loss
+from paella_diffusers.training.losses import SmoothedCrossEntropy
 
 
 def test_golden_step(golden, golden_models):
@@ -40,3 +43,18 @@ def test_processes_have_the_noise_of_one():
         part = corrupt(tokens[index::2], t[index::2], 50, torch.Generator().manual_seed(0), (index, 2))
         assert all(torch.equal(mine, all_of_them[index::2]) for mine, all_of_them in zip(part, whole))
         assert torch.equal(draw_timesteps(3, torch.Generator().manual_seed(0), (index, 2)), times[index::2])
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_cross_entropy_is_torchs(smoothing, dtype, tolerance, monkeypatch):
+    monkeypatch.setattr(SmoothedCrossEntropy, "ROWS", 7)  # in parts, the last of which is smaller
+    rows, targets, weights = torch.randn(20, 50) * 4, torch.randint(50, (20,)), torch.rand(20)
+    rows = rows.to(dtype).float()  # the same numbers
+    expected = F.cross_entropy(rows.requires_grad_(), targets, label_smoothing=smoothing, reduction="none")
+    (expected * weights).sum().backward()
+    own = rows.detach().to(dtype).requires_grad_()
+    losses = SmoothedCrossEntropy.apply(own, targets, smoothing)
+    (losses * weights).sum().backward()
+    torch.testing.assert_close(losses, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(own.grad.float(), rows.grad, atol=tolerance, rtol=tolerance)

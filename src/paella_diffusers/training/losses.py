@@ -1,7 +1,6 @@
 """What Paella is trained to do: to say the clean tokens from noisy ones."""
 
 import torch
-import torch.nn.functional as F
 
 
 def corrupt(
@@ -50,6 +49,45 @@ def loss_weights(mask: torch.Tensor, timestep: torch.Tensor, clean_weight: float
     return 1 - (1 - mask) * (1 - timestep[:, None, None]) * (1 - clean_weight)
 
 
+class SmoothedCrossEntropy(torch.autograd.Function):
+    """
+    `F.cross_entropy(logits, targets, label_smoothing=smoothing, reduction="none")`, whose gradient is written down rather
+    than composed: the logits of a few pictures are gigabytes, and torch's has five tensors of this size where two are
+    needed. In float32 by parts, whatever the logits' dtype.
+    """
+
+    ROWS = 512  # a part of float32 logits of 8,192 tokens then is 16 MB
+
+    @staticmethod
+    def forward(ctx, logits, targets, smoothing):
+        losses = logits.new_empty(len(logits), dtype=torch.float32)
+        normalizers = torch.empty_like(losses)
+        for rows, target, loss, normalizer in SmoothedCrossEntropy.parts(logits, targets, losses, normalizers):
+            rows = rows.float()
+            torch.logsumexp(rows, 1, out=normalizer)
+            mean = rows.mean(1) if smoothing else 0.0
+            loss.copy_(normalizer - (1 - smoothing) * rows.gather(1, target[:, None])[:, 0] - smoothing * mean)
+        ctx.save_for_backward(logits, targets, normalizers)
+        ctx.smoothing = smoothing
+        return losses
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        logits, targets, normalizers = ctx.saved_tensors
+        result = torch.empty_like(logits)
+        parts = SmoothedCrossEntropy.parts(logits, targets, normalizers, grad, result)
+        for rows, target, normalizer, factor, out in parts:  # softmax - (1 - smoothing) · one-hot - smoothing / V
+            rows = (rows.float() - normalizer[:, None]).exp_()
+            rows.scatter_add_(1, target[:, None], rows.new_full((len(rows), 1), ctx.smoothing - 1))
+            out.copy_(rows.sub_(ctx.smoothing / rows.shape[1]).mul_(factor[:, None]))
+        return result, None, None
+
+    @staticmethod
+    def parts(*tensors):
+        return zip(*(tensor.split(SmoothedCrossEntropy.ROWS) for tensor in tensors))
+
+
 def paella_loss(
     logits: torch.Tensor,
     tokens: torch.LongTensor,
@@ -70,6 +108,6 @@ def paella_loss(
         clean_weight (`float`, defaults to 0.3): See `loss_weights`.
     """
     rows = logits.movedim(1, -1).flatten(0, -2)  # a view of the U-Net's channels-last logits, and contiguous
-    loss = F.cross_entropy(rows, tokens.flatten(), label_smoothing=label_smoothing, reduction="none").view(tokens.shape)
+    loss = SmoothedCrossEntropy.apply(rows, tokens.flatten(), label_smoothing).view(tokens.shape)
     weights = loss_weights(mask, timestep, clean_weight)
     return ((loss * weights).sum((1, 2)) / weights.sum((1, 2))).mean()

@@ -61,8 +61,8 @@ class PaellaTraining:
         noised, mask = corrupt(tokens, timestep, self.pipe.unet.config.num_vq_embeddings, generator, run.part)
         with run.accelerator.autocast():
             logits = model(noised, timestep, **conditioning).sample
-        loss = paella_loss(logits.float(), tokens, mask, timestep, args.label_smoothing, args.clean_weight)
-        run.log(loss=loss, accuracy=(logits.argmax(1) == tokens).float().mean())
+        loss = paella_loss(logits, tokens, mask, timestep, args.label_smoothing, args.clean_weight)
+        run.log(loss=loss, accuracy=(logits.movedim(1, -1).argmax(-1) == tokens).float().mean())
         return loss
 
     def draw(self) -> Image.Image:
