@@ -7,7 +7,7 @@ Train the text-to-image Paella that ships inside the package, from nothing to th
 It fetches two npm packages (`npm` must be installed): Microsoft's Fluent Emoji icons and a set of emoji keywords, both MIT.
 Then it trains on two CPU cores for some four hours: (1) a VQGAN; (2) the two text encoders, contrastively against a small
 image network, which is thrown away; (3) the U-Net, with the published loss; (4) CLIP's image encoder; and with the trainers
-beside this script (5) the VQGAN's decoder, (6) the prior and (7) the U-Net again. Each stage saves to the work folder every
+beside this script (5) the VQGAN's decoder, (6) the U-Net again and (7) the prior. Each stage saves to the work folder every
 few minutes; run the same command again to resume. Sample sheets are drawn there.
 """
 
@@ -557,7 +557,7 @@ def trainer(script: str, output: Path, *options):
 
 
 def refine(pipe: PaellaPipeline, icons: Path, work_dir: Path) -> PaellaPipeline:
-    """Let the trainers do the rest: a better decoder for the same tokens, a prior, and a U-Net that knows CLIP images."""
+    """Let the trainers do the rest: a better decoder for the same tokens, a U-Net that knows CLIP images, and a prior."""
     pipe.save_pretrained(work_dir / "first")
     smooth = ["--lr-scheduler", "cosine", "--weight-decay", "0", "--adam-beta2", "0.99"]
     bf16 = ["--mixed-precision", "bf16"]
@@ -570,23 +570,23 @@ def refine(pipe: PaellaPipeline, icons: Path, work_dir: Path) -> PaellaPipeline:
     pipe.vqgan = VQModel.from_pretrained(work_dir / "vqgan-decoder")
     pipe.save_pretrained(work_dir / "second")
     trainer(
-        "precompute.py", work_dir / "computed", "--data", icons, "--pretrained", work_dir / "second", "--epochs", "20",
-        "--parts", "tokens", "clip_text_embeds", "clip_image_embeds", "--batch-size", "64", "--num-workers", "0",
-    )
-    trainer(
-        "train_prior.py", work_dir / "prior", "--data", work_dir / "computed", "--pretrained", work_dir / "second",
-        "--from-scratch", "--prior-config", '{"embedding_dim": 256, "hidden_dim": 192, "num_layers": 2}',
-        "--learning-rate", "2e-3", "--warmup-steps", "100", "--max-steps", "6000", "--batch-size", "256",
-        "--ema-start", "1000", *smooth, "--num-workers", "0",
-    )
-    trainer(
-        "train_paella.py", work_dir / "paella", "--data", work_dir / "computed", "--pretrained", work_dir / "prior",
+        "train_paella.py", work_dir / "paella", "--data", icons, "--pretrained", work_dir / "second",
         "--label-smoothing", "0", "--text-dropout", "0.15", "--clip-text-dropout", "0.3", "--clip-image-dropout", "0.5",
         "--learning-rate", "3e-4", "--warmup-steps", "50", "--max-steps", "1000", "--batch-size", "64", *smooth, *bf16,
         "--prompts", *SHEET, "--guidance-scale", "1.5", "--sample-every", "250", "--save-every", "100", "--num-workers", "0",
     )
+    trainer(
+        "precompute.py", work_dir / "computed", "--data", icons, "--pretrained", work_dir / "paella", "--epochs", "20",
+        "--parts", "clip_text_embeds", "clip_image_embeds", "--batch-size", "128", "--num-workers", "0",
+    )
+    trainer(
+        "train_prior.py", work_dir / "prior", "--data", work_dir / "computed", "--pretrained", work_dir / "paella",
+        "--from-scratch", "--prior-config", '{"embedding_dim": 256, "hidden_dim": 192, "num_layers": 2}',
+        "--learning-rate", "2e-3", "--warmup-steps", "100", "--max-steps", "6000", "--batch-size", "256",
+        "--ema-start", "1000", *smooth, "--num-workers", "0",
+    )
     # fmt: on
-    return PaellaPipeline.from_pretrained(work_dir / "paella")
+    return PaellaPipeline.from_pretrained(work_dir / "prior")
 
 
 def main():
