@@ -330,6 +330,15 @@ def test_attention_in_parts_is_attention(masked, length, key_length):
     assert error(attend_in_parts(*halves, mask)) < 2 * error(attend(*halves))
 
 
+def test_compiled_attention_in_parts():
+    query, key = torch.randn(2, 300, 4, 16).bfloat16(), torch.randn(2, 310, 4, 16).bfloat16()
+    mask = torch.rand(2, 310) > 0.5
+    torch.library.opcheck(attend_in_parts, (query, key, key, mask))
+    compiled = torch.compile(attend_in_parts, fullgraph=True, dynamic=True, backend="aot_eager")
+    with torch.no_grad():
+        assert torch.equal(compiled(query, key, key, mask), attend_in_parts(query, key, key, mask))
+
+
 def test_bfloat16_attends_in_parts(monkeypatch):
     """Unless a gradient is wanted, or another backend."""
     unet, call = tiny_unet().to(torch.bfloat16), inputs()

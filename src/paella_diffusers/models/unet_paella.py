@@ -138,6 +138,7 @@ class PaellaTimestepBlock(nn.Module):
         return torch.addcmul(shift, hidden_states, 1 + scale)
 
 
+@torch.library.custom_op("paella_diffusers::attend_in_parts", mutates_args=())  # compiled code calls it as it is
 def attend_in_parts(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None = None
 ) -> torch.Tensor:
@@ -161,7 +162,12 @@ def attend_in_parts(
             part = slice(row, row + rows)
             scores = torch.baddbmm(bias[some], query[some, part], key[some].mT, alpha=channels**-0.5)
             attended[some, part] = torch.bmm(scores.softmax(-1), value[some])
-    return attended.unflatten(0, (batch_size, heads)).transpose(1, 2)
+    return attended.unflatten(0, (batch_size, heads)).transpose(1, 2).contiguous()
+
+
+@attend_in_parts.register_fake
+def _(query, key, value, attention_mask=None):
+    return query.new_empty(query.shape)
 
 
 class PaellaAttnProcessor:
@@ -193,7 +199,7 @@ class PaellaAttnProcessor:
                 attention_mask = F.pad(attention_mask, (hidden_states.shape[1], 0), value=True)
         query, key, value = (states.unflatten(-1, (attn.heads, -1)) for states in (query, key, value))
         in_parts = query.device.type == "cpu" and query.dtype == torch.bfloat16 and self._attention_backend is None
-        if in_parts and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if in_parts and not torch.is_grad_enabled():
             hidden_states = attend_in_parts(query, key, value, attention_mask)
         else:
             hidden_states = dispatch_attention_fn(
