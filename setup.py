@@ -32,7 +32,14 @@ setup(
     extras_require={
         "emoji": ["resvg_py>=0.2", "tqdm"],  # examples/train_emoji.py
         # LoRA adapters, and the trainers in examples/
-        "train": ["peft>=0.17", "datasets>=3.0", "webdataset>=0.2.100", "torchdata>=0.11", "tensorboard>=2.15"],
+        "train": [
+            "accelerate>=1.6",
+            "peft>=0.17",
+            "datasets>=3.0",
+            "webdataset>=0.2.100",
+            "torchdata>=0.11",
+            "tensorboard>=2.15",
+        ],
         "test": ["pytest>=8.0", "ruff", "flow_matching", "scipy"],
     },
     entry_points={"console_scripts": ["paella-diffusers = paella_diffusers.cli:main"]},

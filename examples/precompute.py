@@ -18,14 +18,14 @@ import numpy as np
 import torch
 import webdataset
 from accelerate import Accelerator
-from accelerate.utils import send_to_device
+from accelerate.utils import is_bf16_available, send_to_device
 from safetensors.torch import save_file
 from torchdata.stateful_dataloader import StatefulDataLoader
 from tqdm import tqdm
 
 from paella_diffusers import PaellaPipeline
 from paella_diffusers.training.conditioning import Encoder
-from paella_diffusers.training.data import ARRAYS, SampleTransform, collate, load_stream
+from paella_diffusers.training.data import ARRAYS, SampleTransform, add_filters, collate, load_stream, quality_filter
 
 
 def parse_args(args=None):
@@ -42,6 +42,7 @@ def parse_args(args=None):
     add("--num-workers", type=int, default=2)
     add("--image-column", default="image")
     add("--text-column", default="text")
+    add_filters(add)
     add("--seed", type=int, default=0)
     return parser.parse_args(args)
 
@@ -50,8 +51,12 @@ def npy(array: torch.Tensor) -> bytes:
     array = array.cpu().numpy()
     if array.dtype == np.int64:
         array = array.astype(np.int16 if array.max() < 2**15 else np.int32)
+    if array.dtype.kind == "f":
+        array = array.astype(np.float16)
+        if not np.isfinite(array).all():
+            raise FloatingPointError("An embedding is not finite, or too large for float16.")
     buffer = io.BytesIO()
-    np.save(buffer, array if array.dtype.kind == "i" else array.astype(np.float16), allow_pickle=False)
+    np.save(buffer, array, allow_pickle=False)
     return buffer.getvalue()
 
 
@@ -81,16 +86,24 @@ def main(args):
     index, count = accelerator.process_index, accelerator.num_processes
     args.output_dir.mkdir(parents=True, exist_ok=True)
     pipe = PaellaPipeline.from_pretrained(args.pretrained)
-    half = torch.float16 if accelerator.device.type != "cpu" else None
+    half = None
+    if accelerator.device.type != "cpu" and is_bf16_available(True):
+        half = torch.bfloat16  # in float16 T5 overflows
     encoder = Encoder(pipe).to(accelerator.device, half)
 
     progress_path = args.output_dir / f"progress-{index}.json"  # what the whole shards have
-    progress = {"shards": 0, "samples": 0, "data": None}
+    settings = {name: value for name, value in vars(args).items() if name != "output_dir"} | {"processes": count}
+    progress = {"shards": 0, "samples": 0, "data": None, "finished": False, "settings": settings}
     if progress_path.exists():
         progress = json.loads(progress_path.read_text())
+        if progress["settings"] != settings:
+            raise ValueError(
+                f"{args.output_dir} was begun with {progress['settings']}, but now it is {settings}: take the same to go "
+                "on, or another --output-dir."
+            )
     stream = load_stream(
         args.data,
-        SampleTransform(args.resolution),
+        SampleTransform(args.resolution, quality_filter(args)),
         args.seed,
         process_index=index,
         num_processes=count,
@@ -102,28 +115,30 @@ def main(args):
     if progress["data"] is not None:
         loader.load_state_dict(progress["data"])
 
-    def write(samples: list[dict]):
-        path = args.output_dir / f"{index:04d}-{progress['shards']:06d}.tar"
-        with webdataset.TarWriter(str(path.with_suffix(".tmp"))) as shard:
-            for number, sample in enumerate(samples):
-                shard.write({"__key__": f"{path.stem}-{number:06d}"} | sample)
-        progress.update(shards=progress["shards"] + 1, samples=progress["samples"] + len(samples), data=loader.state_dict())
+    def write(samples: list[dict], finished: bool):
+        if samples:
+            path = args.output_dir / f"{index:04d}-{progress['shards']:06d}.tar"
+            with webdataset.TarWriter(str(path.with_suffix(".tmp"))) as shard:
+                for number, sample in enumerate(samples):
+                    shard.write({"__key__": f"{path.stem}-{number:06d}"} | sample)
+            os.replace(path.with_suffix(".tmp"), path)
+            progress.update(shards=progress["shards"] + 1, samples=progress["samples"] + len(samples))
+        progress.update(data=loader.state_dict(), finished=finished)
         temporary = progress_path.with_suffix(".tmp")
         temporary.write_text(json.dumps(progress))
-        os.replace(path.with_suffix(".tmp"), path)
         os.replace(temporary, progress_path)
 
     waiting, skipped = [], 0
-    bar = tqdm(loader, disable=not accelerator.is_local_main_process, unit="batch")
+    bar = tqdm([] if progress["finished"] else loader, disable=not accelerator.is_local_main_process, unit="batch")
     for batch in bar:
         skipped += batch.pop("unreadable") + batch.pop("filtered")
         waiting += compute(encoder, send_to_device(batch, accelerator.device), args.parts)
         if len(waiting) >= args.shard_size:
-            write(waiting)
+            write(waiting, finished=False)
             waiting = []
         bar.set_postfix(samples=progress["samples"] + len(waiting), skipped=skipped)
-    if waiting:
-        write(waiting)
+    write(waiting, finished=True)
+    accelerator.wait_for_everyone()  # the next file says that all is there
     if accelerator.is_main_process:
         empty = {name: value.cpu().contiguous() for name, value in encoder.empty.items() if value is not None}
         path = args.output_dir / "empty.safetensors"

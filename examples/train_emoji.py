@@ -1,7 +1,7 @@
 """
 Train the text-to-image Paella that ships inside the package, from nothing to the folder in `pretrained/emoji`.
 
-    pip install ".[emoji]"
+    pip install ".[emoji,train]"
     python examples/train_emoji.py --work-dir emoji-training --output-dir my-emoji
 
 It fetches two npm packages (`npm` must be installed): Microsoft's Fluent Emoji icons and a set of emoji keywords, both MIT.

@@ -20,7 +20,10 @@ def parse_args(args=None):
     add_unet_arguments(parser)
     parser.add_argument("--from-scratch", action="store_true", help="begin with a new U-Net of the same sizes")
     parser.add_argument("--unet-config", type=json.loads, default={}, help="sizes of it that shall differ, as JSON")
-    return parser.parse_args(args)
+    args = parser.parse_args(args)
+    if args.unet_config and not args.from_scratch:
+        parser.error("--unet-config is a new U-Net's: add --from-scratch")
+    return args
 
 
 def main(args):

@@ -27,16 +27,27 @@ def parse_args(args=None):
     add("--from-scratch", action="store_true", help="begin with a new prior")
     add("--prior-config", type=json.loads, default={}, help="its sizes, as JSON")
     add("--text-dropout", type=float, default=0.1, help="share of batches without the text, for guidance")
-    return parser.parse_args(args)
+    args = parser.parse_args(args)
+    if args.prior_config and not args.from_scratch:
+        parser.error("--prior-config is a new prior's: add --from-scratch")
+    return args
 
 
 def main(args):
     run = TrainingRun(args)
     device = run.accelerator.device
     empty, spare = computed_embeddings(args.data)
-    pipe = PaellaPipeline.from_pretrained(args.pretrained, **dict.fromkeys(spare))
-    prior = PaellaPrior(**args.prior_config) if args.from_scratch else pipe.prior
+    pipe = PaellaPipeline.from_pretrained(args.pretrained, **dict.fromkeys({*spare, "text_encoder"}))  # ByT5 is not asked
+    for name, component in (("clip_text_embeds", "text_encoder_2"), ("clip_image_embeds", "image_encoder")):
+        if component not in spare and getattr(pipe, component) is None:
+            raise ValueError(f"{args.pretrained} has no `{component}`, nor {args.data} `{name}`: a prior needs both.")
+    if pipe.prior is None and not args.from_scratch:
+        raise ValueError(f"{args.pretrained} has no prior: add --from-scratch.")
+    prior = pipe.prior
+    if args.from_scratch:
+        prior = PaellaPrior(**{"embedding_dim": pipe.unet.config.clip_embed_dim} | args.prior_config)
     scheduler = DDIMWuerstchenScheduler() if pipe.prior_scheduler is None else pipe.prior_scheduler
+    pipe.register_modules(vqgan=None, unet=None)
     encoder = Encoder(pipe, empty).to(device)
     model = run.prepare(prior.requires_grad_(True))
     run.load_data()

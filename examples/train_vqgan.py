@@ -7,6 +7,8 @@ Train the VQGAN that turns pictures into tokens, from scratch or onwards (https:
 With `--decoder-only` the tokens stay what they are, and with them every U-Net that was trained on these tokens.
 """
 
+import json
+
 import torch
 import torch.nn.functional as F
 from accelerate.utils import broadcast
@@ -58,7 +60,7 @@ class CodebookRestarts:
     @torch.no_grad()
     def __call__(self, run: TrainingRun, pixels: torch.Tensor, indices: torch.LongTensor):
         self.used += torch.bincount(indices.flatten(), minlength=len(self.used)).cpu()
-        if (run.step + 1) % self.every:
+        if (run.step + 1) % self.every or not run.accelerator.sync_gradients:
             return
         used = run.accelerator.reduce(self.used.to(indices.device))
         latents = self.vqgan.encode(pixels).latents * self.vqgan.config.scale_factor
@@ -85,10 +87,7 @@ def parse_args(args=None):
     add = parser.add_argument_group("VQGAN").add_argument
     add("--pretrained", help="a VQGAN, or a pipeline's, to train onwards: a folder or Hub id")
     add("--subfolder", help="where it is within")
-    add("--embed-dim", type=int, default=384, help="channels at the lowest resolution")
-    add("--bottleneck-blocks", type=int, default=12, help="of the decoder")
-    add("--num-vq-embeddings", type=int, default=8192, help="different tokens")
-    add("--scale-factor", type=float, default=0.3764, help="by which `encode` divides latents")
+    add("--config", type=json.loads, default={}, help="sizes of a new one that shall differ from the released, as JSON")
     add("--decoder-only", action="store_true", help="leave encoder and codebook as they are")
     add("--codebook-weight", type=float, default=1.0)
     add("--restart-every", type=int, default=1000, help="steps after which unused codes move")
@@ -100,23 +99,28 @@ def parse_args(args=None):
     add("--perceptual-weight", type=float, default=1.0)
     add("--adversarial-start", type=int, default=50_000, help="the step from which on a discriminator takes part")
     add("--adversarial-weight", type=float, default=0.8, help="0 for none")
-    return parser.parse_args(args)
+    args = parser.parse_args(args)
+    if args.pretrained and args.config:
+        parser.error("--config is a new VQGAN's, but --pretrained has its own: leave one out")
+    if args.decoder_only and not args.pretrained:
+        parser.error("--decoder-only needs --pretrained")
+    return args
 
 
 def main(args):
     run = TrainingRun(args)
+    if run.sharded:
+        raise ValueError("A VQGAN is small, and its codebook must be whole to be restarted: train it with DDP, not FSDP.")
+    vqgan = VQModel(**args.config)
     if args.pretrained:
         vqgan = VQModel.from_pretrained(args.pretrained, subfolder=args.subfolder)
-    else:
-        sizes = ("embed_dim", "bottleneck_blocks", "num_vq_embeddings", "scale_factor")
-        vqgan = VQModel(**{name: getattr(args, name) for name in sizes})
     vqgan.requires_grad_(True)
     restarts = CodebookRestarts(vqgan, args.restart_every)
     if args.decoder_only:
         for part in (vqgan.in_block, vqgan.down_blocks, vqgan.vquantizer):
             part.requires_grad_(False)
     else:
-        run.accelerator.register_for_checkpointing(restarts)
+        run.kept["restarts"] = restarts
     model = run.prepare(vqgan)
     perceptual = PerceptualLoss(args.perceptual_model).to(run.accelerator.device) if args.perceptual_model else None
     discriminator = run.prepare(make_discriminator()) if args.adversarial_weight else None
@@ -155,7 +159,7 @@ def main(args):
             real, fake = discriminator(torch.cat([pixels, rebuilt.detach()])).chunk(2)
             run.update(discriminator, (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2)  # hinge loss
             run.log(**{"discriminator, real": real.mean(), "discriminator, fake": fake.mean()})
-        if not args.decoder_only and run.step < args.restart_until and run.accelerator.sync_gradients:
+        if not args.decoder_only and run.step < args.restart_until:
             restarts(run, pixels, output.indices)
         decibels = -10 * (rebuilt.clamp(0, 1) - pixels).square().mean((1, 2, 3)).log10().mean()
         run.log(loss=loss, error=error, decibels=decibels)

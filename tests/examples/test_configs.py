@@ -12,13 +12,18 @@ from trainers import EXAMPLES
 def test_the_published_case_under_slurm(tmp_path):
     """With stand-ins for Slurm's commands, two nodes launch what accelerate and the trainer understand."""
     (tmp_path / "scontrol").write_text("#!/bin/sh\necho node-a\necho node-b\n")
-    (tmp_path / "srun").write_text('#!/bin/sh\nfor i in 0 1; do SLURM_NODEID=$i "$@"; done\n')
+    (tmp_path / "srun").write_text('#!/bin/sh\nfor i in 0 1; do shift; SLURM_NODEID=$i "$@"; set -- x "$@"; done\n')
     script = f"#!{sys.executable}\nimport sys\nprint(*sys.argv[1:], '=====', sep='\\n')\n"
     (tmp_path / "accelerate").write_text(script)
     for name in ("scontrol", "srun", "accelerate"):
         (tmp_path / name).chmod(0o755)
     environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    environment |= {"SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "node-[a-b]", "DATA": "a folder/{0..9}.tar"}
+    environment |= {
+        "SLURM_NNODES": "2",
+        "SLURM_CPUS_PER_TASK": "96",
+        "SLURM_JOB_NODELIST": "node-[a-b]",
+        "DATA": "a folder/{0..9}.tar",
+    }
     script = EXAMPLES / "configs" / "train_paella.sbatch"
     output = subprocess.run(["bash", script], env=environment, check=True, capture_output=True, text=True).stdout
     commands = [command.strip().splitlines() for command in output.split("=====\n") if command]

@@ -84,3 +84,13 @@ def test_interrupted_it_goes_on(options, tmp_path, monkeypatch):
     assert [path.name for path in sorted((tmp_path / "computed").glob("*.tar"))] == ["0000-000000.tar", "0000-000001.tar"]
     precompute.main(precompute.parse_args(options))
     assert len(read(tmp_path / "computed")) == 20
+
+
+def test_finished_it_stays_as_it_is(options, tmp_path):
+    options = [*options, "--num-workers", "2", "--parts", "tokens"]
+    precompute.main(precompute.parse_args(options))
+    files = sorted((tmp_path / "computed").iterdir())
+    precompute.main(precompute.parse_args(options))
+    assert sorted((tmp_path / "computed").iterdir()) == files
+    with pytest.raises(ValueError, match="take the same to go on, or another --output-dir"):
+        precompute.main(precompute.parse_args([*options, "--resolution", "48"]))

@@ -89,7 +89,7 @@ def test_a_run_resumed_from_an_earlier_checkpoint_leaves_the_later_ones(options,
 def test_two_processes_train_as_one_with_twice_the_batch(options, tmp_path, pretrained):
     unet = PaellaUNet.from_pretrained(pretrained, subfolder="unet")  # without dropout, which is each process's own
     PaellaUNet.from_config({**unet.config, "dropout": 0.0}).save_config(f"{pretrained}/unet")
-    options = [*options, "--max-steps", "20", "--log-every", "1", "--clip-image-dropout", "0.5"]
+    options = [*options, "--max-steps", "20", "--log-every", "1", "--clip-image-dropout", "0.5", "--num-workers", "2"]
     expected = train(options, tmp_path / "one")
     halves = [*options, "--batch-size", "2", "--output-dir", tmp_path / "two"]
     finish(start("train_paella.py", *halves, processes=2))
@@ -115,9 +115,18 @@ def test_clear_errors(options, tmp_path):
     train(options, tmp_path / "out", "--max-steps", 1)
     with pytest.raises(ValueError, match="has the checkpoints of another run: go on with `--resume latest`"):
         train(options, tmp_path / "out", "--max-steps", 1)
-    with pytest.raises(FileNotFoundError, match="--resume nowhere is no folder; there are"):
+    with pytest.raises(FileNotFoundError, match="--resume nowhere is no checkpoint; there are"):
         train(options, tmp_path / "out", "--max-steps", 1, "--resume", "nowhere")
+    with pytest.raises(ValueError, match="was saved with --batch-size 4, but now it is 2: take the same"):
+        train(options, tmp_path / "out", "--max-steps", 2, "--resume", "latest", "--batch-size", 2)
+    scratch = ["--from-scratch", "--unet-config", '{"layers_per_block": [1, 1]}']
+    with pytest.raises(ValueError, match=r"is of another model: \['down_blocks"):
+        train(options, tmp_path / "out", "--max-steps", 2, "--resume", "latest", *scratch)
+    with pytest.raises(ValueError, match="--resolution must be divisible by 16, for VQGAN and U-Net, got 40"):
+        train(options, tmp_path / "new", "--resolution", 40)
+    with pytest.raises(SystemExit):
+        train(options, tmp_path / "new", *scratch[1:])
     with pytest.raises(ValueError, match="--batch-size must be at least 1, got 0"):
         train(options, tmp_path / "new", "--batch-size", 0)
-    with pytest.raises(FloatingPointError, match="the loss is nan: lower --learning-rate"):
+    with pytest.raises(FloatingPointError, match="the loss is nan and the gradient norm is nan: lower"):
         train(options, tmp_path / "far", "--max-steps", 30, "--learning-rate", 1e30, "--log-every", 1, "--warmup-steps", 0)

@@ -34,6 +34,7 @@ def test_the_adapter_changes_what_is_drawn(options, tmp_path, pretrained):
 
 
 def test_resumed_it_ends_as_if_not_interrupted(options, tmp_path):
+    options += ["--num-workers", "2", "--ema-decay", "0.5"]
     expected = train(options, tmp_path / "whole", "--max-steps", 4)
     train(options, tmp_path / "parts", "--max-steps", 2)
     resumed = train(options, tmp_path / "parts", "--max-steps", 4, "--resume", "latest")

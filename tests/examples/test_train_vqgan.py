@@ -7,7 +7,7 @@ from transformers import ConvNextConfig, ConvNextImageProcessor, ConvNextModel
 
 from paella_diffusers import VQModel
 
-SIZES = ["--embed-dim", "16", "--bottleneck-blocks", "1", "--num-vq-embeddings", "32"]
+SIZES = ["--config", '{"embed_dim": 16, "bottleneck_blocks": 1, "num_vq_embeddings": 32}']
 
 
 @pytest.fixture
@@ -52,7 +52,8 @@ def test_it_learns_and_uses_its_codes(options, tmp_path):
 
 
 def test_with_the_decoder_only_tokens_stay(options, tmp_path, pretrained):
-    options = [*options, "--pretrained", pretrained, "--subfolder", "vqgan", "--decoder-only", "--max-steps", "4"]
+    options = [option for option in options if option not in SIZES]
+    options += ["--pretrained", pretrained, "--subfolder", "vqgan", "--decoder-only", "--max-steps", "4"]
     after = train(options, tmp_path / "out")
     before = VQModel.from_pretrained(pretrained, subfolder="vqgan")
     pixels = torch.rand(2, 3, 32, 32)

@@ -89,6 +89,24 @@ def test_two_processes_have_the_batches_of_one(folder):
     assert two == [one[0::2], one[1::2]]
 
 
+@pytest.mark.parametrize("num_workers", [0, 2, 3])
+def test_two_processes_have_the_batches_of_one_also_with_workers(folder, num_workers):
+    def batches(index, count, batch_size):
+        stream = load_stream(str(folder), SampleTransform(8), process_index=index, num_processes=count)
+        loader = StatefulDataLoader(stream, batch_size, num_workers=num_workers, collate_fn=collate)
+        return [batch["text"] for _, batch in zip(range(12), loader)]
+
+    one, first, second = batches(0, 1, 6), batches(0, 2, 3), batches(1, 2, 3)
+    assert [[batch[0::2], batch[1::2]] for batch in one] == [list(pair) for pair in zip(first, second)]
+
+
+def test_more_processes_than_samples(data):
+    """Each has a sample now and then, and none gives up."""
+    for index in range(30):
+        stream = load_stream(str(data), SampleTransform(8), process_index=index, num_processes=30)
+        assert len(take(stream, 3)) == 3
+
+
 @pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize("consumed", [1, 4, 7])
 def test_a_stream_goes_on_where_it_was(data, num_workers, consumed):
@@ -139,6 +157,8 @@ def test_broken_shards_lose_what_is_broken_only(shards, caplog):
     (shards / "01.tar").write_bytes(whole[:2600])  # within its second sample
     numbers = take(load_stream(str(shards), SampleTransform(8), epochs=1), 100)
     assert sorted(set(range(21)) - set(numbers)) == [*range(8, 14)]
+    samples = list(load_stream(str(shards), SampleTransform(8), shuffle=False, epochs=1))
+    assert sum(sample["unreadable"] for sample in samples) == 2  # the one that is cut off, and the rest as one
 
 
 def test_nothing_usable(shards, folder, tmp_path):

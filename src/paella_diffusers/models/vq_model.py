@@ -66,7 +66,8 @@ class VectorQuantizer(nn.Module):
         bias = codebook.square().sum(1)
         flat = latents.permute(0, 2, 3, 1).float().flatten(0, 2)
         # in chunks: a megapixel image has 65,536 latents, times 8,192 codes
-        indices = torch.cat([torch.addmm(bias, z, codebook.T, alpha=-2).argmin(1) for z in flat.split(8192)])
+        with torch.autocast(latents.device.type, enabled=False):  # which would round them all the same
+            indices = torch.cat([torch.addmm(bias, z, codebook.T, alpha=-2).argmin(1) for z in flat.split(8192)])
         indices = indices.view(latents.shape[0], *latents.shape[2:])
         quantized = self.embedding(indices).permute(0, 3, 1, 2)
         loss = F.mse_loss(quantized, latents.detach()) + 0.25 * F.mse_loss(latents, quantized.detach())

@@ -10,6 +10,7 @@ import json
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -57,6 +58,20 @@ class QualityFilter:
             )
             and (self.max_unsafe is None or within("punsafe", highest=self.max_unsafe))
         )
+
+
+def add_filters(add: Callable):
+    """Add the filter's arguments by `add`, a parser's `add_argument`."""
+    add("--min-size", type=int, help="take images of at least so many pixels a side")
+    add("--max-watermark", type=float, help="take images with at most this `pwatermark` (published: 0.5)")
+    add("--min-aesthetic", type=float, help="take images with at least this `aesthetic` score (published: 5)")
+    add("--max-unsafe", type=float, help="take images with at most this `punsafe` (published: 0.99)")
+
+
+def quality_filter(args) -> QualityFilter | None:
+    """The filter that these arguments ask for."""
+    limits = (args.min_size, args.max_watermark, args.min_aesthetic, args.max_unsafe)
+    return None if all(limit is None for limit in limits) else QualityFilter(*limits)
 
 
 class SampleTransform:
@@ -149,40 +164,43 @@ class SampleStream(IterableDataset):
         self.transform, self.seed, self.shuffle, self.epochs = transform, seed, shuffle, epochs
         self.process_index, self.num_processes = process_index, num_processes
         self.epoch, self.position = 0, None  # the position is None, or what a subclass gave with the last sample
+        self.skipped = {"unreadable": 0, "filtered": 0}  # since the last sample
 
     def raw_samples(self, part: int, parts: int) -> Iterator[tuple]:
-        """The part's samples of this epoch after `position`: each with its position, and a name that only it has."""
+        """The part's samples of this epoch after `position`: position, a name that only it has, and what reads it."""
         raise NotImplementedError
 
     def __iter__(self) -> Iterator[dict]:
         worker = get_worker_info()
         workers, index = (worker.num_workers, worker.id) if worker else (1, 0)
-        # sample i of an epoch is process i % num_processes', whatever the number of workers
-        part, parts = index * self.num_processes + self.process_index, self.num_processes * workers
-        skipped = {"unreadable": 0, "filtered": 0}
+        # the n-th samples of a worker in all processes are together the samples of that worker in one process
+        part, parts = self.process_index * workers + index, self.num_processes * workers
+        empty_epochs = 0
         while self.epochs is None or self.epoch < self.epochs:
             samples, error = 0, None
             whole_epoch = self.position is None
-            for position, name, raw in self.raw_samples(part, parts):
+            for position, name, read in self.raw_samples(part, parts):
                 self.position = position
                 try:
-                    sample = self.transform(raw, random.Random(f"{self.seed} {self.epoch} {name}"))
+                    sample = self.transform(read(), random.Random(f"{self.seed} {self.epoch} {name}"))
                 except Exception as problem:  # whatever it is: a decoder's errors are of any kind
-                    skipped["unreadable"] += 1
+                    self.skipped["unreadable"] += 1
                     error = f"{name}: {type(problem).__name__}: {problem}"
                     logger.info(f"Skipped a sample that cannot be read, {error}")
                     continue
                 if sample is None:
-                    skipped["filtered"] += 1
+                    self.skipped["filtered"] += 1
                     continue
                 samples += 1
+                skipped, self.skipped = self.skipped, dict.fromkeys(self.skipped, 0)
                 yield sample | skipped
-                skipped = dict.fromkeys(skipped, 0)
-            if whole_epoch and not samples:
+            empty_epochs = 0 if samples else empty_epochs + whole_epoch
+            # with less samples than parts, some have none in an epoch
+            if empty_epochs and (sum(self.skipped.values()) or empty_epochs > parts) and self.epochs is None:
                 raise ValueError(
-                    f"No sample of {self} could be used: {skipped['unreadable']} are unreadable"
+                    f"No sample of {self} could be used: {self.skipped['unreadable']} are unreadable"
                     + (f" (the last: {error})" if error else "")
-                    + f" and {skipped['filtered']} were filtered out."
+                    + f" and {self.skipped['filtered']} were filtered out."
                 )
             self.epoch, self.position = self.epoch + 1, None
 
@@ -215,17 +233,20 @@ class RowStream(SampleStream):
         return f"{len(self.rows)} rows"
 
     def raw_samples(self, part, parts):
-        order = range(len(self.rows))
+        order = np.arange(len(self.rows))
         if self.shuffle:
-            order = torch.randperm(len(self.rows), generator=torch.Generator().manual_seed(self.seed + self.epoch)).tolist()
+            order = np.random.default_rng((self.seed, self.epoch)).permutation(len(self.rows))
         # the parts take turns from one epoch into the next: all processes together have the batches of one
         first = (part - self.epoch * len(order)) % parts
         start = first if self.position is None else self.position + parts
         for position in range(start, len(order), parts):
-            row = self.rows[order[position]]
-            image = row.pop(self.image_column)
-            raw = {"image": image["bytes"] or image["path"], "text": row.pop(self.text_column, None), "metadata": row}
-            yield position, f"row {order[position]}", raw
+            number = int(order[position])
+            yield position, f"row {number}", partial(self._read, number)
+
+    def _read(self, number: int) -> dict:
+        row = self.rows[number]
+        image = row.pop(self.image_column)
+        return {"image": image["bytes"] or image["path"], "text": row.pop(self.text_column, None), "metadata": row}
 
 
 class ShardStream(SampleStream):
@@ -263,17 +284,17 @@ class ShardStream(SampleStream):
                 if self.shuffle:
                     random.Random(f"{self.seed} {self.epoch} {shards[number]} {count}").shuffle(window)
                 for index in range(first + 1, len(window)):
-                    if share or index % parts == part:
+                    if share or (index + self.epoch) % parts == part:
                         name = f"{window[index]['__key__']} of {shards[number]}"
-                        yield (number, count, index), name, self._parse(window[index])
+                        yield (number, count, index), name, partial(self._parse, window[index])
                 count, first = count + 1, -1
 
-    @staticmethod
-    def _read(shard: str) -> Iterator[dict]:
+    def _read(self, shard: str) -> Iterator[dict]:
         from webdataset import tariterators
 
         def broken(error):  # a shard that is missing, or ends too soon, shall not end a training of weeks
-            logger.warning(f"Skipped the rest of {shard}: {error}")
+            self.skipped["unreadable"] += 1
+            logger.warning(f"Skipped the rest of {shard}, which counts as one unreadable sample: {error}")
             return True
 
         return tariterators.tarfile_samples([{"url": shard}], handler=broken)
@@ -334,7 +355,7 @@ def load_stream(data: str, *args, image_column: str = "image", text_column: str 
     import datasets
 
     if folder.is_dir():
-        if not (folder / "metadata.jsonl").is_file():
+        if text_column is not None and not (folder / "metadata.jsonl").is_file():
             raise FileNotFoundError(
                 f"`data` is the folder {folder}, which has neither `.tar` shards nor `metadata.jsonl`, with a line as "
                 '{"file_name": "a.png", "text": "a caption"} for each image.'

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate import (
     Accelerator,
@@ -19,15 +20,16 @@ from accelerate import (
     FullyShardedDataParallelPlugin,
     PartialState,
 )
-from accelerate.utils import ProjectConfiguration, broadcast_object_list, send_to_device, set_seed
+from accelerate.utils import ProjectConfiguration, send_to_device, set_seed
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from huggingface_hub import create_repo, upload_folder
 from PIL import Image
+from safetensors import safe_open
 from torch import nn
 from tqdm import tqdm
 
-from .data import QualityFilter, SampleTransform, collate, load_stream
+from .data import SampleTransform, add_filters, collate, load_stream, quality_filter
 
 
 def training_arguments(description: str, **defaults) -> argparse.ArgumentParser:
@@ -39,10 +41,7 @@ def training_arguments(description: str, **defaults) -> argparse.ArgumentParser:
     add("--text-column", default="text", help="where the captions are, one for an image or a list of them")
     add("--resolution", type=int, default=256, help="pixels a side")
     add("--num-workers", type=int, default=2, help="processes that read data, for each that trains")
-    add("--min-size", type=int, help="take images of at least so many pixels a side")
-    add("--max-watermark", type=float, help="take images with at most this `pwatermark` (published: 0.5)")
-    add("--min-aesthetic", type=float, help="take images with at least this `aesthetic` score (published: 5)")
-    add("--max-unsafe", type=float, help="take images with at most this `punsafe` (published: 0.99)")
+    add_filters(add)
 
     add = parser.add_argument_group("optimisation").add_argument
     add("--batch-size", type=int, default=16, help="images a process and pass")
@@ -105,6 +104,7 @@ class TrainingRun:
         for name in counts.split():
             if getattr(args, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}.")
+        self.args.ema_decay = args.ema_decay or None
         self.checkpoint = self._find_checkpoint()
         fsdp = FullyShardedDataParallelPlugin() if os.environ.get("ACCELERATE_USE_FSDP") == "true" else None
         self.accelerator = Accelerator(
@@ -126,15 +126,23 @@ class TrainingRun:
         if args.ema_decay is not None and self.sharded:
             raise ValueError("--ema-decay averages whole models, but FSDP has a shard in each process: leave one out.")
         if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
-            self.accelerator.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = args.batch_size
+            settings = {"train_micro_batch_size_per_gpu": args.batch_size, "gradient_clipping": args.max_grad_norm}
+            self.accelerator.deepspeed_plugin.deepspeed_config.update(settings)
+        if args.push_to_hub and self.accelerator.is_main_process:  # what would fail at the end fails now
+            create_repo(self.hub_id, exist_ok=True)
         set_seed(args.seed)  # new weights are the same in every process
         self.ema = None
+        self.kept = {}  # what else, with `state_dict` and `load_state_dict`, belongs into each process's checkpoint
         self.skipped = {"unreadable": 0, "filtered": 0}
 
     @property
     def part(self) -> tuple[int, int]:
         """This process and the number of processes: for `corrupt` and other draws for the batch of all."""
         return self.accelerator.process_index, self.accelerator.num_processes
+
+    @property
+    def hub_id(self) -> str:
+        return self.args.hub_model_id or self.args.output_dir.resolve().name
 
     def generator(self) -> torch.Generator:
         """The random numbers of this pass: of the seed and the number of the pass, and the same in every process."""
@@ -157,8 +165,9 @@ class TrainingRun:
         if not self.models and args.ema_decay is not None:
             self.ema = EMAModel(parameters, args.ema_decay, update_after_step=args.ema_start, foreach=True)
             self.ema.to(self.accelerator.device)
-            self.accelerator.register_for_checkpointing(self.ema)
         model, optimizer, schedule = self.accelerator.prepare(model, optimizer, schedule)
+        # losses take logits in half precision: a float32 copy of them would be gigabytes
+        self.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
         self.models.append((model, optimizer, schedule, parameters))
         return model
 
@@ -178,10 +187,8 @@ class TrainingRun:
         except ImportError as error:
             raise ImportError("Training needs torchdata: pip install 'paella-diffusers[train]'") from error
         args = self.args
-        wanted = (args.min_size, args.max_watermark, args.min_aesthetic, args.max_unsafe)
-        quality = None if all(value is None for value in wanted) else QualityFilter(*wanted)
         captions = args.text_column is not None
-        transform = SampleTransform(args.resolution, quality, captions=captions, **transform_options)
+        transform = SampleTransform(args.resolution, quality_filter(args), captions=captions, **transform_options)
         index, count = self.part
         columns = dict(image_column=args.image_column, text_column=args.text_column)
         stream = load_stream(args.data, transform, args.seed, process_index=index, num_processes=count, **columns)
@@ -210,6 +217,7 @@ class TrainingRun:
             accelerator.init_trackers("paella")
         set_seed(args.seed, device_specific=True)  # dropout is not; and noise has generators of its own
         if self.checkpoint is not None:
+            self._check(self.checkpoint)
             self._load(self.checkpoint)
         self.passes = self.step * args.gradient_accumulation_steps
         for model, *_ in self.models:
@@ -247,17 +255,18 @@ class TrainingRun:
         if self.accelerator.sync_gradients:
             if self.sharded:  # an optimizer that has seen nothing of a parameter could not be loaded again
                 for parameter in model.parameters():
-                    if parameter.requires_grad and parameter.grad is None:
+                    if parameter.requires_grad and parameter.grad is None and parameter not in optimizer.state:
                         parameter.grad = torch.zeros_like(parameter)
-            norm = self.accelerator.clip_grad_norm_(model.parameters(), self.args.max_grad_norm)
+            if self.accelerator.distributed_type != DistributedType.DEEPSPEED:  # which clips by itself
+                self.accelerator.unscale_gradients(optimizer)
+                norm = torch.nn.utils.clip_grad_norm_(model.parameters(), self.args.max_grad_norm)
+                if model is self.models[0][0]:
+                    self.log(**{"gradient norm": norm})
         optimizer.step()
         if self.accelerator.sync_gradients:
-            if not self.accelerator.optimizer_step_was_skipped:
-                schedule.step()
-            if model is self.models[0][0]:
-                self.log(**{"gradient norm": norm})
-                if self.ema is not None:
-                    self.ema.step(parameters)
+            schedule.step()
+            if self.ema is not None and model is self.models[0][0]:
+                self.ema.step(parameters)
         optimizer.zero_grad()
 
     def log(self, **values: torch.Tensor | float):
@@ -274,10 +283,12 @@ class TrainingRun:
         skipped = torch.tensor(list(self.skipped.values()), device=self.accelerator.device)
         skipped = dict(zip(self.skipped, self.accelerator.reduce(skipped, "sum").tolist()))
         values = {name: value.item() for name, value in means.items()}
-        if not math.isfinite(values.get("loss", 0)):
+        watched = ["loss"] if self.accelerator.scaler is not None else ["loss", "gradient norm"]  # a scaler tries out norms
+        bad = [f"the {name} is {values[name]}" for name in watched if not math.isfinite(values.get(name, 0))]
+        if bad:
             raise FloatingPointError(
-                f"At step {self.step} the loss is {values['loss']}: lower --learning-rate, or take --mixed-precision bf16 "
-                f"or no. {self.args.output_dir / 'checkpoints'} has the checkpoints from before."
+                f"At step {self.step} {' and '.join(bad)}: lower --learning-rate, or take --mixed-precision bf16 or no. "
+                f"{self.args.output_dir / 'checkpoints'} has the checkpoints from before."
             )
         values |= {"learning rate": self.models[0][2].get_last_lr()[0], "data wait": self.waited / elapsed} | skipped
         progress.set_postfix({name: f"{value:.4g}" for name, value in values.items()}, refresh=True)
@@ -285,23 +296,21 @@ class TrainingRun:
         self.sums, self.started, self.waited = {}, time.perf_counter(), 0.0
 
     def _draw(self, draw):
-        if not (self.accelerator.is_main_process or self.sharded):  # shards answer only together
+        if not self.accelerator.is_main_process:
             return
         model = self.models[0][0]
         model.eval()
-        with torch.random.fork_rng(), torch.no_grad(), self.averaged():
+        with torch.random.fork_rng(), torch.no_grad(), self.averaged(), self.accelerator.autocast():
             sheet = draw()
         model.train()
-        if self.accelerator.is_main_process:
-            folder = self.args.output_dir / "samples"
-            folder.mkdir(exist_ok=True)
-            sheet.save(folder / f"{self.step:08d}.png")
-            pixels = torch.frombuffer(bytearray(sheet.convert("RGB").tobytes()), dtype=torch.uint8)
-            images = pixels.view(1, sheet.height, sheet.width, 3).numpy()
-            for tracker in self.accelerator.trackers:
-                if hasattr(tracker, "log_images"):
-                    options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-                    tracker.log_images({"samples": images}, step=self.step, **options)
+        folder = self.args.output_dir / "samples"
+        folder.mkdir(exist_ok=True)
+        sheet.save(folder / f"{self.step:08d}.png")
+        images = np.asarray(sheet.convert("RGB"))[None]
+        for tracker in self.accelerator.trackers:
+            if hasattr(tracker, "log_images"):
+                options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                tracker.log_images({"samples": images}, step=self.step, **options)
 
     # --------------------------------------------------------------------------------------------------------- the result
 
@@ -337,15 +346,14 @@ class TrainingRun:
         of what the folder has already.
         """
         args = self.args
-        hub_id = args.hub_model_id or args.output_dir.name
         if isinstance(result, str):
             if args.push_to_hub:
-                hub_id = create_repo(hub_id, exist_ok=True).repo_id
+                hub_id = create_repo(self.hub_id, exist_ok=True).repo_id
                 upload_folder(repo_id=hub_id, folder_path=args.output_dir, ignore_patterns=["checkpoints/*", "logs/*"])
         else:
             result.save_pretrained(args.output_dir)
             if args.push_to_hub:
-                result.push_to_hub(hub_id)
+                result.push_to_hub(self.hub_id)
             result = type(result).__name__
         print(f"{result} is in {args.output_dir}.")
 
@@ -364,8 +372,8 @@ class TrainingRun:
             return None
         if resume == "latest":
             return found[-1] if found else None  # so that a job may be started again with the same command
-        if not Path(resume).is_dir():
-            raise FileNotFoundError(f"--resume {resume} is no folder; there are {[str(path) for path in found]}.")
+        if not (Path(resume) / "run-0.pt").is_file():
+            raise FileNotFoundError(f"--resume {resume} is no checkpoint; there are {[str(path) for path in found]}.")
         return Path(resume)
 
     def _save(self):
@@ -379,14 +387,19 @@ class TrainingRun:
         self.accelerator.wait_for_everyone()
         with self._without_frozen():
             self.accelerator.save_state(str(partial))
-        index, count = self.part
-        state = {"step": self.step, "processes": count, "data": self.loader.state_dict(), "skipped": self.skipped}
-        torch.save(state, partial / f"run-{index}.pt")
+        state = {"step": self.step, "data": self.loader.state_dict(), "skipped": self.skipped}
+        state["settings"] = self._settings()
+        state["kept"] = {name: part.state_dict() for name, part in self.kept.items()}
+        torch.save(state, partial / f"run-{self.accelerator.process_index}.pt")
+        if self.ema is not None and self.accelerator.is_main_process:
+            torch.save(self.ema.state_dict(), partial / "averages.pt")
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             if folder.exists():
-                shutil.rmtree(folder)
+                os.replace(folder, folder.with_suffix(".old.tmp"))
             os.replace(partial, folder)
+            for path in folder.parent.glob("*.tmp"):
+                shutil.rmtree(path)
             others = [path for path in sorted(folder.parent.glob("[0-9]*")) if path != folder]
             older = [path for path in others if path < folder]
             # and those after it: the run was resumed from before them
@@ -412,16 +425,40 @@ class TrainingRun:
         finally:
             hook.remove()
 
+    def _settings(self) -> dict:
+        """What must stay the same for a run to go on as it would have."""
+        names = ["data", "resolution", "batch_size", "gradient_accumulation_steps", "num_workers", "seed"]
+        return {name: getattr(self.args, name) for name in names} | {"processes": self.accelerator.num_processes}
+
     def _load(self, folder: Path):
-        index, count = self.part
-        folder = Path(broadcast_object_list([str(folder)])[0])
-        saved = torch.load(next(folder.glob("run-0.pt")), weights_only=True)
-        if saved["processes"] != count:
-            raise ValueError(
-                f"{folder} was saved by {saved['processes']} processes, but there are {count}: start as many, or begin anew "
-                "from the pipeline in the output folder."
-            )
-        self.accelerator.load_state(str(folder), strict=False)  # without what is not trained
-        saved = torch.load(folder / f"run-{index}.pt", weights_only=True)
-        self.step, self.skipped = saved["step"], saved["skipped"]
-        self.loader.load_state_dict(saved["data"])
+        state = torch.load(folder / f"run-{self.accelerator.process_index}.pt", weights_only=True)
+        self.step, self.skipped = state["step"], state["skipped"]
+        # what is not trained is not there
+        options = {} if self.accelerator.distributed_type == DistributedType.DEEPSPEED else {"strict": False}
+        self.accelerator.load_state(str(folder), **options)
+        self.loader.load_state_dict(state["data"])
+        for name, part in self.kept.items():
+            part.load_state_dict(state["kept"][name])
+        if self.ema is not None:
+            self.ema.load_state_dict(torch.load(folder / "averages.pt", weights_only=True))
+            self.ema.to(self.accelerator.device)
+
+    def _check(self, folder: Path):
+        """Whether the checkpoint is one of such a run, of such models."""
+        saved, settings = torch.load(folder / "run-0.pt", weights_only=True)["settings"], self._settings()
+        for name, value in settings.items():
+            if saved[name] != value:
+                option = "the number of processes" if name == "processes" else f"--{name.replace('_', '-')}"
+                raise ValueError(
+                    f"{folder} was saved with {option} {saved[name]}, but now it is {value}: take the same to go on, or "
+                    "begin anew from the pipeline in the output folder."
+                )
+        if self.sharded or self.accelerator.distributed_type == DistributedType.DEEPSPEED:
+            return  # which find out by themselves
+        for number, (model, *_) in enumerate(self.models):
+            frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+            with safe_open(folder / f"model{f'_{number}' if number else ''}.safetensors", "pt") as file:
+                saved = set(file.keys())
+            expected = set(model.state_dict()) - frozen
+            if saved != expected:
+                raise ValueError(f"{folder} is of another model: {sorted(saved ^ expected)[:3]} are in one of them only.")

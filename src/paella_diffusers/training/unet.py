@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 import torch
+from accelerate.utils import is_bf16_available
 from diffusers.utils import make_image_grid
 from PIL import Image
 from safetensors import safe_open
@@ -38,9 +39,14 @@ class PaellaTraining:
 
     def __init__(self, run: TrainingRun):
         self.run, args, device = run, run.args, run.accelerator.device
+        if args.prompts and run.sharded:
+            raise ValueError("--prompts draws in one process, but FSDP has a share of the U-Net in each: leave one out.")
         empty, spare = computed_embeddings(args.data)
         without = dict.fromkeys(spare) if not args.prompts else {}
-        self.pipe = PaellaPipeline.from_pretrained(args.pretrained, **without)
+        self.pipe = PaellaPipeline.from_pretrained(args.pretrained, prior=None, prior_scheduler=None, **without)
+        multiple = self.pipe.vqgan.patch_size * self.pipe.unet.sample_multiple
+        if empty is None and args.resolution % multiple:
+            raise ValueError(f"--resolution must be divisible by {multiple}, for VQGAN and U-Net, got {args.resolution}.")
         self.pipe.set_progress_bar_config(disable=True)
         with torch.no_grad():
             encoded = self.pipe.encode_prompt(args.prompts) if args.prompts else ()
@@ -48,7 +54,8 @@ class PaellaTraining:
         names += ("clip_text_embeds", "negative_clip_text_embeds")
         self.prompts = {name: None if part is None else part.to(device) for name, part in zip(names, encoded)}
         self.pipe.register_modules(**dict.fromkeys(spare))
-        half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(run.accelerator.mixed_precision)
+        # T5 overflows in float16
+        half = torch.bfloat16 if run.accelerator.mixed_precision != "no" and is_bf16_available(True) else None
         self.encoder = Encoder(self.pipe, empty).to(device, half)
 
     def loss(self, model, batch: dict) -> torch.Tensor:
