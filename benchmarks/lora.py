@@ -64,7 +64,7 @@ def main():
     parser.add_argument("--model", default=str(EMOJI_MODEL))
     parser.add_argument("--work-dir", type=Path, default=Path("emoji-training"), help="where the icons are, or go")
     parser.add_argument("--output-dir", type=Path, default=Path("emoji-adapter"))
-    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--sheet", type=Path, help="write pictures of the new icons there")
     args = parser.parse_args()
 
