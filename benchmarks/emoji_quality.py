@@ -55,6 +55,7 @@ def main():
     parser.add_argument("--work-dir", type=Path, default=Path("emoji-training"), help="where the icons are, or go")
     parser.add_argument("--steps", type=int, nargs="+", default=[4, 8, 12, 24])
     parser.add_argument("--guidance-scale", type=float, default=1.5, help="1.5 suits the embedded model")
+    parser.add_argument("--no-prior", action="store_true", help="draw from the text alone")
     parser.add_argument("--sheet", type=Path, help="write the first 100 pictures at 12 steps there")
     args = parser.parse_args()
 
@@ -77,6 +78,7 @@ def main():
     print(f"| steps | captions right, of {len(captions)} | paraphrases right, of {len(paraphrases)} |\n|---|---|---|")
     for steps in args.steps:
         call = {"num_inference_steps": steps, "guidance_scale": args.guidance_scale}
+        call["use_prior"] = False if args.no_prior else None
         pictures = draw(pipe, captions, **call)
         right = sum(names[i] == caption for i, caption in zip(nearest(pictures, images), captions))
         found = nearest(draw(pipe, list(paraphrases), **call), images)

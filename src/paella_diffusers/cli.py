@@ -149,6 +149,7 @@ def run(args: argparse.Namespace):
     task, call = _task(args)
 
     import torch
+    from transformers.utils import logging
 
     import paella_diffusers
 
@@ -158,6 +159,7 @@ def run(args: argparse.Namespace):
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"--device {device} is not to be had here: {str(error).splitlines()[0]}") from error
+    logging.set_verbosity_error()  # which image processor it takes is no news
     pipe = getattr(paella_diffusers, task).from_pretrained(args.model, dtype=getattr(torch, args.dtype))
     pipe.to(device)
     guidance_scale = getattr(args, "guidance_scale", 1.5 if args.model == EMOJI_MODEL else 8.0)
