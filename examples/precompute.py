@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import webdataset
 from accelerate import Accelerator
-from accelerate.utils import is_bf16_available, send_to_device
+from accelerate.utils import send_to_device
 from safetensors.torch import save_file
 from torchdata.stateful_dataloader import StatefulDataLoader
 from tqdm import tqdm
@@ -85,12 +85,6 @@ def main(args):
     accelerator = Accelerator()
     index, count = accelerator.process_index, accelerator.num_processes
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    pipe = PaellaPipeline.from_pretrained(args.pretrained)
-    half = None
-    if accelerator.device.type != "cpu" and is_bf16_available(True):
-        half = torch.bfloat16  # in float16 T5 overflows
-    encoder = Encoder(pipe).to(accelerator.device, half)
-
     progress_path = args.output_dir / f"progress-{index}.json"  # what the whole shards have
     settings = {name: value for name, value in vars(args).items() if name != "output_dir"} | {"processes": count}
     progress = {"shards": 0, "samples": 0, "data": None, "finished": False, "settings": settings}
@@ -111,6 +105,8 @@ def main(args):
         image_column=args.image_column,
         text_column=args.text_column,
     )
+    encoder = Encoder(PaellaPipeline.from_pretrained(args.pretrained))
+    encoder.to(accelerator.device, half=accelerator.device.type != "cpu")
     loader = StatefulDataLoader(stream, args.batch_size, num_workers=args.num_workers, collate_fn=collate)
     if progress["data"] is not None:
         loader.load_state_dict(progress["data"])
@@ -144,7 +140,7 @@ def main(args):
         path = args.output_dir / "empty.safetensors"
         save_file(empty, path.with_suffix(".tmp"), metadata={"computed": " ".join(args.parts)})
         os.replace(path.with_suffix(".tmp"), path)
-    print(f"Process {index}: {progress['samples']} samples in {progress['shards']} shards.")
+    print(f"Process {index}: {progress['samples']} samples in {progress['shards']} shards; {skipped} skipped.")
 
 
 if __name__ == "__main__":

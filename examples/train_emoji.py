@@ -598,7 +598,7 @@ def main():
     parser.add_argument("--text-steps", type=int, default=1000, help="with the image network")
     parser.add_argument("--text-all-steps", type=int, default=1800, help="against all images at once")
     parser.add_argument("--unet-steps", type=int, default=7500)
-    parser.add_argument("--image-steps", type=int, default=700, help="of the CLIP image encoder")
+    parser.add_argument("--image-steps", type=int, default=1100, help="of the CLIP image encoder")
     parser.add_argument("--compile", action="store_true", help="the U-Net, with torch.compile; needs g++")
     args = parser.parse_args()
 

@@ -28,12 +28,12 @@ def parse_args(args=None):
 
 def main(args):
     run = TrainingRun(args)
+    run.load_data()
     training = PaellaTraining(run)
     if args.from_scratch:
         training.pipe.unet = PaellaUNet.from_config({**training.pipe.unet.config, **args.unet_config})
     unet = training.pipe.unet.requires_grad_(True)
     model = run.prepare(unet)
-    run.load_data()
 
     for batch in run.batches(training.draw if args.prompts else None):
         run.update(model, training.loss(model, batch))

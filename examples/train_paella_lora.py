@@ -33,11 +33,11 @@ def parse_args(args=None):
 
 def main(args):
     run = TrainingRun(args)
+    run.load_data()
     training = PaellaTraining(run)
     unet = training.pipe.unet.requires_grad_(False)
     unet.add_adapter(LoraConfig(r=args.rank, lora_alpha=args.alpha or args.rank, target_modules=args.targets))
     model = run.prepare(unet)
-    run.load_data()
 
     for batch in run.batches(training.draw if args.prompts else None):
         run.update(model, training.loss(model, batch))

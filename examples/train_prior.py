@@ -35,6 +35,7 @@ def parse_args(args=None):
 
 def main(args):
     run = TrainingRun(args)
+    run.load_data()
     device = run.accelerator.device
     empty, spare = computed_embeddings(args.data)
     pipe = PaellaPipeline.from_pretrained(args.pretrained, **dict.fromkeys({*spare, "text_encoder"}))  # ByT5 is not asked
@@ -50,7 +51,6 @@ def main(args):
     pipe.register_modules(vqgan=None, unet=None)
     encoder = Encoder(pipe, empty).to(device)
     model = run.prepare(prior.requires_grad_(True))
-    run.load_data()
 
     for batch in run.batches():
         image = encoder.clip_image_embeds(batch)

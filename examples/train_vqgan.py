@@ -109,11 +109,10 @@ def parse_args(args=None):
 
 def main(args):
     run = TrainingRun(args)
+    run.load_data()
     if run.sharded:
         raise ValueError("A VQGAN is small, and its codebook must be whole to be restarted: train it with DDP, not FSDP.")
-    vqgan = VQModel(**args.config)
-    if args.pretrained:
-        vqgan = VQModel.from_pretrained(args.pretrained, subfolder=args.subfolder)
+    vqgan = VQModel.from_pretrained(args.pretrained, subfolder=args.subfolder) if args.pretrained else VQModel(**args.config)
     vqgan.requires_grad_(True)
     restarts = CodebookRestarts(vqgan, args.restart_every)
     if args.decoder_only:
@@ -124,7 +123,6 @@ def main(args):
     model = run.prepare(vqgan)
     perceptual = PerceptualLoss(args.perceptual_model).to(run.accelerator.device) if args.perceptual_model else None
     discriminator = run.prepare(make_discriminator()) if args.adversarial_weight else None
-    run.load_data()
     shown = None
 
     def draw():

@@ -2,6 +2,7 @@
 
 import torch
 import torch.nn.functional as F
+from accelerate.utils import is_bf16_available
 
 
 def drop_conditioning(
@@ -50,8 +51,9 @@ class Encoder:
             }
         return self._empty
 
-    def to(self, device, dtype: torch.dtype | None = None) -> "Encoder":
-        """Move the frozen parts, all but the VQGAN also to `dtype`."""
+    def to(self, device, half: bool = False) -> "Encoder":
+        """Move the frozen parts; with `half`, encoders to bfloat16 where the device has it (in float16 T5 overflows)."""
+        dtype = torch.bfloat16 if half and is_bf16_available(ignore_tpu=True) else None
         for part in (self.pipe.text_encoder, self.pipe.text_encoder_2, self.pipe.image_encoder):
             if part is not None:
                 part.to(device, dtype)
@@ -66,6 +68,8 @@ class Encoder:
         """`(batch_size, height, width)`, int64."""
         if "tokens" in batch:
             return batch["tokens"].long()
+        if "pixels" not in batch:
+            raise ValueError("The data have neither pictures nor tokens: let precompute.py write `tokens`, too.")
         return self.pipe.vqgan.encode(batch["pixels"].to(self.pipe.vqgan.dtype)).indices
 
     @torch.no_grad()

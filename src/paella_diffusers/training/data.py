@@ -83,18 +83,11 @@ class SampleTransform:
     Args:
         resolution (`int`): Pixels a side.
         quality (`QualityFilter`, *optional*): Which samples to take.
-        center_crop (`bool`, defaults to `False`): Whether to crop the middle, rather than at random.
         captions (`bool`, defaults to `True`): Whether samples must have captions; otherwise all have "".
     """
 
-    def __init__(
-        self,
-        resolution: int,
-        quality: QualityFilter | None = None,
-        center_crop: bool = False,
-        captions: bool = True,
-    ):
-        self.resolution, self.quality, self.center_crop, self.captions = resolution, quality, center_crop, captions
+    def __init__(self, resolution: int, quality: QualityFilter | None = None, captions: bool = True):
+        self.resolution, self.quality, self.captions = resolution, quality, captions
 
     def __call__(self, raw: dict, rng: random.Random) -> dict | None:
         """The sample, or None if it is not wanted. Raises anything if it cannot be read."""
@@ -128,7 +121,7 @@ class SampleTransform:
             size = [max(self.resolution, round(side * scale)) for side in image.size]
             image = image.resize(size, Image.Resampling.BICUBIC)
         free = [side - self.resolution for side in image.size]
-        left, top = (side // 2 if self.center_crop else rng.randint(0, side) for side in free)
+        left, top = (rng.randint(0, side) for side in free)
         image = image.crop((left, top, left + self.resolution, top + self.resolution))
         return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
 
@@ -149,7 +142,7 @@ class SampleStream(IterableDataset):
         epochs (`int`, *optional*): End after so many, instead of never.
 
     Raises:
-        ValueError: When a whole epoch has not a single sample for this process.
+        ValueError: When an endless stream skips all of an epoch's samples, or has none for this process in several epochs.
     """
 
     def __init__(

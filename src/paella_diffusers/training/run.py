@@ -57,7 +57,7 @@ def training_arguments(description: str, **defaults) -> argparse.ArgumentParser:
     add("--ema-decay", type=float, help="also average the weights, and publish and sample these")
     add("--ema-start", type=int, default=0, help="step at which averaging starts")
     add("--mixed-precision", choices=["no", "fp16", "bf16"], help="accelerate's, unless given")
-    add("--gradient-checkpointing", action="store_true", help="less memory for a fourth more time")
+    add("--gradient-checkpointing", action="store_true", help="less memory for some more time")
     add("--compile", action="store_true", help="torch.compile the model's repeated blocks")
     add("--seed", type=int, default=0)
 
@@ -80,8 +80,8 @@ class TrainingRun:
     One run of a trainer, alike on one CPU and on many nodes:
 
         run = TrainingRun(args)
-        model = run.prepare(model)
         run.load_data()
+        model = run.prepare(model)
         for batch in run.batches():
             loss = ...
             run.update(model, loss)
@@ -128,6 +128,8 @@ class TrainingRun:
         if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
             settings = {"train_micro_batch_size_per_gpu": args.batch_size, "gradient_clipping": args.max_grad_norm}
             self.accelerator.deepspeed_plugin.deepspeed_config.update(settings)
+        if self.checkpoint is not None:
+            self._check_settings(self.checkpoint)
         if args.push_to_hub and self.accelerator.is_main_process:  # what would fail at the end fails now
             create_repo(self.hub_id, exist_ok=True)
         set_seed(args.seed)  # new weights are the same in every process
@@ -180,15 +182,14 @@ class TrainingRun:
             raise ImportError("--adam-8bit needs bitsandbytes: pip install bitsandbytes") from error
         return AdamW8bit
 
-    def load_data(self, **transform_options):
-        """Make the loader for `--data`, of this process's share of the samples. Options are those of `SampleTransform`."""
+    def load_data(self):
+        """Make the loader for `--data`, of this process's share of the samples."""
         try:
             from torchdata.stateful_dataloader import StatefulDataLoader
         except ImportError as error:
             raise ImportError("Training needs torchdata: pip install 'paella-diffusers[train]'") from error
         args = self.args
-        captions = args.text_column is not None
-        transform = SampleTransform(args.resolution, quality_filter(args), captions=captions, **transform_options)
+        transform = SampleTransform(args.resolution, quality_filter(args), captions=args.text_column is not None)
         index, count = self.part
         columns = dict(image_column=args.image_column, text_column=args.text_column)
         stream = load_stream(args.data, transform, args.seed, process_index=index, num_processes=count, **columns)
@@ -217,7 +218,7 @@ class TrainingRun:
             accelerator.init_trackers("paella")
         set_seed(args.seed, device_specific=True)  # dropout is not; and noise has generators of its own
         if self.checkpoint is not None:
-            self._check(self.checkpoint)
+            self._check_models(self.checkpoint)
             self._load(self.checkpoint)
         self.passes = self.step * args.gradient_accumulation_steps
         for model, *_ in self.models:
@@ -443,8 +444,8 @@ class TrainingRun:
             self.ema.load_state_dict(torch.load(folder / "averages.pt", weights_only=True))
             self.ema.to(self.accelerator.device)
 
-    def _check(self, folder: Path):
-        """Whether the checkpoint is one of such a run, of such models."""
+    def _check_settings(self, folder: Path):
+        """Whether the checkpoint is one of such a run."""
         saved, settings = torch.load(folder / "run-0.pt", weights_only=True)["settings"], self._settings()
         for name, value in settings.items():
             if saved[name] != value:
@@ -453,6 +454,9 @@ class TrainingRun:
                     f"{folder} was saved with {option} {saved[name]}, but now it is {value}: take the same to go on, or "
                     "begin anew from the pipeline in the output folder."
                 )
+
+    def _check_models(self, folder: Path):
+        """Whether the checkpoint is one of such models, of which it has all that is trained."""
         if self.sharded or self.accelerator.distributed_type == DistributedType.DEEPSPEED:
             return  # which find out by themselves
         for number, (model, *_) in enumerate(self.models):

@@ -4,7 +4,6 @@ import argparse
 from pathlib import Path
 
 import torch
-from accelerate.utils import is_bf16_available
 from diffusers.utils import make_image_grid
 from PIL import Image
 from safetensors import safe_open
@@ -54,9 +53,7 @@ class PaellaTraining:
         names += ("clip_text_embeds", "negative_clip_text_embeds")
         self.prompts = {name: None if part is None else part.to(device) for name, part in zip(names, encoded)}
         self.pipe.register_modules(**dict.fromkeys(spare))
-        # T5 overflows in float16
-        half = torch.bfloat16 if run.accelerator.mixed_precision != "no" and is_bf16_available(True) else None
-        self.encoder = Encoder(self.pipe, empty).to(device, half)
+        self.encoder = Encoder(self.pipe, empty).to(device, half=run.accelerator.mixed_precision != "no")
 
     def loss(self, model, batch: dict) -> torch.Tensor:
         """The published training step (section 3.2): noise some of the tokens, predict all, compare; logs it, too."""
