@@ -11,7 +11,8 @@ from trainers import EXAMPLES
 
 def test_the_published_case_under_slurm(tmp_path):
     """With stand-ins for Slurm's commands, two nodes launch what accelerate and the trainer understand."""
-    (tmp_path / "scontrol").write_text("#!/bin/sh\necho node-a\necho node-b\n")
+    # more names than a pipe holds, so that a reader of the first would cut the others off
+    (tmp_path / "scontrol").write_text("#!/bin/sh\necho node-a\nseq -f node-%.0f 20000\n")
     (tmp_path / "srun").write_text('#!/bin/sh\nfor i in 0 1; do shift; SLURM_NODEID=$i "$@"; set -- x "$@"; done\n')
     script = f"#!{sys.executable}\nimport sys\nprint(*sys.argv[1:], '=====', sep='\\n')\n"
     (tmp_path / "accelerate").write_text(script)
