@@ -10,8 +10,9 @@ DEMO := "red heart" "grinning face" "pizza" "dog face" "rocket" "sunflower" "gre
 demo: $(VENV)/installed
 	$(BIN)/paella-diffusers generate $(DEMO) --out demo.png
 
+# two processes with a thread each: most tests are too small to make use of two threads
 test: $(VENV)/installed
-	$(BIN)/python -m pytest $(TESTS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(TESTS)
 
 # the same with the oldest diffusers that is supported
 test-oldest:

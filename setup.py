@@ -40,7 +40,7 @@ setup(
             "torchdata>=0.11",
             "tensorboard>=2.15",
         ],
-        "test": ["pytest>=8.0", "ruff", "flow_matching", "scipy"],
+        "test": ["pytest>=8.0", "pytest-xdist", "ruff", "flow_matching", "scipy"],
     },
     entry_points={"console_scripts": ["paella-diffusers = paella_diffusers.cli:main"]},
     classifiers=[

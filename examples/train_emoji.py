@@ -428,10 +428,12 @@ def train_text(images: torch.Tensor, captions: Captions, steps: int, steps_all: 
     return encoders
 
 
-def train_image_encoder(images: torch.Tensor, captions: Captions, encoders: TextEncoders, steps: int, work_dir: Path):
+def add_image_encoder(pipe: PaellaPipeline, images: torch.Tensor, names: list[str], steps: int, work_dir: Path):
     """
-    CLIP's other half, a small ViT, contrastively against the text encoder, which stays as it is ("locked tuning" the other
-    way round, https://huggingface.co/papers/2111.07991). Icons are moved and resized a little.
+    CLIP's other half, a small ViT, against the text encoder, which stays as it is ("locked tuning" the other way round,
+    https://huggingface.co/papers/2111.07991): an icon's embedding shall be nearest to that of its name, and like it but for
+    the scale, which is one as that of the prior's noise. So the U-Net, which has learnt from text, begins with reading both
+    by the same projection. Icons are moved and resized a little.
     """
     config = CLIPVisionConfig(
         hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4, image_size=SIZE, patch_size=8,
@@ -439,13 +441,17 @@ def train_image_encoder(images: torch.Tensor, captions: Captions, encoders: Text
     )  # fmt: skip
     encoder = CLIPVisionModelWithProjection(config)
     mean, std = (torch.tensor(value).view(3, 1, 1) for value in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
+    with torch.no_grad():
+        inputs = pipe.tokenizer_2(names, padding="longest", return_tensors="pt")
+        text = torch.cat([pipe.text_encoder_2(part).text_embeds.float() for part in inputs.input_ids.split(256)])
+    scale = text.std()
 
     def embed(pixels):
-        return encoder((pixels - mean) / std).image_embeds.float()
+        with torch.autocast("cpu", torch.bfloat16):
+            return encoder((pixels - mean) / std).image_embeds.float()
 
-    with torch.no_grad():
-        text_of_names = torch.cat([encoders.encode(captions.names[i : i + 256])[2] for i in range(0, len(images), 256)])
-    text_of_names = F.normalize(text_of_names.float(), dim=1)
+    def cosines(image):
+        return F.normalize(image, dim=1) @ F.normalize(text, dim=1).T
 
     def loss(step):
         rows, rng = batch(step, 128, len(images)), random.Random(f"image {step}")
@@ -453,27 +459,22 @@ def train_image_encoder(images: torch.Tensor, captions: Captions, encoders: Text
         side, (left, top) = rng.randint(48, 80), (rng.random(), rng.random())
         left, top = (round(share * (80 - side)) for share in (left, top))
         pixels = F.interpolate(pixels[..., top : top + side, left : left + side], SIZE, mode="bilinear", antialias=True)
-        with torch.no_grad():
-            text = encoders.encode([captions.draw(i, rng, plain=0.0) for i in rows.tolist()])[2].float()
-        with torch.autocast("cpu", torch.bfloat16):
-            image = F.normalize(embed(pixels), dim=1)
-        similarities = 20 * F.normalize(text, dim=1) @ image.T  # to sentences in the batch, and to the names of all icons
-        return (
-            F.cross_entropy(similarities, torch.arange(len(rows))) + F.cross_entropy(20 * image @ text_of_names.T, rows)
-        ) / 2
+        image = embed(pixels)
+        return F.cross_entropy(20 * cosines(image), rows) + 4 * F.mse_loss(image, text[rows] / scale)
 
     @torch.no_grad()
     def report(step):
-        image = F.normalize(torch.cat([embed(part) for part in images.split(256)]), dim=1)
-        right = (text_of_names @ image.T).argmax(1) == torch.arange(len(images))
-        tqdm.write(f"image encoder, step {step}: {right.float().mean():.1%} of names find their icon")
+        similarities = cosines(torch.cat([embed(part) for part in images.split(256)]))
+        right = (similarities.argmax(0) == torch.arange(len(images))).float().mean()
+        cosine = similarities.diag().mean()
+        tqdm.write(f"image encoder, step {step}: {right:.1%} of names find their icon, mean cosine {cosine:.2f}")
 
-    optimizers = muon_and_adam(encoder, keep_adam=("embed",))
-    fit("image", encoder, optimizers, loss, steps, work_dir, warmup=40, report=report)
-    with torch.no_grad():  # the prior adds noise of variance one: let embeddings have that, too
-        embeds = torch.cat([embed(part) for part in images.split(256)])
-        encoder.visual_projection.weight /= embeds.std()
-    return encoder
+    fit("image", encoder, muon_and_adam(encoder, keep_adam=("embed",)), loss, steps, work_dir, warmup=40, report=report)
+    processor = CLIPImageProcessor(size={"shortest_edge": SIZE}, crop_size=SIZE)
+    pipe.register_modules(image_encoder=encoder, feature_extractor=processor)
+    pipe.unet.clip_image_proj.load_state_dict(pipe.unet.clip_text_proj.state_dict())
+    with torch.no_grad():
+        pipe.unet.clip_image_proj.weight *= scale
 
 
 @torch.no_grad()
@@ -598,7 +599,7 @@ def main():
     parser.add_argument("--text-steps", type=int, default=1000, help="with the image network")
     parser.add_argument("--text-all-steps", type=int, default=1800, help="against all images at once")
     parser.add_argument("--unet-steps", type=int, default=7500)
-    parser.add_argument("--image-steps", type=int, default=1100, help="of the CLIP image encoder")
+    parser.add_argument("--image-steps", type=int, default=2000, help="of the CLIP image encoder")
     parser.add_argument("--compile", action="store_true", help="the U-Net, with torch.compile; needs g++")
     args = parser.parse_args()
 
@@ -610,9 +611,7 @@ def main():
     vqgan = train_vqgan(images, args.vqgan_steps, args.coarse_steps, args.work_dir)
     encoders = train_text(images, captions, args.text_steps, args.text_all_steps, args.work_dir)
     pipe = train_unet(vqgan, encoders, images, captions, args.unet_steps, args.work_dir, args.compile)
-    image_encoder = train_image_encoder(images, captions, encoders, args.image_steps, args.work_dir)
-    processor = CLIPImageProcessor(size={"shortest_edge": SIZE}, crop_size=SIZE)
-    pipe.register_modules(image_encoder=image_encoder, feature_extractor=processor)
+    add_image_encoder(pipe, images, names, args.image_steps, args.work_dir)
     write_dataset(args.work_dir / "icons", names, images, captions)
     pipe = refine(pipe, args.work_dir / "icons", args.work_dir)
     pipe.to(torch.float16, silence_dtype_warnings=True).save_pretrained(args.output_dir)

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 import train_emoji
-from transformers import CLIPImageProcessor
 
 from paella_diffusers import EMOJI_MODEL, PaellaPipeline
 
@@ -48,10 +47,9 @@ def test_the_trainers_take_it_from_there(images, captions, tmp_path, monkeypatch
     monkeypatch.setattr(train_emoji, "SHEET", ["icon 1"])
     torch.manual_seed(0)
     pipe = PaellaPipeline.from_pretrained(EMOJI_MODEL)
-    encoders = train_emoji.TextEncoders()
-    image_encoder = train_emoji.train_image_encoder(images, captions, encoders, steps=1, work_dir=tmp_path)
-    processor = CLIPImageProcessor(size={"shortest_edge": 64}, crop_size=64)
-    pipe.register_modules(image_encoder=image_encoder, feature_extractor=processor)
+    train_emoji.add_image_encoder(pipe, images, captions.names, steps=1, work_dir=tmp_path)
+    ratio = pipe.unet.clip_image_proj.weight / pipe.unet.clip_text_proj.weight  # the same but for the scale of embeddings
+    torch.testing.assert_close(ratio, ratio[0, 0].expand_as(ratio))
     train_emoji.write_dataset(tmp_path / "icons", captions.names[:8], images[:8], captions, count=3)
     refined = train_emoji.refine(pipe, tmp_path / "icons", tmp_path)
     assert refined.prior is not None and refined("icon 1", num_inference_steps=2).images[0].size == (64, 64)
