@@ -6,7 +6,8 @@ How good is the embedded emoji model? Captions that come out right, by steps, an
 
 A picture is right if, of all 1,593 icons it was trained on, the nearest in pixels (squared distance) is the one that was
 asked for. Captions are 200 icon names, drawn once and for all; paraphrases are those of `emoji_paraphrases.json`, which
-training never saw, each with the icons that count as right.
+training never saw, each with the icons that count as right. Variations are drawn from the CLIP embedding of a caption's icon
+alone.
 """
 
 import argparse
@@ -39,13 +40,14 @@ def nearest(pictures: torch.Tensor, images: torch.Tensor) -> list[int]:
     return torch.cdist(pictures.flatten(1), images.flatten(1)).argmin(1).tolist()
 
 
-def draw(pipe, prompts: list[str], **kwargs) -> torch.Tensor:
+def draw(pipe, prompts: list[str], condition_image: list | None = None, **kwargs) -> torch.Tensor:
     """One picture a prompt, each from its own seed."""
-    generators = [torch.Generator().manual_seed(seed) for seed in range(len(prompts))]
-    parts = [
-        pipe(prompts[i : i + 50], generator=generators[i : i + 50], output_type="pt", **kwargs).images
-        for i in range(0, len(prompts), 50)
-    ]
+    parts = []
+    for i in range(0, len(prompts), 50):
+        generators = [torch.Generator().manual_seed(seed) for seed in range(i, min(i + 50, len(prompts)))]
+        rows = None if condition_image is None else [[image] for image in condition_image[i : i + 50]]
+        call = {"generator": generators, "condition_image": rows, "output_type": "pt"}
+        parts.append(pipe(prompts[i : i + 50], **call, **kwargs).images)
     return torch.cat(parts)
 
 
@@ -75,7 +77,10 @@ def main():
 
     captions = random.Random(0).sample(names, 200)
     paraphrases = json.loads((Path(__file__).parent / "emoji_paraphrases.json").read_text())
-    print(f"| steps | captions right, of {len(captions)} | paraphrases right, of {len(paraphrases)} |\n|---|---|---|")
+    rows = torch.stack([images[names.index(name)] for name in captions])
+    icons = pipe.image_processor.postprocess(rows, do_denormalize=[False] * len(rows))
+    print(f"right, of {len(captions)} captions, {len(paraphrases)} paraphrases and {len(icons)} variations:")
+    print("| steps | captions | paraphrases | variations |\n|---|---|---|---|")
     for steps in args.steps:
         call = {"num_inference_steps": steps, "guidance_scale": args.guidance_scale}
         call["use_prior"] = False if args.no_prior else None
@@ -83,7 +88,10 @@ def main():
         right = sum(names[i] == caption for i, caption in zip(nearest(pictures, images), captions))
         found = nearest(draw(pipe, list(paraphrases), **call), images)
         understood = sum(names[i] in expected for i, expected in zip(found, paraphrases.values()))
-        print(f"| {steps} | {right / len(captions):.1%} | {understood / len(paraphrases):.1%} |", flush=True)
+        found = nearest(draw(pipe, [""] * len(icons), icons, **call), images)
+        same = sum(names[i] == caption for i, caption in zip(found, captions))
+        shares = (right / len(captions), understood / len(paraphrases), same / len(icons))
+        print(f"| {steps} |", *(f"{share:.1%} |" for share in shares), flush=True)
         if args.sheet and steps == 12:
             sheet = pipe.image_processor.postprocess(pictures[:100], do_denormalize=[False] * 100)
             make_image_grid(sheet, 10, 10).save(args.sheet)

@@ -71,6 +71,13 @@ def outpainting(pipe):
     return [picture, outpaint("rainbow", image=picture, padding=(32, 0, 32, 0), generator=seeds(1), **GUIDANCE).images[0]]
 
 
+def variations(pipe):
+    """Variations: a picture, and what is drawn from its CLIP embedding alone, for five seeds."""
+    picture = pipe("red apple", generator=seeds(1), **GUIDANCE).images[0]
+    call = {"condition_image": picture, "num_images_per_prompt": 5, "generator": seeds(5)}
+    return [picture, *pipe("", **call, **GUIDANCE).images]
+
+
 def interpolation(pipe):
     """Interpolation: from one prompt to another, with the same noise."""
     return pipe.interpolate("red heart", "green apple", num_images=8, generator=seeds(1)[0], **GUIDANCE).images
@@ -85,12 +92,11 @@ def regions(pipe):
     return pipe(prompts, region_masks=[left, 1 - left], width=128, generator=seeds(1), **GUIDANCE).images
 
 
-TASKS = [text_to_image, image_to_image, inversion, inpainting, outpainting, interpolation, regions]
+TASKS = [text_to_image, image_to_image, inversion, inpainting, outpainting, variations, interpolation, regions]
 PAGE = """# Gallery
 
 Made by [`examples/make_gallery.py`](../examples/make_gallery.py) with the small model inside the package, which knows emoji,
-at 64×64 pixels. From a CLIP image alone it draws next to nothing, as it was trained on them beside words only; with the
-published model `condition_image=` makes variations of pictures and mixes several. In what follows,
+at 64×64 pixels. In what follows,
 
 ```python
 {preamble}```

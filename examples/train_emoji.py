@@ -572,8 +572,8 @@ def refine(pipe: PaellaPipeline, icons: Path, work_dir: Path) -> PaellaPipeline:
     pipe.save_pretrained(work_dir / "second")
     trainer(
         "train_paella.py", work_dir / "paella", "--data", icons, "--pretrained", work_dir / "second",
-        "--label-smoothing", "0", "--text-dropout", "0.15", "--clip-text-dropout", "0.3", "--clip-image-dropout", "0.5",
-        "--learning-rate", "3e-4", "--warmup-steps", "50", "--max-steps", "1000", "--batch-size", "64", *smooth, *bf16,
+        "--label-smoothing", "0", "--text-dropout", "0.3", "--clip-text-dropout", "0.5", "--clip-image-dropout", "0.3",
+        "--learning-rate", "3e-4", "--warmup-steps", "50", "--max-steps", "1900", "--batch-size", "64", *smooth, *bf16,
         "--prompts", *SHEET, "--guidance-scale", "1.5", "--sample-every", "250", "--save-every", "100", "--num-workers", "0",
     )
     trainer(
@@ -582,9 +582,9 @@ def refine(pipe: PaellaPipeline, icons: Path, work_dir: Path) -> PaellaPipeline:
     )
     trainer(
         "train_prior.py", work_dir / "prior", "--data", work_dir / "computed", "--pretrained", work_dir / "paella",
-        "--from-scratch", "--prior-config", '{"embedding_dim": 256, "hidden_dim": 192, "num_layers": 2}',
-        "--learning-rate", "2e-3", "--warmup-steps", "100", "--max-steps", "6000", "--batch-size", "256",
-        "--ema-start", "1000", *smooth, "--num-workers", "0",
+        "--from-scratch", "--prior-config", '{"embedding_dim": 256, "hidden_dim": 256, "num_layers": 2}',
+        "--learning-rate", "2e-3", "--warmup-steps", "100", "--max-steps", "14000", "--batch-size", "128",
+        "--ema-start", "1000", *smooth, "--num-workers", "1",
     )
     # fmt: on
     return PaellaPipeline.from_pretrained(work_dir / "prior")

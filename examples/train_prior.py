@@ -47,6 +47,12 @@ def main(args):
     prior = pipe.prior
     if args.from_scratch:
         prior = PaellaPrior(**{"embedding_dim": pipe.unet.config.clip_embed_dim} | args.prior_config)
+        hidden, channels = prior.config.hidden_dim, prior.config.embedding_dim
+        if hidden < channels:
+            raise ValueError(
+                f"--prior-config has `hidden_dim` {hidden}, fewer than the {channels} channels of the noise to predict, "
+                f"which does not fit through: samples would be noise. Make it {channels} or more."
+            )
     scheduler = DDIMWuerstchenScheduler() if pipe.prior_scheduler is None else pipe.prior_scheduler
     pipe.register_modules(vqgan=None, unet=None)
     encoder = Encoder(pipe, empty).to(device)

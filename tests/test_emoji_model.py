@@ -44,6 +44,35 @@ def test_the_readme_runs(tmp_path, monkeypatch):
     assert (tmp_path / "heart.png").exists()
 
 
+PROMPTS = ["red heart", "grinning face", "rocket", "green apple", "cat face", "soccer ball"]
+
+
+@pytest.fixture(scope="module")
+def drawn(pipe):
+    """A picture of each prompt, from its words alone."""
+    return pipe(PROMPTS, guidance_scale=1.5, use_prior=False, generator=seeds()).images
+
+
+def seeds():
+    return [torch.Generator().manual_seed(i) for i in range(len(PROMPTS))]
+
+
+def test_the_prior_tells_from_the_words_what_the_picture_will_look_like(pipe, drawn):
+    seen = pipe.encode_image([[image] for image in drawn], len(drawn))[:, 0]
+    text = pipe.encode_prompt(PROMPTS, do_classifier_free_guidance=False)[4]
+    expected = pipe.sample_prior(text, generator=seeds())
+    nearest = torch.cosine_similarity(expected[:, None], seen, dim=2).argmax(1)
+    assert (nearest == torch.arange(len(PROMPTS))).sum() >= 5
+
+
+def test_variations_are_of_their_picture(pipe, drawn):
+    varied = pipe(
+        [""] * len(drawn), condition_image=[[image] for image in drawn], guidance_scale=1.5, generator=seeds()
+    ).images
+    pixels, varied = (pipe.image_processor.preprocess(images).flatten(1) for images in (drawn, varied))
+    assert (torch.cdist(varied, pixels).argmin(1) == torch.arange(len(PROMPTS))).sum() >= 5
+
+
 def test_the_weaker_the_noise_the_more_is_kept(pipe):
     """Image to image without a prompt: the distance to the input grows with the strength."""
     prompts = ["pizza", "rocket", "dog face", "sunflower", "guitar", "green apple"]

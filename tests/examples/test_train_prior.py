@@ -1,3 +1,4 @@
+import pytest
 import torch
 import train_prior
 from trainers import TINY
@@ -28,3 +29,10 @@ def test_it_learns(pictures, pretrained, tmp_path):
     with torch.no_grad():
         predicted = prior(noise, torch.full((200,), 0.99), torch.zeros(200, 12)).sample
     assert (predicted - noise).square().mean() < 0.3
+
+
+def test_a_prior_too_narrow_for_the_noise_is_refused(pictures, pretrained, tmp_path):
+    options = [*TINY, "--data", pictures, "--pretrained", pretrained, "--output-dir", str(tmp_path / "out")]
+    options += ["--from-scratch", "--prior-config", '{"hidden_dim": 11, "num_layers": 1}']
+    with pytest.raises(ValueError, match="`hidden_dim` 11, fewer than the 12 channels"):
+        train_prior.main(train_prior.parse_args(options))

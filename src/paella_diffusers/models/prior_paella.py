@@ -49,7 +49,8 @@ class PaellaPrior(PaellaHubMixin, WholeOrNotAtAllMixin, ModelMixin, ConfigMixin,
 
     Parameters:
         embedding_dim (`int`, defaults to 1024): Channels of the CLIP text and image embeddings.
-        hidden_dim (`int`, defaults to 1280): Channels between the blocks.
+        hidden_dim (`int`, defaults to 1280):
+            Channels between the blocks. With fewer than `embedding_dim`, the noise does not fit through.
         time_embed_dim (`int`, defaults to 64): Channels of the time embedding.
         num_layers (`int`, defaults to 48): Number of blocks.
     """
