@@ -5,7 +5,7 @@ Train the text-to-image Paella that ships inside the package, from nothing to th
     python examples/train_emoji.py --work-dir emoji-training --output-dir my-emoji
 
 It fetches two npm packages (`npm` must be installed): Microsoft's Fluent Emoji icons and a set of emoji keywords, both MIT.
-Then it trains on two CPU cores for some four hours: (1) a VQGAN; (2) the two text encoders, contrastively against a small
+Then it trains for several hours on two CPU cores: (1) a VQGAN; (2) the two text encoders, contrastively against a small
 image network, which is thrown away; (3) the U-Net, with the published loss; (4) CLIP's image encoder; and with the trainers
 beside this script (5) the VQGAN's decoder, (6) the U-Net again and (7) the prior. Each stage saves to the work folder every
 few minutes; run the same command again to resume. Sample sheets are drawn there.
