@@ -23,3 +23,13 @@ def test_models_and_schedulers_import_no_pipelines():
         "print([name for name in sys.modules if name.startswith('paella_diffusers.pipelines')])"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+def test_nothing_is_searched_for_garbage_while_importing_and_afterwards_it_is():
+    code = (
+        "import gc, paella_diffusers; collections = lambda: sum(older['collections'] for older in gc.get_stats()[1:]); "
+        "before = collections(); paella_diffusers.PaellaPipeline; print(collections() - before, gc.isenabled()); "
+        "gc.disable(); paella_diffusers.PaellaPipeline; print(gc.isenabled())"
+    )
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert printed.split() == ["0", "True", "False"]

@@ -1,6 +1,8 @@
 """Paella, text to image by renoising discrete tokens (https://huggingface.co/papers/2211.07292), for diffusers."""
 
+import gc
 import importlib
+from contextlib import contextmanager
 from pathlib import Path
 
 from . import registration
@@ -28,10 +30,26 @@ EMOJI_MODEL = str(Path(__file__).parent / "pretrained" / "emoji")  # the embedde
 __all__ = ["EMOJI_MODEL", *_MODULES]
 
 
+@contextmanager
+def _no_collection():
+    """All that torch, transformers and diffusers make when imported stays; searching it for garbage takes a quarter of the time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.freeze()
+            gc.unfreeze()  # both together: it counts as old now, as it would if it had been searched
+            gc.enable()
+
+
 def __getattr__(name: str):
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
+    with _no_collection():
+        module = importlib.import_module(f".{_MODULES[name]}", __name__)
+    return getattr(module, name)
 
 
 def __dir__():

@@ -148,10 +148,12 @@ def run(args: argparse.Namespace):
         raise ValueError(f"--num-images must be at least 1, got {args.num_images}.")
     task, call = _task(args)
 
+    import paella_diffusers
+
+    pipeline = getattr(paella_diffusers, task)  # imports all that is heavy, quicker than if torch were imported before
+
     import torch
     from transformers.utils import logging
-
-    import paella_diffusers
 
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
     device = args.device or accelerator
@@ -160,7 +162,7 @@ def run(args: argparse.Namespace):
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"--device {device} is not to be had here: {str(error).splitlines()[0]}") from error
     logging.set_verbosity_error()  # which image processor it takes is no news
-    pipe = getattr(paella_diffusers, task).from_pretrained(args.model, dtype=getattr(torch, args.dtype))
+    pipe = pipeline.from_pretrained(args.model, dtype=getattr(torch, args.dtype))
     pipe.to(device)
     guidance_scale = getattr(args, "guidance_scale", 1.5 if args.model == EMOJI_MODEL else 8.0)
     call |= {"guidance_scale": guidance_scale, "negative_prompt": args.negative_prompt}

@@ -84,8 +84,9 @@ class GlobalResponseNorm(nn.Module):
         self.beta = nn.Parameter(torch.zeros(1, 1, 1, channels))
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        # over these dimensions torch sums several times faster than it takes norms on CPUs
-        energy = hidden_states.square().sum(dim=(1, 2), keepdim=True, dtype=torch.float32)
+        # over these dimensions torch sums several times faster than it takes norms on CPUs; sums leave float16's range
+        dtype = torch.float32 if hidden_states.dtype == torch.float16 else None
+        energy = hidden_states.square().sum(dim=(1, 2), keepdim=True, dtype=dtype)
         response = energy.clamp(min=1e-30).sqrt()  # a channel that is silent must not have an infinite gradient
         response = (response / (response.mean(dim=-1, keepdim=True) + 1e-6)).to(hidden_states.dtype)
         return torch.addcmul(self.beta, hidden_states, 1 + self.gamma * response)

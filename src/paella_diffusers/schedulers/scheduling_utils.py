@@ -223,7 +223,7 @@ def sample_tokens(
     """
     if logits.dtype in (torch.bfloat16, torch.float16):
         chance = 1 - draw(torch.rand, logits.shape[:-1], logits.device, generator)  # in (0, 1]
-        rows = zip(logits.flatten(0, -2).split(256), chance.flatten().split(256))  # so many at a time stay in the cache
+        rows = zip(logits.flatten(0, -2).split(64), chance.flatten().split(64))  # so many at a time stay in the cache
         return torch.cat([_inverse_cdf(part, temperature, u) for part, u in rows]).view(logits.shape[:-1])
     if isinstance(generator, list):
         check_generators(generator, len(logits))
@@ -279,7 +279,9 @@ def _inverse_cdf(logits: torch.Tensor, temperature: float, chance: torch.Tensor,
     The first token of each row, `(rows, num_tokens)`, up to which the probabilities sum to `chance`, in (0, 1]; found by the
     sums of blocks of tokens, and then within one.
     """
-    weights = F.pad(logits.float(), (0, -logits.shape[-1] % block), value=-torch.inf)
+    if logits.shape[-1] % block:
+        logits = F.pad(logits, (0, -logits.shape[-1] % block), value=-torch.inf)
+    weights = logits.float()
     weights = weights.sub_(weights.amax(-1, keepdim=True)).div_(temperature).exp_().unflatten(-1, (-1, block))
 
     def first(cumulative, point):  # that reaches the point; one of weight 0 never is
