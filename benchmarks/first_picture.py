@@ -3,15 +3,16 @@ How long does the embedded model take to its first picture, from the start of Py
 
     python benchmarks/first_picture.py [--repeats 5]
 
-Each time in a new process: the pipeline is imported, loaded and called once, at 12 steps. Beside it, in turns, another process
-imports what the pipeline is built on (torch, transformers and diffusers' pipelines) and nothing else. The first turn warms
-the system's file cache up and does not count. Medians, in seconds.
+Each time in a new process: the pipeline is imported, loaded and called once, at 12 steps. Beside it, in turns, another
+process imports what the pipeline is built on (torch, transformers and diffusers' pipelines) and nothing else. The first turn
+warms the system's file cache up and does not count. Medians, in seconds.
 """
 
 import argparse
 import statistics
 import subprocess
 import sys
+from itertools import pairwise
 
 FIRST_PICTURE = """
 import time
@@ -35,7 +36,7 @@ def times(code: str) -> list[float]:
     """Seconds between the times that it prints."""
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     printed = [float(value) for value in process.stdout.split()]
-    return [after - before for before, after in zip(printed, printed[1:])]
+    return [after - before for before, after in pairwise(printed)]
 
 
 def main():

@@ -6,13 +6,15 @@ How long does a sampling step take at full size, where does the time go, and how
 `PaellaPipeline`'s loop with a U-Net of the published size and random weights, guidance 8 (`--small` for a try). With
 `--published`, a clone of https://github.com/dome272/Paella, the same weights also run in that code as it is, in turns with
 ours, and with `--compare` of its float32 steps each is taken again by ours, from the same tokens and random numbers.
-`--compile` is `torch.compile(fullgraph=True)`, in bfloat16 with frozen weights, which in float32 make it slower.
+`--compile` is `torch.compile(fullgraph=True)` with frozen weights, packed for oneDNN: in float32 that takes permission to
+use TF32, or inductor packs them for MKL. Where the processor has no TF32, all of it is float32.
 The ceiling is the machine's rate of a large matrix product in the same dtype, measured before and after each run, and the
 share of it is the FLOPs of two passes ÷ ceiling ÷ time of a step.
 """
 
 import argparse
 import ast
+import contextlib
 import functools
 import importlib.util
 import statistics
@@ -20,6 +22,7 @@ import time
 from pathlib import Path
 
 import torch
+import torch._inductor.config
 from torch.utils.flop_counter import FlopCounterMode
 
 from paella_diffusers import PaellaPipeline, PaellaScheduler, PaellaUNet, VQModel
@@ -46,6 +49,16 @@ def embeddings(unet, batch_size: int, length: int) -> tuple[torch.Tensor, torch.
     return text.to(unet.dtype), clip.to(unet.dtype)
 
 
+def flops_of_step(config: dict, batch_size: int, size: int) -> int:
+    """Of two whole passes; counted without computing, and where attention consists of the products that are counted."""
+    with torch.device("meta"), torch.inference_mode(), FlopCounterMode(display=False) as counter:
+        unet = PaellaUNet.from_config(config)
+        text = torch.empty(batch_size, 32, unet.config.text_embed_dim)
+        clip = torch.empty(batch_size, unet.config.clip_embed_dim)
+        unet(torch.empty(batch_size, size // 4, size // 4, dtype=torch.long), torch.empty(batch_size), text, clip)
+    return 2 * counter.get_total_flops()
+
+
 class Ours:
     """The pipeline's loop, with what its calls of the U-Net took."""
 
@@ -62,15 +75,24 @@ class Ours:
         self.in_unet += time.perf_counter() - start
         return output
 
+    @contextlib.contextmanager
+    def measured(self):
+        """Meanwhile the U-Net is called our way, and its time is taken."""
+        self.in_unet = 0.0
+        for name in self.timed:
+            setattr(self.unet, name, functools.partial(self.call, name))
+        try:
+            yield
+        finally:
+            for name in self.timed:
+                delattr(self.unet, name)
+
     def run(self, steps: int, batch_size: int, size: int) -> tuple[float, float]:
         """Seconds a step, and of them seconds in the U-Net."""
         text, clip = embeddings(self.unet, batch_size, 32)
         negative_text, negative_clip = embeddings(self.unet, batch_size, 1)
-        self.in_unet = 0.0
-        for name in self.timed:
-            setattr(self.unet, name, functools.partial(self.call, name))
         start = time.perf_counter()
-        try:
+        with self.measured():
             self.pipe(
                 prompt_embeds=text,
                 negative_prompt_embeds=negative_text,
@@ -81,10 +103,41 @@ class Ours:
                 num_inference_steps=steps,
                 output_type="latent",
             )
-        finally:
-            for name in self.timed:
-                delattr(self.unet, name)
         return (time.perf_counter() - start) / steps, self.in_unet / steps
+
+    def step(self, index: int, steps: int, tokens, noise, conditionings) -> torch.Tensor:
+        """The tokens after one of the steps of a run."""
+        pipe, after = self.pipe, []
+
+        def stop(pipe, step, timestep, tensors):
+            pipe._interrupt = True
+            after.append(tensors["latents"])
+            return {}
+
+        pipe.set_timesteps(steps, "cpu", None, None, 1.0)
+        for values in ("_timesteps", "_levels", "_sweeps"):
+            setattr(pipe, values, getattr(pipe, values)[index:])
+        pipe._guidance_scale, pipe._guidance_steps, pipe._interrupt = 8.0, None, False
+        conditioning, other = (
+            {
+                "encoder_hidden_states": embeds,
+                "clip_text_embeds": clip,
+                "clip_image_embeds": None,
+                "encoder_attention_mask": None,
+                "conditioning_weights": None,
+            }
+            for embeds, clip in conditionings
+        )
+        with self.measured():
+            pipe.denoise(
+                tokens,
+                conditioning,
+                other,
+                noise,
+                callback_on_step_end=stop,
+                callback_on_step_end_tensor_inputs=["latents"],
+            )
+        return after[0]
 
 
 class Published:
@@ -115,8 +168,8 @@ class Published:
         self.sample(self.model, inputs, negative, (batch_size, size // 4, size // 4), steps=steps)
         return (time.perf_counter() - start) / steps, float("nan")
 
-    def differences(self, steps: int, size: int) -> list[int]:
-        """How many tokens our step chooses otherwise than the published one from the same state, by step."""
+    def differences(self, steps: int, size: int, ways: dict[str, "Ours"]) -> dict[str, list[int]]:
+        """How many tokens each way's step chooses otherwise than the published one from the same state, by step."""
         seen = []
 
         def record(model, args, kwargs):
@@ -125,42 +178,16 @@ class Published:
 
         hook = self.model.register_forward_pre_hook(record, with_kwargs=True)
         names = ("byt5", "clip")
-        text, negative = embeddings(self.unet, 1, 32), embeddings(self.unet, 1, 1)
-        shape = (1, size // 4, size // 4)
-        last = self.sample(self.model, dict(zip(names, text)), dict(zip(names, negative)), shape, steps=steps)
+        conditionings = embeddings(self.unet, 1, 32), embeddings(self.unet, 1, 1)
+        inputs, negative = (dict(zip(names, embeds)) for embeds in conditionings)
+        last = self.sample(self.model, inputs, negative, (1, size // 4, size // 4), steps=steps)
         hook.remove()
-        pipe, counts = Ours(self.unet).pipe, []
         noise, following = seen[0][0], [tokens for tokens, _ in seen[1:]] + [last]
+        counts = {name: [] for name in ways}
         for i, ((tokens, state), expected) in enumerate(zip(seen, following)):
-
-            def stop(pipe, step, timestep, tensors):
-                pipe._interrupt = True
-                counts.append((tensors["latents"] != expected).sum().item())  # noqa: B023
-                return {}
-
-            torch.set_rng_state(state)
-            pipe.set_timesteps(steps, "cpu", None, None, 1.0)
-            for values in ("_timesteps", "_levels", "_sweeps"):
-                setattr(pipe, values, getattr(pipe, values)[i:])
-            pipe._guidance_scale, pipe._guidance_steps, pipe._interrupt = 8.0, None, False
-            conditioning, other = (
-                {
-                    "encoder_hidden_states": embeds,
-                    "clip_text_embeds": clip,
-                    "clip_image_embeds": None,
-                    "encoder_attention_mask": None,
-                    "conditioning_weights": None,
-                }
-                for embeds, clip in (text, negative)
-            )
-            pipe.denoise(
-                tokens,
-                conditioning,
-                other,
-                noise,
-                callback_on_step_end=stop,
-                callback_on_step_end_tensor_inputs=["latents"],
-            )
+            for name, way in ways.items():
+                torch.set_rng_state(state)
+                counts[name].append((way.step(i, steps, tokens, noise, conditionings) != expected).sum().item())
         return counts
 
 
@@ -194,17 +221,30 @@ def main():
     parser.add_argument("--plot", type=Path, metavar="PICTURE", help="bars of the first size and batch")
     parser.add_argument("--small", action="store_true", help="a small U-Net, to see that it runs")
     args = parser.parse_args()
+    if args.compare and not args.published:
+        parser.error("--compare is with --published")
 
     torch.manual_seed(0)
     unet = PaellaUNet(**SMALL if args.small else {}).eval()
     for parameter in unet.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
-    published = None
+    published = Published(args.published, unet) if args.published else None
+    if args.compile:
+        torch._inductor.config.freezing = True  # as an option of `torch.compile` it is not heeded
+        torch.backends.mkldnn.matmul.fp32_precision = "tf32"
+
+    def ours() -> dict[str, Ours]:
+        if not args.compile:
+            return {"ours": Ours(unet)}
+        torch.compiler.reset()  # the weights of another dtype
+        return {"ours": Ours(unet), "ours, compiled": Ours(unet, torch.compile(unet.forward, fullgraph=True))}
+
     with torch.inference_mode():
-        if args.published:
-            published = Published(args.published, unet)
-            if args.compare:
-                print(f"Tokens that differ from the published steps: {published.differences(12, 256)} of 4,096 in each\n")
+        if args.compare:
+            for name, counts in published.differences(12, 256, ours()).items():
+                print(
+                    f"Tokens in which each step of {name} differs from the published one, of 4,096: {counts}\n", flush=True
+                )
         print(
             "| dtype | pixels | batch | loop | step | of it not U-Net | × published | × it in float32 | share of ceiling |"
         )
@@ -212,19 +252,13 @@ def main():
         drawn, yardstick = {}, {}  # the published loop's step in float32, by size and batch
         for dtype in args.dtypes:
             unet.to(getattr(torch, dtype))
-            ways = {"ours": Ours(unet)}
-            if args.compile:
-                options = {"freezing": unet.dtype == torch.bfloat16}
-                ways["ours, compiled"] = Ours(unet, torch.compile(unet.forward, fullgraph=True, options=options))
+            ways = ours()
             if published:
                 published.to(unet.dtype)
                 ways = {"published": published} | ways
             top = 0.0
             for size in args.sizes:
                 for batch_size in args.batch_sizes:
-                    text, clip = embeddings(unet, batch_size, 32)
-                    with FlopCounterMode(display=False) as counter:
-                        unet(torch.randint(8192, (batch_size, size // 4, size // 4)), 0.5, text, clip)
                     runs = {name: [] for name in ways}
                     for repeat in range(args.repeats + 1):  # in turns, and the first is to warm up
                         for name, way in ways.items():
@@ -239,12 +273,12 @@ def main():
                         yardstick.setdefault((size, batch_size), steps["published"])
                     if (size, batch_size) == (args.sizes[0], args.batch_sizes[0]):
                         drawn |= {f"{name}, {dtype}": step for name, step in steps.items()}
+                    flops = flops_of_step(unet.config, batch_size, size)
                     for name, times in runs.items():
                         rest = 1 - statistics.median(in_unet / step for step, in_unet, _ in times)
                         ratios = [f"{base / steps[name]:.2f}" if base else "" for base in (
                             steps.get("published"), yardstick.get((size, batch_size))
                         )]  # fmt: skip
-                        flops = 2 * counter.get_total_flops()
                         share = statistics.median(flops / around / step for step, _, around in times)
                         print(
                             f"| {dtype} | {size} | {batch_size} | {name} | {steps[name]:.2f} s | {rest:.1%} | "

@@ -383,3 +383,15 @@ def test_a_silent_channel_has_finite_gradients():
     hidden_states.requires_grad_()
     norm(hidden_states).square().sum().backward()
     assert hidden_states.grad.isfinite().all() and norm.gamma.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_response_norm_in_half_precision(dtype):
+    """With sums of squares beyond what float16 can say."""
+    norm = GlobalResponseNorm(4)
+    torch.nn.init.normal_(norm.gamma)
+    hidden_states = 10 * torch.randn(2, 40, 40, 4, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = norm(hidden_states)
+        output = norm.to(dtype)(hidden_states.to(dtype)).float()
+    torch.testing.assert_close(output, expected, atol=0.05, rtol=0.02)
