@@ -32,7 +32,7 @@ __all__ = ["EMOJI_MODEL", *_MODULES]
 
 @contextmanager
 def _no_collection():
-    """What torch, transformers and diffusers make when imported stays: a quarter of the time goes to searching it for garbage."""
+    """What torch, transformers and diffusers make when imported stays; a quarter of the time, it is searched for garbage."""
     enabled = gc.isenabled()
     gc.disable()
     try:
