@@ -9,6 +9,7 @@ def test_every_public_name_is_there():
         assert getattr(paella_diffusers, name) is not None
     assert paella_diffusers.VQModel is paella_diffusers.PaellaVQModel
     assert set(paella_diffusers.__all__) <= set(dir(paella_diffusers))
+    assert len(dir(paella_diffusers)) == len(set(dir(paella_diffusers)))
 
 
 def test_importing_the_package_loads_neither_torch_nor_diffusers():
@@ -33,3 +34,12 @@ def test_nothing_is_searched_for_garbage_while_importing_and_afterwards_it_is():
     )
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert printed.split() == ["0", "True", "False"]
+
+
+def test_what_a_program_froze_stays_frozen():
+    code = (
+        "import gc, paella_diffusers; gc.freeze(); before = gc.get_freeze_count(); paella_diffusers.PaellaScheduler; "
+        "print(before > 1000, gc.get_freeze_count() > before / 2, gc.isenabled())"
+    )
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert printed.split() == ["True", "True", "True"]

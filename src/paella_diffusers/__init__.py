@@ -39,8 +39,9 @@ def _no_collection():
         yield
     finally:
         if enabled:
-            gc.freeze()
-            gc.unfreeze()  # both together: it counts as old now, as it would if it had been searched
+            if not gc.get_freeze_count():  # what others froze stays so
+                gc.freeze()
+                gc.unfreeze()  # both together: it counts as old now, as it would if it had been searched
             gc.enable()
 
 
@@ -48,12 +49,12 @@ def __getattr__(name: str):
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     with _no_collection():
-        module = importlib.import_module(f".{_MODULES[name]}", __name__)
-    return getattr(module, name)
+        globals()[name] = getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
+    return globals()[name]
 
 
 def __dir__():
-    return sorted([*globals(), *_MODULES])
+    return sorted({*globals(), *_MODULES})
 
 
 registration.install()
