@@ -9,7 +9,7 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.utils import replace_example_docstring
 
-from ..schedulers.scheduling_utils import check_logits, draw
+from ..schedulers.categorical import check_logits, rand_tensor
 from .pipeline_utils import PaellaPipelineBase
 from .source_image import SourceImage, read_image
 
@@ -143,7 +143,7 @@ class PaellaInversionPipeline(PaellaPipelineBase):
             sampled = torch.cat([clean, edited])
             index = self._timesteps.tolist().index(timestep)
             if index + 1 < len(self._levels):  # the last step does not re-noise
-                renoise = draw(torch.rand, sampled.shape, sampled.device, generator) <= self._levels[index + 1]
+                renoise = rand_tensor(sampled.shape, generator, sampled.device) <= self._levels[index + 1]
                 return torch.where(renoise, noise, sampled), sampled
             return sampled, sampled
 

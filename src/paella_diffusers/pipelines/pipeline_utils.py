@@ -30,7 +30,8 @@ from ..loaders.lora import PaellaLoraLoaderMixin
 from ..models.prior_paella import PaellaPrior
 from ..models.unet_paella import PaellaUNet
 from ..models.vq_model import PaellaVQModel
-from ..schedulers.scheduling_utils import PaellaSchedulerBase, check_logits, draw, random_tokens
+from ..schedulers.categorical import check_logits, rand_tensor, random_tokens
+from ..schedulers.scheduling_utils import PaellaSchedulerBase
 from .loading import LoadingMixin
 from .source_image import SourceImage, read_mask
 
@@ -836,13 +837,13 @@ class PaellaPipelineBase(LoadingMixin, DiffusionPipeline, PaellaLoraLoaderMixin)
         """
         num_tokens = self.unet.config.num_vq_embeddings
         if source is None or (source.mask is None and strength == 1):
-            noise = random_tokens(num_tokens, shape, device, generator) if latents is None else latents.to(device)
+            noise = random_tokens(num_tokens, shape, generator, device) if latents is None else latents.to(device)
             return noise, noise, None
         tokens = self.encode_source(source, shape[0], device)
         if strength < 1:
-            noised = draw(torch.rand, shape, device, generator) <= strength
-            start = torch.where(noised, random_tokens(num_tokens, shape, device, generator), tokens)
-        noise = random_tokens(num_tokens, shape, device, generator) if latents is None else latents.to(device)
+            noised = rand_tensor(shape, generator, device) <= strength
+            start = torch.where(noised, random_tokens(num_tokens, shape, generator, device), tokens)
+        noise = random_tokens(num_tokens, shape, generator, device) if latents is None else latents.to(device)
         if strength == 1:
             start = noise
         if source.mask is None:

@@ -3,7 +3,8 @@
 import torch
 from diffusers.configuration_utils import register_to_config
 
-from .scheduling_utils import PaellaSchedulerOutput, RenoisingSchedulerBase, draw, sample_tokens
+from .categorical import add_uniform_noise, sample_tokens
+from .scheduling_utils import PaellaSchedulerOutput, RenoisingSchedulerBase
 
 __all__ = ["PaellaScheduler", "PaellaSchedulerOutput", "typical_filter"]
 
@@ -101,11 +102,10 @@ class PaellaScheduler(RenoisingSchedulerBase):
 
         prev_sample = sampled_tokens
         if index < self.renoise_steps:
-            renoise = draw(torch.rand, sample.shape, sample.device, generator) <= self._levels[index + 1]
+            noise = self._noise(sample, noise)
+            prev_sample, _ = add_uniform_noise(sampled_tokens, self._levels[index + 1], logits.shape[-1], noise, generator)
             if mask is not None:
-                renoise &= mask.bool()
-            noise = self._noise(sample, noise, logits.shape[-1], generator)
-            prev_sample = torch.where(renoise, noise, sampled_tokens)
+                prev_sample = torch.where(mask.bool(), prev_sample, sample)
 
         if not return_dict:
             return (prev_sample, sampled_tokens)

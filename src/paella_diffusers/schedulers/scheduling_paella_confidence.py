@@ -5,7 +5,8 @@ from functools import lru_cache
 import torch
 from diffusers.configuration_utils import register_to_config
 
-from .scheduling_utils import PaellaSchedulerOutput, RenoisingSchedulerBase, draw, sample_tokens
+from .categorical import rand_tensor, random_tokens, sample_tokens
+from .scheduling_utils import PaellaSchedulerOutput, RenoisingSchedulerBase
 
 
 class PaellaConfidenceScheduler(RenoisingSchedulerBase):
@@ -87,7 +88,9 @@ class PaellaConfidenceScheduler(RenoisingSchedulerBase):
             count = (level * free.sum(1, keepdim=True)).round()
             place = rank.masked_fill(~free, torch.inf).argsort(1).argsort(1)
             renoise = (place < count).view_as(sample)
-            noise = self._noise(sample, noise, logits.shape[-1], generator)
+            noise = self._noise(sample, noise)
+            if noise is None:
+                noise = random_tokens(logits.shape[-1], sample.shape, generator, sample.device)
             prev_sample = torch.where(renoise, noise, sampled_tokens)
 
         if not return_dict:
@@ -104,7 +107,7 @@ class PaellaConfidenceScheduler(RenoisingSchedulerBase):
             return first.view(tokens.shape[1:]).expand_as(tokens)
         logits = logits.float()
         confidence = logits.gather(-1, tokens[..., None])[..., 0] - logits.logsumexp(-1)
-        uniform = draw(torch.rand, tokens.shape, tokens.device, generator).clamp(1e-9, 1 - 1e-7)
+        uniform = rand_tensor(tokens.shape, generator, tokens.device).clamp(1e-9, 1 - 1e-7)
         return confidence - self.config.choice_temperature * level * (-uniform.log()).log()
 
 

@@ -5,7 +5,8 @@ import math
 import torch
 from diffusers.configuration_utils import register_to_config
 
-from .scheduling_utils import PaellaSchedulerBase, PaellaSchedulerOutput, draw, random_tokens, sample_tokens
+from .categorical import add_uniform_noise, rand_tensor, sample_tokens
+from .scheduling_utils import PaellaSchedulerBase, PaellaSchedulerOutput
 
 
 class PaellaFlowMatchEulerScheduler(PaellaSchedulerBase):
@@ -92,14 +93,13 @@ class PaellaFlowMatchEulerScheduler(PaellaSchedulerBase):
 
         if index + 1 == self.num_inference_steps:  # the picture is the prediction, whatever `t_end` is
             next_level = 0.0
-        jump = draw(torch.rand, sample.shape, sample.device, generator) < 1 - next_level / level
+        jump = rand_tensor(sample.shape, generator, sample.device) < 1 - next_level / level
         prev_sample = torch.where(jump, sampled_tokens, sample)
         if self.config.corrector_rate > 0:
             chance = 1 - math.exp(-self.config.corrector_rate * (level - next_level))
-            correct = draw(torch.rand, sample.shape, sample.device, generator) < chance
-            noised = draw(torch.rand, sample.shape, sample.device, generator) < next_level
-            noise = random_tokens(logits.shape[-1], sample.shape, sample.device, generator)
-            prev_sample = torch.where(correct, torch.where(noised, noise, sampled_tokens), prev_sample)
+            correct = rand_tensor(sample.shape, generator, sample.device) < chance
+            noised, _ = add_uniform_noise(sampled_tokens, next_level, logits.shape[-1], generator=generator)
+            prev_sample = torch.where(correct, noised, prev_sample)
         if mask is not None:
             prev_sample, sampled_tokens = (torch.where(mask.bool(), x, sample) for x in (prev_sample, sampled_tokens))
 

@@ -1,15 +1,14 @@
-"""What the samplers of discrete tokens share: time grids, noise, and random draws."""
+"""What the samplers of discrete tokens share: noise levels, temperatures, re-noising."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import BaseOutput
 
 from ..loaders.hub import PaellaHubMixin
+from .categorical import add_uniform_noise, check_logits
 
 
 @dataclass
@@ -128,12 +127,8 @@ class PaellaSchedulerBase(PaellaHubMixin, SchedulerMixin, ConfigMixin):
             timesteps (`float` or `torch.Tensor` of shape `(batch_size,)`): Noise levels in [0, 1].
             generator (`torch.Generator` or a list with one for each image, *optional*): The source of randomness.
         """
-        shape, device = original_samples.shape, original_samples.device
-        timesteps = torch.as_tensor(timesteps, device=device).view(-1, *[1] * (len(shape) - 1))
-        noised = draw(torch.rand, shape, device, generator) <= timesteps
-        if noise is None:
-            noise = random_tokens(self.config.num_vq_embeddings, shape, device, generator)
-        return torch.where(noised, noise, original_samples)
+        noised, _ = add_uniform_noise(original_samples, timesteps, self.config.num_vq_embeddings, noise, generator)
+        return noised
 
     def _index(self, timestep: float | torch.Tensor) -> int:
         timestep = float(timestep)
@@ -171,127 +166,12 @@ class RenoisingSchedulerBase(PaellaSchedulerBase):
         if noise_source not in ("initial", "fresh", "previous"):
             raise ValueError(f"`noise_source` must be 'initial', 'fresh' or 'previous', got {noise_source!r}.")
 
-    def _noise(self, sample, noise, num_tokens: int, generator) -> torch.LongTensor:
-        """The tokens that re-noised ones become."""
+    def _noise(self, sample: torch.LongTensor, noise: torch.LongTensor | None) -> torch.LongTensor | None:
+        """The tokens that replace re-noised ones; None for fresh random ones."""
         if self.config.noise_source == "fresh":
-            return random_tokens(num_tokens, sample.shape, sample.device, generator)
+            return None
         if self.config.noise_source == "previous":
             return sample
         if noise is None:
             raise ValueError("`noise_source='initial'` needs `noise`, the tokens that sampling began with.")
         return noise
-
-
-def check_logits(logits: torch.Tensor):
-    if not torch.stack(torch.aminmax(logits)).isfinite().all():
-        raise ValueError(
-            "The model's output has NaN or infinite logits. If it runs in float16, use bfloat16 or float32; if not, its "
-            "weights are at fault."
-        )
-
-
-def random_tokens(
-    num_tokens: int,
-    shape: tuple[int, ...],
-    device: str | torch.device,
-    generator: torch.Generator | list[torch.Generator] | None = None,
-) -> torch.LongTensor:
-    """Uniform tokens in `[0, num_tokens)`; with a list of generators, each image from its own."""
-    return draw(lambda size, **kwargs: torch.randint(num_tokens, size, **kwargs), shape, device, generator)
-
-
-def draw(function: Callable, shape, device, generator) -> torch.Tensor:
-    """A random tensor, drawn where the generator lives; with a list of generators, each image from its own."""
-    if isinstance(generator, list):
-        check_generators(generator, shape[0])
-        return torch.cat([draw(function, (1, *shape[1:]), device, g) for g in generator])
-    return function(shape, generator=generator, device=generator.device if generator else device).to(device)
-
-
-def check_generators(generators: list, batch_size: int):
-    if len(generators) != batch_size:
-        raise ValueError(f"`generator` is a list of {len(generators)} for a batch of {batch_size}: pass one for each image.")
-
-
-def sample_tokens(
-    logits: torch.Tensor, temperature: float, generator: torch.Generator | list[torch.Generator] | None
-) -> torch.LongTensor:
-    """
-    Tokens `(batch_size, ...)`, each drawn from `softmax(logits / temperature)`, `(batch_size, ..., num_tokens)`,
-    independently: in float32 as the published code draws them, in half precision with one random number a token, much
-    faster.
-    """
-    if logits.dtype in (torch.bfloat16, torch.float16):
-        chance = 1 - draw(torch.rand, logits.shape[:-1], logits.device, generator)  # in (0, 1]
-        rows = zip(logits.flatten(0, -2).split(64), chance.flatten().split(64))  # so many at a time stay in the cache
-        return torch.cat([_inverse_cdf(part, temperature, u) for part, u in rows]).view(logits.shape[:-1])
-    if isinstance(generator, list):
-        check_generators(generator, len(logits))
-        return torch.cat([sample_tokens(image, temperature, g) for image, g in zip(logits.split(1), generator)])
-    rows = logits.flatten(0, -2)
-    if (generator.device if generator else logits.device).type != "cpu":
-        tokens = torch.multinomial((rows / temperature).softmax(-1), 1, generator=generator)
-    elif logits.ndim == 4 and len(logits) == 1:
-        tokens = _race_by_token(rows.cpu(), temperature, generator)
-    else:
-        tokens = torch.cat([_race(part, temperature, generator) for part in rows.cpu().split(_share(rows.shape[1]))])
-    return tokens.view(logits.shape[:-1]).to(logits.device)
-
-
-def _race(logits: torch.Tensor, temperature: float, generator: torch.Generator | None) -> torch.LongTensor:
-    """
-    What `torch.multinomial` draws for each row, to the last random number, and several times faster: the token whose
-    exponential waiting time, of a rate that is its probability, is the shortest.
-    """
-    return (logits / temperature).softmax(-1).div_(_exponential(logits.shape, generator)).argmax(-1)
-
-
-def _race_by_token(logits: torch.Tensor, temperature: float, generator: torch.Generator | None) -> torch.LongTensor:
-    """
-    The same, with all rows' random numbers for the first token before those for the second: of a single image, the published
-    code passes a transposed view to `torch.multinomial`, which draws in the order of memory.
-    """
-    best, tokens = logits.new_full(logits.shape[:1], -torch.inf), torch.zeros(len(logits), dtype=torch.long)
-    highest = logits.amax(-1, keepdim=True) / temperature
-    first = 0
-    for part in logits.split(_share(len(logits)), dim=1):
-        waiting = _exponential(part.T.shape, generator).T.contiguous()
-        race = (part / temperature).sub_(highest).exp_().div_(waiting)
-        value, index = race.max(-1)
-        tokens = torch.where(value > best, first + index, tokens)
-        best = torch.maximum(best, value)
-        first += part.shape[1]
-    return tokens
-
-
-def _share(size: int) -> int:
-    """How many rows of that size stay in the processor's cache."""
-    return max(1, 2**19 // size)
-
-
-def _exponential(shape, generator: torch.Generator | None) -> torch.Tensor:
-    """As torch's `exponential_` makes it, from one uniform number each; float32."""
-    return torch.rand(shape, dtype=torch.float64, generator=generator).neg_().log1p_().neg_().float()
-
-
-def _inverse_cdf(logits: torch.Tensor, temperature: float, chance: torch.Tensor, block: int = 128) -> torch.LongTensor:
-    """
-    The first token of each row, `(rows, num_tokens)`, up to which the probabilities sum to `chance`, in (0, 1]; found by the
-    sums of blocks of tokens, and then within one.
-    """
-    if logits.shape[-1] % block:
-        logits = F.pad(logits, (0, -logits.shape[-1] % block), value=-torch.inf)
-    weights = logits.float()
-    weights = weights.sub_(weights.amax(-1, keepdim=True)).div_(temperature).exp_().unflatten(-1, (-1, block))
-
-    def first(cumulative, point):  # that reaches the point; one of weight 0 never is
-        return (cumulative < torch.minimum(point, cumulative[:, -1:])).sum(-1, keepdim=True)
-
-    sums = weights.sum(-1)
-    cumulative = sums.cumsum(-1)
-    point = chance[:, None] * cumulative[:, -1:]
-    chosen = first(cumulative, point)
-    within = weights.take_along_dim(chosen[..., None], 1)[:, 0].cumsum(-1)
-    rest = point - (cumulative - sums).gather(-1, chosen)
-    tiny = torch.finfo(rest.dtype).tiny  # rounding may leave less than nothing
-    return (chosen * block + first(within, rest.clamp(min=tiny)))[:, 0]

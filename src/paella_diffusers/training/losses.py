@@ -2,6 +2,8 @@
 
 import torch
 
+from ..schedulers.categorical import add_uniform_noise
+
 
 def corrupt(
     tokens: torch.LongTensor,
@@ -25,12 +27,10 @@ def corrupt(
     Returns:
         The noised tokens and the mask, 1 where noised, both of the shape of `tokens`, int64.
     """
-    index, count = part
-    device = generator.device if generator is not None else tokens.device
-    shape = (len(tokens) * count, *tokens.shape[1:])
-    mask = torch.rand(shape, generator=generator, device=device)[index::count].to(tokens.device) <= timestep[:, None, None]
-    random_tokens = torch.randint(num_tokens, shape, generator=generator, device=device)[index::count].to(tokens.device)
-    return torch.where(mask, random_tokens, tokens), mask.long()
+    index, count = part  # of each group of `count` rows, only one is used: all processes draw the whole batch's numbers
+    tokens, timestep = (x.repeat_interleave(count, 0) for x in (tokens, timestep))
+    noised, mask = add_uniform_noise(tokens, timestep, num_tokens, generator=generator)
+    return noised[index::count], mask[index::count].long()
 
 
 def draw_timesteps(

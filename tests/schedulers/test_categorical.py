@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from paella_diffusers.schedulers.scheduling_utils import sample_tokens
+from paella_diffusers.schedulers.categorical import add_uniform_noise, sample_tokens
 
 
 def seeded(seed=0):
@@ -52,6 +52,20 @@ def test_float32_draws_are_those_of_multinomial(monkeypatch, shape):
     assert torch.equal(generator.get_state(), ours.get_state())
     torch.manual_seed(5)
     expected = torch.multinomial(rows, 1).view(shape[:-1])
-    monkeypatch.setattr("paella_diffusers.schedulers.scheduling_utils._share", lambda size: 3)
+    monkeypatch.setattr("paella_diffusers.schedulers.categorical._rows_per_chunk", lambda size: 3)
     torch.manual_seed(5)
     assert torch.equal(sample_tokens(logits, 0.7, None), expected)
+
+
+def test_forward_noising_draws_the_mask_then_the_noise():
+    tokens, levels = torch.full((2, 8, 9), 40), torch.tensor([0.3, 0.9])
+    noised, replaced = add_uniform_noise(tokens, levels, num_tokens=32, generator=seeded())
+    generator = seeded()
+    mask = torch.rand(2, 8, 9, generator=generator) <= levels[:, None, None]
+    noise = torch.randint(32, (2, 8, 9), generator=generator)
+    assert torch.equal(replaced, mask) and torch.equal(noised, torch.where(mask, noise, tokens))
+    given, _ = add_uniform_noise(tokens, levels, noise=noise, generator=seeded())
+    assert torch.equal(given, noised)
+    rows, _ = add_uniform_noise(tokens, levels, num_tokens=32, generator=[seeded(1), seeded(2)])
+    alone, _ = add_uniform_noise(tokens[1:], 0.9, num_tokens=32, generator=seeded(2))
+    assert torch.equal(rows[1:], alone)
