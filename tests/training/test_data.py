@@ -6,9 +6,11 @@ import tarfile
 import numpy as np
 import pytest
 import torch
+from images import animation, grey_png_16, phone_photo, photo, saved, transparent_png
 from PIL import Image
 from torchdata.stateful_dataloader import StatefulDataLoader
 
+from paella_diffusers.pipelines.image_reading import load_image
 from paella_diffusers.training.data import QualityFilter, SampleTransform, collate, load_stream
 
 
@@ -211,6 +213,23 @@ def test_pictures_become_squares():
     wide = Image.fromarray(np.tile(np.arange(0, 240, 10, dtype=np.uint8), (8, 1)))
     left = round(pixels(wide)[0, 0, 0].item() * 25.5)
     assert torch.equal(pixels(wide)[0, 0], torch.arange(left * 10, left * 10 + 80, 10) / 255)
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        phone_photo(48, 48),
+        transparent_png(48, 48),
+        grey_png_16(48, 48),
+        animation(48, 48),
+        saved(photo(48, 48).convert("CMYK"), "JPEG"),
+    ],
+    ids=["EXIF", "transparent", "16 bits", "animation", "CMYK"],
+)
+def test_pictures_of_any_kind_are_read_as_pipelines_do(file):
+    raw = {"image": file.getvalue(), "text": "", "metadata": {}}
+    pixels = SampleTransform(48)(raw, random.Random(0))["pixels"]
+    assert (pixels.permute(1, 2, 0).numpy() == np.asarray(load_image(file), np.float32) / 255).all()
 
 
 def test_captions():

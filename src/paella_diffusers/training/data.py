@@ -19,6 +19,8 @@ from diffusers.utils import logging
 from PIL import Image
 from torch.utils.data import IterableDataset, get_worker_info
 
+from ..pipelines.image_reading import open_image, to_rgb
+
 logger = logging.get_logger(__name__)
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
@@ -76,9 +78,9 @@ def quality_filter(args) -> QualityFilter | None:
 
 class SampleTransform:
     """
-    Raw samples to tensors: `pixels` `(3, resolution, resolution)`, float32 in [0, 1], on white where transparent, the
-    shorter side resized, then cropped at random as published; `text`, one of the captions. Or arrays that were computed from
-    the picture and the caption before, instead of the picture.
+    Raw samples to tensors: `pixels` `(3, resolution, resolution)`, float32 in [0, 1], upright and on white where transparent
+    as pipelines read images, the shorter side resized, then cropped at random as published; `text`, one of the captions. Or
+    arrays that were computed from the picture and the caption before, instead of the picture.
 
     Args:
         resolution (`int`): Pixels a side.
@@ -95,7 +97,7 @@ class SampleTransform:
         sample = {name: torch.from_numpy(array) for name, array in arrays.items()}
         image = raw["image"]
         if not arrays:
-            image = Image.open(io.BytesIO(image) if isinstance(image, bytes) else image)
+            image = open_image(io.BytesIO(image) if isinstance(image, bytes) else image, "the image")
         if self.quality is not None:
             metadata = raw["metadata"]
             metadata = json.loads(metadata) if isinstance(metadata, bytes) else metadata or {}
@@ -113,9 +115,7 @@ class SampleTransform:
         return sample
 
     def _pixels(self, image: Image.Image, rng: random.Random) -> torch.Tensor:
-        if image.mode != "RGB":
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+        image = to_rgb(image, "the image")
         scale = self.resolution / min(image.size)
         if scale != 1:
             size = [max(self.resolution, round(side * scale)) for side in image.size]
