@@ -6,6 +6,7 @@ The Hub's address and cache must be in the environment before huggingface_hub is
 
 import json
 import os
+import random
 import shutil
 import tempfile
 from pathlib import Path
@@ -24,6 +25,7 @@ os.environ |= {
 }
 os.environ.pop("HF_HUB_OFFLINE", None)
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -32,6 +34,14 @@ from safetensors.torch import load_file
 from paella_diffusers import PaellaPipeline, PaellaPrior, PaellaScheduler, PaellaUNet, VQModel
 
 GOLDEN = Path(__file__).parent / "golden"
+
+
+@pytest.fixture(autouse=True)
+def seeds():
+    """The same random numbers in every run of a test, whatever ran before it."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
 
 
 @pytest.fixture
