@@ -1,50 +1,92 @@
+"""How the package is built. What changes at a release (version, address) is in src/paella_diffusers/about.py."""
+
+import re
+import runpy
+import shutil
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
-here = Path(__file__).parent
-version = next(
-    line.split('"')[1]
-    for line in (here / "src/paella_diffusers/__init__.py").read_text().splitlines()
-    if line.startswith("__version__")
-)
+HERE = Path(__file__).resolve().parent
+ABOUT = runpy.run_path(str(HERE / "src/paella_diffusers/about.py"))
 
-setup(
-    name="paella-diffusers",
-    version=version,
-    description="Paella, text to image by renoising discrete tokens, for HuggingFace diffusers",
-    long_description=(here / "README.md").read_text(),
-    long_description_content_type="text/markdown",
-    license="MIT",
-    python_requires=">=3.10",
-    package_dir={"": "src"},
-    packages=find_packages("src"),
-    package_data={"paella_diffusers": ["pretrained/emoji/*", "pretrained/emoji/*/*"]},
-    install_requires=[
-        "torch>=2.6",
-        "diffusers>=0.42",
-        "transformers>=5.0",
-        "huggingface_hub>=1.0",
-        "safetensors>=0.5",
-        "accelerate>=1.0",
-        "pillow>=10.0",
+EXTRAS = {
+    "lora": ["peft>=0.17"],
+    # the trainers in examples/
+    "train": [
+        "accelerate>=1.6",
+        "peft>=0.17",
+        "datasets>=3.0",
+        "webdataset>=0.2.100",
+        "torchdata>=0.11",
+        "tensorboard>=2.15",
     ],
-    extras_require={
-        "emoji": ["resvg_py>=0.2", "tqdm"],  # examples/train_emoji.py
-        # LoRA adapters, and the trainers in examples/
-        "train": [
-            "accelerate>=1.6",
-            "peft>=0.17",
-            "datasets>=3.0",
-            "webdataset>=0.2.100",
-            "torchdata>=0.11",
-            "tensorboard>=2.15",
+    "emoji": ["resvg_py>=0.2"],  # examples/train_emoji.py
+}
+EXTRAS["all"] = sorted({requirement for extra in EXTRAS.values() for requirement in extra})
+EXTRAS["test"] = ["pytest>=8.0", "pytest-xdist", "ruff", "flow_matching", "scipy"]
+
+
+def long_description(readme: str, url: str) -> str:
+    """
+    The README as a package index shows it, where relative links lead nowhere: they become absolute. Without the address of
+    a repository, pictures are dropped and links become their text.
+    """
+
+    def resolve(match: re.Match) -> str:
+        is_picture, text, target = match.groups()
+        if not url:
+            return "" if is_picture else text
+        return f"{is_picture}[{text}]({url}/{'raw' if is_picture else 'blob'}/main/{target})"
+
+    return re.sub(r"(!?)\[([^\]]*)\]\((?!https?://|#)([^)]+)\)", resolve, readme).lstrip()
+
+
+class BuildPy(build_py):
+    """Puts examples/ into the package as well, from where `paella-diffusers examples` copies them."""
+
+    def run(self):
+        super().run()
+        if not self.editable_mode:
+            ignored = shutil.ignore_patterns("__pycache__")
+            shutil.copytree(
+                HERE / "examples", Path(self.build_lib, "paella_diffusers/examples"), ignore=ignored, dirs_exist_ok=True
+            )
+
+
+if __name__ == "__main__":
+    setup(
+        name="paella-diffusers",
+        version=ABOUT["__version__"],
+        description="Paella, text to image by renoising discrete tokens, for HuggingFace diffusers",
+        long_description=long_description((HERE / "README.md").read_text(encoding="utf-8"), ABOUT["URL"]),
+        long_description_content_type="text/markdown",
+        author=ABOUT["AUTHOR"],
+        project_urls={"Source": ABOUT["URL"]} if ABOUT["URL"] else {},
+        license="MIT",
+        license_files=["LICENSE"],
+        python_requires=">=3.11",
+        package_dir={"": "src"},
+        packages=find_packages("src"),
+        package_data={"paella_diffusers": ["py.typed", "pretrained/emoji/*", "pretrained/emoji/*/*"]},
+        cmdclass={"build_py": BuildPy},
+        install_requires=[
+            "torch>=2.6",
+            "diffusers>=0.42",
+            "transformers>=5.0",
+            "huggingface_hub>=1.0",
+            "safetensors>=0.5",
+            "accelerate>=1.0",
+            "numpy>=1.26",
+            "pillow>=10.0",
+            "tqdm>=4.60",
         ],
-        "test": ["pytest>=8.0", "pytest-xdist", "ruff", "flow_matching", "scipy"],
-    },
-    entry_points={"console_scripts": ["paella-diffusers = paella_diffusers.cli:main"]},
-    classifiers=[
-        "Programming Language :: Python :: 3",
-        "Topic :: Scientific/Engineering :: Artificial Intelligence",
-    ],
-)
+        extras_require=EXTRAS,
+        entry_points={"console_scripts": ["paella-diffusers = paella_diffusers.cli:main"]},
+        classifiers=[
+            "Programming Language :: Python :: 3",
+            "Topic :: Scientific/Engineering :: Artificial Intelligence",
+            "Typing :: Typed",
+        ],
+    )

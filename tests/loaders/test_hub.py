@@ -19,6 +19,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from paella_diffusers import PaellaImg2ImgPipeline, PaellaPipeline, PaellaScheduler, PaellaUNet, VQModel
+from paella_diffusers.about import pip_install
 from paella_diffusers.training import corrupt, paella_loss
 
 CALL = {"num_inference_steps": 2, "guidance_scale": 3.0, "output_type": "latent"}
@@ -145,7 +146,7 @@ print(json.dumps(pipe("a", generator=torch.Generator().manual_seed(0), **{CALL})
     code = (hub.repo("me/whole") / "pipeline.py").read_text()
     code = "import sys; sys.modules['paella_diffusers'] = None\n" + code
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert "me/whole needs paella-diffusers: pip install paella-diffusers" in result.stderr
+    assert f"me/whole needs paella-diffusers: {pip_install()}" in result.stderr
 
 
 # -------------------------------------------------------------------------------------------------------------- the card

@@ -23,6 +23,8 @@ from huggingface_hub.errors import (
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 
+from ..about import pip_install
+
 # what `hf_hub_download` takes beside the file
 HUB_OPTIONS = ("cache_dir", "force_download", "token", "local_files_only")
 CARD = """---
@@ -35,7 +37,7 @@ CARD = """---
 [diffusers](https://github.com/huggingface/diffusers) with `paella-diffusers`.
 
 ```bash
-pip install paella-diffusers
+{{ install }}
 ```
 
 ```python
@@ -59,7 +61,7 @@ STUB = '''"""For diffusers where paella_diffusers was not imported: `custom_pipe
 try:
     from paella_diffusers import {name}  # noqa: F401
 except ImportError as error:
-    raise ImportError("{repo_id} needs paella-diffusers: pip install paella-diffusers") from error
+    raise ImportError("{repo_id} needs paella-diffusers: {install}") from error
 '''
 
 
@@ -391,7 +393,14 @@ def model_card(
         widget=[{"text": sample["prompt"], "output": {"url": sample["path"]}} for sample in samples] or None,
     )
     card = ModelCard.from_template(
-        data, template_str=CARD, name=repo_id.split("/")[-1], what=what, usage=usage, training=training, samples=samples
+        data,
+        template_str=CARD,
+        name=repo_id.split("/")[-1],
+        what=what,
+        install=pip_install(),
+        usage=usage,
+        training=training,
+        samples=samples,
     )
     text = str(card)
     return text + MARK.format(_digest(text))
@@ -432,10 +441,10 @@ def _write_stubs(thing, repo_id: str, folder: Path):
     """`pipeline.py`, and `paella_diffusers.py` beside each of our components: diffusers runs them if allowed to."""
     if not hasattr(thing, "components"):
         return
-    (folder / "pipeline.py").write_text(STUB.format(repo_id=repo_id, name=type(thing).__name__))
+    (folder / "pipeline.py").write_text(STUB.format(repo_id=repo_id, install=pip_install(), name=type(thing).__name__))
     for name, component in thing.components.items():
         if type(component).__module__.startswith("paella_diffusers."):
-            stub = STUB.format(repo_id=repo_id, name=type(component).__name__)
+            stub = STUB.format(repo_id=repo_id, install=pip_install(), name=type(component).__name__)
             (folder / name / "paella_diffusers.py").write_text(stub)
 
 

@@ -1,4 +1,4 @@
-"""LoRA adapters of the U-Net, through diffusers' mixin and PEFT (the extra `[train]`)."""
+"""LoRA adapters of the U-Net, through diffusers' mixin and PEFT (the extra `lora`)."""
 
 import json
 import os
@@ -11,6 +11,7 @@ from diffusers.utils import convert_unet_state_dict_to_peft, is_peft_available
 from huggingface_hub import list_repo_files
 from safetensors import safe_open
 
+from ..about import pip_install
 from .hub import HUB_OPTIONS, find_file, push_lora
 from .original_checkpoint import read_state_dict
 
@@ -71,7 +72,7 @@ class PaellaLoraLoaderMixin(LoraBaseMixin):
             ValueError: If the file holds anything but a LoRA adapter of this U-Net.
         """
         if not is_peft_available():
-            raise ValueError("LoRA adapters need PEFT: pip install 'paella-diffusers[train]'.")
+            raise ValueError(f"LoRA adapters need PEFT: {pip_install('lora')}")
         if any(parameter.is_meta for parameter in self.unet.parameters()):
             raise ValueError("The U-Net has its weights on disk: load the pipeline without `low_memory` to attach adapters.")
         low_cpu_mem_usage = kwargs.pop("low_cpu_mem_usage", True)

@@ -29,6 +29,7 @@ from safetensors import safe_open
 from torch import nn
 from tqdm import tqdm
 
+from ..about import pip_install
 from .data import SampleTransform, add_filters, collate, load_stream, quality_filter
 
 
@@ -187,7 +188,7 @@ class TrainingRun:
         try:
             from torchdata.stateful_dataloader import StatefulDataLoader
         except ImportError as error:
-            raise ImportError("Training needs torchdata: pip install 'paella-diffusers[train]'") from error
+            raise ImportError(f"Training needs torchdata: {pip_install('train')}") from error
         args = self.args
         transform = SampleTransform(args.resolution, quality_filter(args), captions=args.text_column is not None)
         index, count = self.part

@@ -1,0 +1,13 @@
+"""What changes at a release, in one place: setup.py, error messages, model cards and the command line read it."""
+
+__version__ = "0.1.0"
+
+AUTHOR = "The paella-diffusers authors"  # as in LICENSE
+URL = ""  # of the repository, such as "https://github.com/OWNER/paella-diffusers"; empty until it has one
+PIP_TARGET = "."  # what pip installs: "paella-diffusers" once an index has it, until then the checkout that pip runs in
+
+
+def pip_install(extra: str = "") -> str:
+    """The shell command that installs this package, with an extra of setup.py if one is named."""
+    command = f'pip install "{PIP_TARGET}[{extra}]"' if extra else f"pip install {PIP_TARGET}"
+    return command if PIP_TARGET != "." else f"{command}  # in a checkout of paella-diffusers"
