@@ -26,20 +26,11 @@ def test_models_and_schedulers_import_no_pipelines():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
 
 
-def test_nothing_is_searched_for_garbage_while_importing_and_afterwards_it_is():
+def test_importing_leaves_the_garbage_collector_alone():
     code = (
-        "import gc, paella_diffusers; collections = lambda: sum(older['collections'] for older in gc.get_stats()[1:]); "
-        "before = collections(); paella_diffusers.PaellaPipeline; print(collections() - before, gc.isenabled()); "
-        "gc.disable(); paella_diffusers.PaellaPipeline; print(gc.isenabled())"
+        "import gc, paella_diffusers; collections = lambda: sum(older['collections'] for older in gc.get_stats()); "
+        "before = collections(); paella_diffusers.PaellaPipeline; print(collections() > before, gc.isenabled()); "
+        "gc.disable(); paella_diffusers.VQModel; print(gc.isenabled())"
     )
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert printed.split() == ["0", "True", "False"]
-
-
-def test_what_a_program_froze_stays_frozen():
-    code = (
-        "import gc, paella_diffusers; gc.freeze(); before = gc.get_freeze_count(); paella_diffusers.PaellaScheduler; "
-        "print(before > 1000, gc.get_freeze_count() > before / 2, gc.isenabled())"
-    )
-    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert printed.split() == ["True", "True", "True"]
+    assert printed.split() == ["True", "True", "False"]

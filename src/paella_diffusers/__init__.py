@@ -1,13 +1,10 @@
 """Paella, text to image by renoising discrete tokens (https://huggingface.co/papers/2211.07292), for diffusers."""
 
-import gc
 import importlib
-from contextlib import contextmanager
 from pathlib import Path
 
 from . import registration
-
-__version__ = "0.1.0"
+from .about import __version__ as __version__
 
 # Each name is imported when it is first used: importing the package costs next to nothing.
 _MODULES = {
@@ -30,26 +27,10 @@ EMOJI_MODEL = str(Path(__file__).parent / "pretrained" / "emoji")  # the embedde
 __all__ = ["EMOJI_MODEL", *_MODULES]
 
 
-@contextmanager
-def _no_collection():
-    """What torch, transformers and diffusers make when imported stays; a quarter of the time, it is searched for garbage."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            if not gc.get_freeze_count():  # what others froze stays so
-                gc.freeze()
-                gc.unfreeze()  # both together: it counts as old now, as it would if it had been searched
-            gc.enable()
-
-
 def __getattr__(name: str):
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    with _no_collection():
-        globals()[name] = getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
+    globals()[name] = getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
     return globals()[name]
 
 
