@@ -34,10 +34,13 @@ def check_number(
         ValueError: Naming the argument, its range, the value, and the `remedy`, if there is one.
     """
     if not (is_number(value) and above < value < below and at_least <= value <= at_most):
-        least = f"at least {at_least:g}" if at_least > -math.inf else f"above {above:g}" if above > -math.inf else ""
-        most = f"at most {at_most:g}" if at_most < math.inf else f"below {below:g}" if below < math.inf else ""
-        bounds = " and ".join(filter(None, (least, most)))
-        raise ValueError(f"`{name}` must be a finite number{bounds and ' '}{bounds}, got {value!r}.{remedy and ' '}{remedy}")
+        least = f"[{at_least:g}" if at_least > -math.inf else f"({above:g}"
+        most = f"{at_most:g}]" if at_most < math.inf else f"{below:g})"
+        bounds = f"a number in {least}, {most}"
+        if most == "inf)":
+            bounds = "a finite number" + (f" of at least {at_least:g}" if at_least > -math.inf else "")
+            bounds += f" above {above:g}" if above > -math.inf else ""
+        raise ValueError(f"`{name}` must be {bounds}, got {value!r}.{remedy and ' '}{remedy}")
 
 
 def check_ramp(name: str, value, remedy: str = "", **bounds):
@@ -54,8 +57,8 @@ def check_ramp(name: str, value, remedy: str = "", **bounds):
 def check_integer(name: str, value, at_least: int, at_most: float = math.inf, remedy: str = ""):
     """Refuse what is no integer within the bounds; errors as `check_number`."""
     if not (is_integer(value) and at_least <= value <= at_most):
-        bounds = f"of at least {at_least}" if at_most == math.inf else f"from {at_least} to {at_most}"
-        raise ValueError(f"`{name}` must be an integer {bounds}, got {value!r}.{remedy and ' '}{remedy}")
+        bound = f"at most {at_most}" if is_integer(value) and value > at_most else f"at least {at_least}"
+        raise ValueError(f"`{name}` must be an integer of {bound}, got {value!r}.{remedy and ' '}{remedy}")
 
 
 def check_choice(name: str, value, choices: Iterable[str]):

@@ -66,7 +66,10 @@ def tile_batch(hidden_states: torch.Tensor, batch_size: int) -> torch.Tensor:
 
 def mix(branches: tuple[torch.Tensor, ...], weights: tuple[float, ...]) -> torch.Tensor:
     """The weighted sum of tensors."""
-    return sum(weight * branch for branch, weight in zip(branches[1:], weights[1:]), start=weights[0] * branches[0])
+    mixed = weights[0] * branches[0]
+    for weight, branch in zip(weights[1:], branches[1:]):
+        mixed = mixed + weight * branch
+    return mixed
 
 
 # Inside the U-Net, hidden states are (batch, height, width, channels): norms, linears and attention then need no
@@ -126,7 +129,9 @@ class PaellaResBlock(PaellaFeedForward):
         )
 
     def forward(self, hidden_states: torch.Tensor, skip: torch.Tensor | None = None) -> torch.Tensor:
-        inner = hidden_states if skip is None else torch.cat([hidden_states, tile_batch(skip, hidden_states.shape[0])], dim=-1)
+        inner = hidden_states
+        if skip is not None:
+            inner = torch.cat([hidden_states, tile_batch(skip, hidden_states.shape[0])], dim=-1)
         inner = self.depthwise(inner.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         inner = F.gelu(self.proj_in(self.norm(inner)))
         return hidden_states + self.proj_out(self.dropout(self.grn(inner)))
@@ -429,9 +434,8 @@ class PaellaUNet(
         """
         Args:
             sample (`torch.LongTensor` of shape `(batch_size, height, width)`):
-                Noisy tokens in `[0, num_vq_embeddings)`; both sides divisible by `sample_multiple`. The conditioning may have
-                n times as many rows, for n branches of the same samples, one after the other: what comes before the first
-                attention is then computed once.
+                Noisy tokens in `[0, num_vq_embeddings)`; both sides divisible by `sample_multiple`. The conditioning has as
+                many rows, or a multiple, for which the samples are tiled.
             timestep (`torch.Tensor` of shape `(batch_size,)`, or a scalar):
                 The noise level in [0, 1]: the fraction of tokens that are noise.
             encoder_hidden_states (`torch.Tensor` of shape `(batch_size, length, text_embed_dim)`):
@@ -447,8 +451,9 @@ class PaellaUNet(
                 Factors on the attention probabilities of each row's last n attended conditioning tokens.
             cross_attention_kwargs (`dict`, *optional*): `{"scale": s}` scales LoRA adapters in this call.
             mixing_weights (`tuple[tuple[float]]`, *optional*):
-                Rows of n weights: each becomes one weighted sum of the n branches' logits, as guidance wants them. The head
-                is linear, so branches are mixed before it, which saves its cost.
+                For guidance: the batch is n branches, one after the other, which differ in their conditioning only. Each
+                row of n weights gives one weighted sum of their logits. What comes before the first attention is computed
+                for one branch, and as the head is linear, branches are mixed before it.
             deep_features (`list[torch.Tensor]`, *optional*):
                 An approximation after DeepCache (https://huggingface.co/papers/2312.00858): an empty list is given what
                 comes up from the levels below the first, and a list with that takes their place in a later call.
@@ -457,7 +462,7 @@ class PaellaUNet(
             ValueError: If the token grid is not divisible by `sample_multiple`, or the rows of the conditioning are no
                 multiple of the samples, or the mask or the weights do not fit the conditioning sequence.
         """
-        num_samples, height, width = sample.shape
+        height, width = sample.shape[1:]
         if height % self.sample_multiple or width % self.sample_multiple:
             raise ValueError(
                 f"`sample` is a token grid of {height}×{width}, but both sides must be divisible by {self.sample_multiple}."
@@ -470,16 +475,17 @@ class PaellaUNet(
                 encoder_hidden_states, clip_text_embeds, clip_image_embeds, encoder_attention_mask, conditioning_weights
             )
         batch_size = conditioning.sequence.shape[0]
-        if batch_size % num_samples:
+        if batch_size % sample.shape[0]:
             raise ValueError(
-                f"The conditioning has {batch_size} rows for {num_samples} samples: pass as many, or a multiple for several "
-                "branches of the same samples."
+                f"The conditioning has {batch_size} rows for {sample.shape[0]} samples: pass as many, or a multiple."
             )
-        timestep = torch.as_tensor(timestep, dtype=torch.float32, device=sample.device).expand(num_samples)
+        timestep = torch.as_tensor(timestep, dtype=torch.float32, device=sample.device).expand(sample.shape[0])
         temb = sinusoidal_embedding(timestep, self.config.time_embed_dim).to(conditioning.sequence.dtype)
         temb = tile_batch(temb, batch_size)
 
         # 2. tokens in
+        if mixing_weights is not None:
+            sample = sample[: batch_size // len(mixing_weights[0])]
         hidden_states = self.token_norm(self.token_embedding(sample)).permute(0, 3, 1, 2)
         hidden_states = F.pixel_unshuffle(hidden_states, self.config.patch_size).permute(0, 2, 3, 1)
         hidden_states = self.norm_in(self.proj_in(hidden_states))
@@ -561,7 +567,7 @@ class PaellaUNet(
         sequence = [self.text_proj(encoder_hidden_states)]
         for projection, embeds in ((self.clip_text_proj, clip_text_embeds), (self.clip_image_proj, clip_image_embeds)):
             if embeds is not None:
-                sequence.append(projection(embeds).view(len(embeds), -1, self.config.cross_attention_dim))
+                sequence.append(projection(embeds).view(embeds.shape[0], -1, self.config.cross_attention_dim))
         mask = self._expand_mask(encoder_attention_mask, sequence)
         sequence = self.cond_norm(torch.cat(sequence, dim=1))
         return PaellaConditioning(sequence, mask, self._align_weights(conditioning_weights, mask, sequence))

@@ -67,8 +67,8 @@ class Conditioning:
 
     def cat(self, *others: "Conditioning") -> "Conditioning":
         """
-        Branches in one batch, one after the other. One that has shorter text, no CLIP text or fewer CLIP images is padded and
-        the padding masked; where nothing is padded there is no mask.
+        Branches in one batch, one after the other. One that has shorter text, no CLIP text or fewer CLIP images is padded
+        and the padding masked; where nothing is padded there is no mask.
         """
         branches = (self, *others)
         if len(branches) == 1:
@@ -87,6 +87,23 @@ class Conditioning:
             None if mask.all() else mask,
             _cat_weights(weights, branches),
         )
+
+    def weigh_images(self, weights: torch.Tensor) -> "Conditioning":
+        """With factors `(batch_size, num_images)` on the attention paid to each CLIP image; 0 leaves an image out."""
+        kept = (weights > 0).any(0)
+        weights = weights[:, kept]
+        if not kept.any():
+            return replace(self, clip_image_embeds=None)
+        images = replace(self, clip_image_embeds=self.clip_image_embeds[:, kept])
+        there = weights > 0
+        if not there.all():  # some rows leave out more than others
+            mask = images._mask(self.encoder_hidden_states.shape[1], self.clip_text_embeds is not None, images.num_images)
+            mask[:, -images.num_images * self.clip_seq_len :] &= there.repeat_interleave(self.clip_seq_len, dim=1)
+            images = replace(images, encoder_attention_mask=mask)
+            # weights count from a row's last attended key
+            weights = weights.gather(1, there.long().sort(dim=1, stable=True).indices)
+            weights = torch.where(weights > 0, weights, 1.0)
+        return replace(images, conditioning_weights=weights.repeat_interleave(self.clip_seq_len, dim=1))
 
     @property
     def num_images(self) -> int:

@@ -49,9 +49,10 @@ class Denoiser:
         scale = self.guidance_scale(step)
         # a callback cannot turn on guidance by what was not encoded
         num_branches = min(self.guidance.num_branches(step, scale), len(self.branches))
-        weights = self.guidance.mixing_weights(scale) if num_branches > 1 else None
+        weights = self.guidance.mixing_weights(scale, num_branches) if num_branches > 1 else None
+        rows = num_branches * (1 if self.regions is None else len(self.regions))
         logits = self.unet(
-            tokens,
+            tokens.repeat(rows, 1, 1),
             step.level,
             **self._conditioning(num_branches),
             mixing_weights=weights,

@@ -16,7 +16,7 @@ def sample(
     stop: Callable | None = None,
     on_step: Callable | None = None,
 ) -> torch.LongTensor:
-    """Paella (https://huggingface.co/papers/2211.07292, algorithm 2): predict all clean tokens, draw them, re-noise fewer."""
+    """Paella (https://huggingface.co/papers/2211.07292, algorithm 2): predict all tokens, draw them, re-noise fewer."""
     for step in plan:  # the noise level t falls from 1, or from `strength`, to 0
         logits = denoiser(tokens, step)  # log p(x0 | x_t, c), guided
         tokens, clean = stepper.step(logits, step, tokens, noise, mask, generator)

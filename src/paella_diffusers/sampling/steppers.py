@@ -1,7 +1,4 @@
-"""
-How each family of schedulers takes a step. A stepper makes the plan of a run and takes its steps; it works on its own copy of the
-scheduler.
-"""
+"""How each family of schedulers plans a run and takes its steps. A stepper works on its own copy of the scheduler."""
 
 import copy
 import inspect
@@ -10,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from diffusers import AmusedScheduler, BlockRefinementScheduler
 
-from ..schedulers.scheduling_utils import PaellaSchedulerBase, RenoisingSchedulerBase, check_logits, draw
+from ..schedulers.categorical import add_uniform_noise, check_logits
+from ..schedulers.scheduling_utils import PaellaSchedulerBase, RenoisingSchedulerBase
 from .plan import Plan, Step, linear_ramp
 
 
@@ -96,11 +94,16 @@ class DiscreteStepper:
         self.accepted = {name for name in options if takes_all or name in parameters}
         self.uses_codebook = "codebook" in self.accepted
         self.codebook = None
-        self.has_temperature = "temperature" in scheduler.config  # its own, or left there by the scheduler it was swapped for
+        # its own, or left there by the scheduler that it was swapped for
+        self.has_temperature = "temperature" in scheduler.config
 
     def plan(self, num_inference_steps, device=None, temperature=None, renoise_steps=None, strength=1.0) -> Plan:
         """As [`PaellaStepper.plan`]."""
-        overrides = {"temperature": temperature, "renoise_steps": renoise_steps, "t_start": None if strength == 1 else strength}
+        overrides = {
+            "temperature": temperature,
+            "renoise_steps": renoise_steps,
+            "t_start": None if strength == 1 else strength,
+        }
         overrides = {name: value for name, value in overrides.items() if value is not None}
         set_timesteps = inspect.signature(self.scheduler.set_timesteps).parameters
         taken = {name: overrides.pop(name) for name in set_timesteps if name in overrides}
@@ -203,7 +206,7 @@ class InversionStepper:
     def plan(self, num_inference_steps, device=None, temperature=None, renoise_steps=None, strength=1.0) -> Plan:
         """As [`PaellaStepper.plan`], but the most likely tokens are taken, so that there is no temperature."""
         if temperature is not None:
-            raise ValueError("`temperature` has no effect in discrete inversion, which takes the most likely tokens: leave it out.")
+            raise ValueError("`temperature` is not used by discrete inversion, which takes the most likely tokens.")
         if "corrector_steps" in self.stepper.scheduler.config:
             self.stepper.scheduler.register_to_config(corrector_steps=0)
         self.renoise_steps = num_inference_steps - 1 if renoise_steps is None else renoise_steps
@@ -218,9 +221,8 @@ class InversionStepper:
         if step.is_last or step.index >= self.renoise_steps:
             self.source = self.clean
             return edited, edited
-        renoise = draw(torch.rand, tokens.shape, tokens.device, generator) <= step.next_level
-        self.source = torch.where(renoise, noise, self.clean)
-        return torch.where(renoise, noise, edited), edited
+        self.source, replaced = add_uniform_noise(self.clean, step.next_level, noise=noise, generator=generator)
+        return torch.where(replaced, noise, edited), edited
 
     def _log_probabilities(self, logits):
         check_logits(logits)
@@ -238,7 +240,7 @@ def make_steps(timesteps, levels, temperatures, sweeps) -> tuple[Step, ...]:
 
 
 def refused_override(scheduler, name: str) -> ValueError:
-    return ValueError(f"`{name}` is not taken by {type(scheduler).__name__}: leave it out, or take another scheduler.")
+    return ValueError(f"{type(scheduler).__name__} takes no `{name}`: leave it out, or take another scheduler.")
 
 
 def _by_image(step_function, generators, logits, step, tokens, noise, mask):

@@ -21,23 +21,34 @@ class GuidanceMixin(PaellaHubMixin, ConfigMixin):
 
     config_name = "guider_config.json"
 
+    @property
+    def guidance_scale(self) -> float | tuple[float, float]:
+        """The scale where a call gives none."""
+        scale = self.config.guidance_scale
+        return tuple(scale) if isinstance(scale, list) else scale
+
+    def needs_unconditional(self, guidance_scale: float | tuple[float, float]) -> bool:
+        """Whether any step of a run with this scale, or (first, last), needs the unconditional branch."""
+        scales = guidance_scale if isinstance(guidance_scale, tuple | list) else (guidance_scale,)
+        return max(scales) > 1
+
     def num_branches(self, step, guidance_scale: float | None) -> int:
         """Branches wanted at this step: 2, or 1 where nothing is to be guided."""
         return 1 if guidance_scale is None or guidance_scale <= 1 else 2
 
-    def mixing_weights(self, guidance_scale: float) -> tuple[tuple[float, ...], ...] | None:
+    def mixing_weights(self, guidance_scale: float, num_branches: int) -> tuple[tuple[float, ...], ...]:
         """
-        Weights, one for each branch, of the mixtures of logits that `forward` wants in place of the branches' own. They are
-        mixed before the model's head, which is linear: mixtures cost what branches cost, and no precision is lost.
+        Weights, one for each branch, of every mixture of logits that `forward` is given: each branch's own unless told
+        otherwise. They are mixed before the model's head, which is linear: a mixture costs no more than a branch.
         """
-        return None
+        return identity(num_branches)
 
     def forward(self, *logits: torch.Tensor, step, guidance_scale: float) -> torch.Tensor:
         """
         The logits to sample from, `(batch_size, num_tokens, height, width)`.
 
         Args:
-            logits (`torch.Tensor` of the same shape): Of every branch, or of every mixture.
+            logits (`torch.Tensor` of the same shape): One for each row of `mixing_weights`.
             step ([`Step`]): Which step of the run it is.
             guidance_scale (`float`): Of this step, above 1.
         """
@@ -54,3 +65,7 @@ class GuidanceMixin(PaellaHubMixin, ConfigMixin):
         """Write `guider_config.json` into a folder."""
         self.save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
 
+
+def identity(num_branches: int) -> tuple[tuple[float, ...], ...]:
+    """Mixing weights that leave each branch as it is."""
+    return tuple(tuple(float(i == j) for j in range(num_branches)) for i in range(num_branches))

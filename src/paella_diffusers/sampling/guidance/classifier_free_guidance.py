@@ -30,14 +30,12 @@ class PaellaClassifierFreeGuidance(GuidanceMixin):
     """
 
     @register_to_config
-    def __init__(
-        self, guidance_scale: float | tuple[float, float] = 8.0, plausibility_threshold: float | None = None
-    ):
+    def __init__(self, guidance_scale: float | tuple[float, float] = 8.0, plausibility_threshold: float | None = None):
         check_ramp("guidance_scale", guidance_scale)
         if plausibility_threshold is not None:
             check_number("plausibility_threshold", plausibility_threshold, above=0, at_most=1)
 
-    def mixing_weights(self, guidance_scale: float) -> tuple[tuple[float, ...], ...]:
+    def mixing_weights(self, guidance_scale: float, num_branches: int = 2) -> tuple[tuple[float, ...], ...]:
         guided = (guidance_scale, 1 - guidance_scale)
         return (guided,) if self.config.plausibility_threshold is None else (guided, (1.0, 0.0))
 
