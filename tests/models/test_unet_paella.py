@@ -304,14 +304,13 @@ def test_deep_features_take_the_place_of_the_lower_levels():
     unet.eval()
     with torch.no_grad():
         features, plain = [], unet(**both, mixing_weights=((3.0, -2.0),)).sample
-        assert (
-            torch.equal(unet(**both, mixing_weights=((3.0, -2.0),), deep_features=features).sample, plain)
-            and len(features) == 1
-        )
+        assert torch.equal(unet(**both, mixing_weights=((3.0, -2.0),), deep_features=features).sample, plain)
+        assert len(features) == 1
         calls = []
         for block in (*unet.down_blocks, *unet.up_blocks):
             block.register_forward_hook(lambda block, args, output: calls.append(type(block).__name__))
-        torch.testing.assert_close(unet(**both, mixing_weights=((3.0, -2.0),), deep_features=features).sample, plain)
+        again = unet(**both, mixing_weights=((3.0, -2.0),), deep_features=features).sample
+        torch.testing.assert_close(again, plain)
         assert calls == ["PaellaBlock", "PaellaBlock"]  # of the first level, down and up
         other = both | {"timestep": both["timestep"] / 2}
         assert not torch.equal(unet(**other, deep_features=features).sample, unet(**other).sample)

@@ -283,7 +283,7 @@ def tensor_of(name: str, value) -> torch.Tensor:
     if isinstance(value, np.ndarray):
         value = torch.from_numpy(value)
     if not isinstance(value, torch.Tensor):
-        raise ValueError(f"`{name}` must be a tensor or an array, got {type(value).__name__}.")
+        raise ValueError(f"`{name}` must be a tensor, got {type(value).__name__}.")
     return value
 
 

@@ -82,7 +82,8 @@ class DiscreteStepper:
     For diffusers' discrete schedulers, and others with their interface, made for sequences as text models have them: logits
     `(batch_size, length, num_tokens)` and tokens `(batch_size, length)`. Timesteps count steps upwards, as integers, or are
     noise levels that fall within (0, 1]. `step` is given what it takes of `noise`, `mask`, `codebook`, `temperature` and
-    `generator`, and returns `prev_sample` and `sampled_tokens`. A corrector (`step_correct`, `corrector_steps` in the
+    `generator`; a temperature in the configuration alone is set there before each step. It returns `prev_sample`, and the
+    clean tokens as `sampled_tokens` or `pred_original_sample`. A corrector (`step_correct`, `corrector_steps` in the
     configuration) is part of the budget of evaluations: as many of the first steps as it allows are corrected.
     """
 
@@ -96,6 +97,7 @@ class DiscreteStepper:
         self.codebook = None
         # its own, or left there by the scheduler that it was swapped for
         self.has_temperature = "temperature" in scheduler.config
+        self.by_image = []  # steppers of single images, each with its own generator
 
     def plan(self, num_inference_steps, device=None, temperature=None, renoise_steps=None, strength=1.0) -> Plan:
         """As [`PaellaStepper.plan`]."""
@@ -112,8 +114,9 @@ class DiscreteStepper:
         ramp = overrides.get("temperature")
         if ramp is not None and "temperature" not in self.accepted and not self.has_temperature:
             raise refused_override(self.scheduler, "temperature")
-        if ramp is None and self.has_temperature and "temperature" in self.accepted:
-            ramp = self.scheduler.config["temperature"]
+        if ramp is None and self.has_temperature:
+            own = self.scheduler.config["temperature"]
+            ramp = own if "temperature" in self.accepted or isinstance(own, tuple | list) else None
 
         per_step = self.scheduler.config.get("corrector_steps", 0) if hasattr(self.scheduler, "step_correct") else 0
         corrected = (num_inference_steps - 1) // (1 + per_step) if per_step else 0
@@ -122,6 +125,8 @@ class DiscreteStepper:
         if "t_start" in overrides:  # not taken: the last steps of a longer run
             total = max(num_steps + 1, round(num_steps / strength))
         self.scheduler.set_timesteps(total, device=device, **taken)
+        if total > num_steps and hasattr(self.scheduler, "set_begin_index"):
+            self.scheduler.set_begin_index(total - num_steps)
         timesteps = self.scheduler.timesteps[-num_steps:]
         levels = timesteps if timesteps.is_floating_point() else 1 - timesteps / total
         sweeps = [per_step] * corrected + [0] * (num_steps - corrected)
@@ -130,7 +135,9 @@ class DiscreteStepper:
     def step(self, logits, step: Step, tokens, noise, mask=None, generator=None):
         """As [`PaellaStepper.step`]; with a list of generators, image by image."""
         if isinstance(generator, list):
-            return _by_image(self.step, generator, logits, step, tokens, noise, mask)
+            images = self._images(generator, mask, logits, tokens, noise)
+            steps = [stepper.step(row, step, x, n, m, g) for stepper, g, m, row, x, n in images]
+            return tuple(torch.cat(part) for part in zip(*steps))
         logits, generator = self._prepare(logits, tokens, mask, generator)
         options = {"noise": noise.flatten(1), "mask": None if mask is None else mask.flatten(1), "generator": generator}
         options |= {"codebook": self.codebook, "temperature": step.temperature}
@@ -140,8 +147,8 @@ class DiscreteStepper:
             self.scheduler.register_to_config(temperature=step.temperature)  # the copy's own, for this step
         options = {name: value for name, value in options.items() if name in self.accepted}
         output = self.scheduler.step(logits, step.timestep, tokens.flatten(1), **options)
-        after, clean = output.prev_sample.view_as(tokens), output.sampled_tokens.view_as(tokens)
-        if step.is_last and hasattr(output, "accepted_index"):  # what was not accepted shall not stay noise
+        after, clean = output.prev_sample.view_as(tokens), _clean_tokens(output, self.scheduler).view_as(tokens)
+        if step.is_last and ("accepted_index" in output or "committed_mask" in output):  # the others shall not stay noise
             after = clean
         if mask is not None and "mask" not in self.accepted:
             after, clean = (torch.where(mask, grid, tokens) for grid in (after, clean))
@@ -150,13 +157,21 @@ class DiscreteStepper:
     def correct(self, logits, step: Step, tokens, mask=None, generator=None) -> torch.LongTensor:
         """One sweep of the scheduler's corrector after `step`: the corrected token grid."""
         if isinstance(generator, list):
-            masks = [None] * len(generator) if mask is None else mask.split(1)
-            images = zip(logits.split(1), tokens.split(1), masks, generator)
-            return torch.cat([self.correct(row, step, x, m, g) for row, x, m, g in images])
+            images = self._images(generator, mask, logits, tokens)
+            return torch.cat([stepper.correct(row, step, x, m, g) for stepper, g, m, row, x in images])
         logits, generator = self._prepare(logits, tokens, mask, generator)
         output = self.scheduler.step_correct(logits, step.timestep, tokens.flatten(1), generator=generator)
         corrected = output.prev_sample.view_as(tokens)
         return corrected if mask is None else torch.where(mask, corrected, tokens)
+
+    def _images(self, generators, mask, *tensors):
+        """A stepper, a generator, a mask or None, and the tensors of every image; schedulers keep count of their steps."""
+        if not self.by_image:
+            self.by_image = [copy.copy(self) for _ in generators]
+            for stepper in self.by_image:
+                stepper.scheduler = copy.deepcopy(self.scheduler)
+        masks = [None] * len(generators) if mask is None else mask.split(1)
+        return zip(self.by_image, generators, masks, *(tensor.split(1) for tensor in tensors))
 
     def _prepare(self, logits, tokens, mask, generator):
         """
@@ -243,9 +258,10 @@ def refused_override(scheduler, name: str) -> ValueError:
     return ValueError(f"{type(scheduler).__name__} takes no `{name}`: leave it out, or take another scheduler.")
 
 
-def _by_image(step_function, generators, logits, step, tokens, noise, mask):
-    """A step of each image with its own generator, joined again."""
-    masks = [None] * len(generators) if mask is None else mask.split(1)
-    images = zip(logits.split(1), tokens.split(1), noise.split(1), masks, generators)
-    steps = [step_function(row, step, x, n, m, g) for row, x, n, m, g in images]
-    return tuple(torch.cat(part) for part in zip(*steps))
+def _clean_tokens(output, scheduler) -> torch.LongTensor:
+    for name in ("sampled_tokens", "pred_original_sample"):
+        if name in output:
+            return output[name]
+    raise ValueError(
+        f"`scheduler`, a {type(scheduler).__name__}, cannot sample from Paella: its `step` returns no `sampled_tokens`."
+    )
