@@ -393,7 +393,7 @@ class PaellaPipelineBase(LoadingMixin, EncodingMixin, CallStateMixin, DiffusionP
         """
         if output_type == "latent":
             return latents
-        images = self.vqgan.decode_indices(latents.to(self.vqgan.device)).sample.clamp(0, 1)
+        images = self.vqgan.decode_indices(latents.to(self._execution_device)).sample.clamp(0, 1)
         if source is not None and source.blend is not None:
             kept, blend = (
                 part.repeat_interleave(len(images) // len(part), dim=0).to(images.device)
