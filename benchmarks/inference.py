@@ -6,6 +6,7 @@ How long does a sampling step take at full size, where does the time go, and how
 `PaellaPipeline`'s loop with a U-Net of the published size and random weights, guidance 8 (`--small` for a try). With
 `--published`, a clone of https://github.com/dome272/Paella, the same weights also run in that code as it is, in turns with
 ours, and with `--compare` of its float32 steps each is taken again by ours, from the same tokens and random numbers.
+`--previous` runs another checkout of this repository beside this one, each in a process, in at least ten pairs of turns.
 `--compile` is `torch.compile(fullgraph=True)` with frozen weights, packed for oneDNN: in float32 that takes permission to
 use TF32, or inductor packs them for MKL. Where the processor has no TF32, all of it is float32.
 The ceiling is the machine's rate of a large matrix product in the same dtype, measured before and after each run, and the
@@ -17,7 +18,11 @@ import ast
 import contextlib
 import functools
 import importlib.util
+import itertools
+import os
 import statistics
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -107,37 +112,62 @@ class Ours:
 
     def step(self, index: int, steps: int, tokens, noise, conditionings) -> torch.Tensor:
         """The tokens after one of the steps of a run."""
-        pipe, after = self.pipe, []
+        from paella_diffusers import PaellaClassifierFreeGuidance
+        from paella_diffusers.pipelines.conditioning import Conditioning
+        from paella_diffusers.sampling.denoiser import Denoiser
+        from paella_diffusers.sampling.steppers import make_stepper
 
-        def stop(pipe, step, timestep, tensors):
-            pipe._interrupt = True
-            after.append(tensors["latents"])
-            return {}
-
-        pipe.set_timesteps(steps, "cpu", None, None, 1.0)
-        for values in ("_timesteps", "_levels", "_sweeps"):
-            setattr(pipe, values, getattr(pipe, values)[index:])
-        pipe._guidance_scale, pipe._guidance_steps, pipe._interrupt = 8.0, None, False
-        conditioning, other = (
-            {
-                "encoder_hidden_states": embeds,
-                "clip_text_embeds": clip,
-                "clip_image_embeds": None,
-                "encoder_attention_mask": None,
-                "conditioning_weights": None,
-            }
-            for embeds, clip in conditionings
-        )
+        stepper = make_stepper(self.pipe.scheduler)
+        step = stepper.plan(steps).steps[index]
+        branches = [Conditioning(self.unet.config.clip_seq_len, *embeds) for embeds in conditionings]
         with self.measured():
-            pipe.denoise(
-                tokens,
-                conditioning,
-                other,
-                noise,
-                callback_on_step_end=stop,
-                callback_on_step_end_tensor_inputs=["latents"],
+            logits = Denoiser(self.unet, branches, PaellaClassifierFreeGuidance(), lambda step: 8.0)(tokens, step)
+            return stepper.step(logits, step, tokens, noise)[0]
+
+
+def pairs(previous: Path, args):
+    """Steps of this checkout and of another, in turns, each in a process of its own: medians and their ratio."""
+    print(
+        "| dtype | pixels | step | step of the other | times its speed | quartiles of the pairs |\n|---|---|---|---|---|---|"
+    )
+    for dtype, size in itertools.product(args.dtypes, args.sizes):
+        command = [sys.executable, __file__, "--worker", "--dtypes", dtype, "--sizes", str(size), "--steps", str(args.steps)]
+        command += ["--small"] if args.small else []
+        checkouts = (Path(__file__).parent.parent, previous)
+        workers = [
+            subprocess.Popen(
+                command,
+                env=os.environ | {"PYTHONPATH": str(checkout / "src")},
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
             )
-        return after[0]
+            for checkout in checkouts
+        ]
+        times = []
+        for pair in range(args.repeats + 1):  # the first is to warm up
+            order = (0, 1) if pair % 2 else (1, 0)
+            seconds = [0.0, 0.0]
+            for which in order:
+                workers[which].stdin.write("run\n")
+                workers[which].stdin.flush()
+                seconds[which] = float(workers[which].stdout.readline())
+            times.append(seconds)
+        for process in workers:
+            process.communicate()
+        ours, theirs = zip(*times[1:])
+        low, ratio, high = statistics.quantiles([b / a for a, b in times[1:]], n=4)
+        print(
+            f"| {dtype} | {size} | {statistics.median(ours):.3f} s | {statistics.median(theirs):.3f} s | {ratio:.3f} | "
+            f"{low:.3f} to {high:.3f} |",
+            flush=True,
+        )
+
+
+def worker(ours: "Ours", args):
+    """Answers each line of standard input with the seconds of a step."""
+    for _ in sys.stdin:
+        print(ours.run(args.steps, 1, args.sizes[0])[0], flush=True)
 
 
 class Published:
@@ -211,6 +241,8 @@ def plot(path: Path, steps: dict[str, float]):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--published", type=Path, help="a clone of the published code, to run beside ours")
+    parser.add_argument("--previous", type=Path, metavar="CHECKOUT", help="another checkout of this repository")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--compare", action="store_true", help="count tokens in which 12 steps differ from theirs")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
     parser.add_argument("--sizes", type=int, nargs="+", default=[256], help="pixels a side")
@@ -224,10 +256,18 @@ def main():
     if args.compare and not args.published:
         parser.error("--compare is with --published")
 
+    if args.previous:
+        args.repeats = max(args.repeats, 10)
+        pairs(args.previous, args)
+        return
     torch.manual_seed(0)
     unet = PaellaUNet(**SMALL if args.small else {}).eval()
     for parameter in unet.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
+    if args.worker:
+        with torch.inference_mode():
+            worker(Ours(unet.to(getattr(torch, args.dtypes[0]))), args)
+        return
     published = Published(args.published, unet) if args.published else None
     if args.compile:
         torch._inductor.config.freezing = True  # as an option of `torch.compile` it is not heeded

@@ -527,7 +527,7 @@ def train_unet(vqgan, encoders, images, captions, steps: int, work_dir: Path, co
         return paella_loss(logits, tokens[rows], noise_mask, timestep, label_smoothing=0.0)
 
     def report(step):
-        sheet = pipe(SHEET, guidance_scale=1.5, generator=torch.Generator().manual_seed(0)).images
+        sheet = pipe(SHEET, generator=torch.Generator().manual_seed(0)).images
         make_image_grid(sheet, 3, 3).save(work_dir / f"unet-{step:06d}.png")
 
     optimizers = muon_and_adam(unet, keep_adam=("token_embedding", "head", "text_proj", "clip_"))

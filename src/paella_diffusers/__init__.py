@@ -16,6 +16,8 @@ _MODULES = {
     "PaellaConfidenceScheduler": "schedulers.scheduling_paella_confidence",
     "PaellaFlowMatchEulerScheduler": "schedulers.scheduling_paella_flow_match_euler",
     "DDIMWuerstchenScheduler": "schedulers.scheduling_ddim_wuerstchen",
+    "GuidanceMixin": "sampling.guidance.base",
+    "PaellaClassifierFreeGuidance": "sampling.guidance.classifier_free_guidance",
     "PaellaPipeline": "pipelines.pipeline_paella",
     "PaellaImg2ImgPipeline": "pipelines.pipeline_paella_img2img",
     "PaellaInversionPipeline": "pipelines.pipeline_paella_inversion",

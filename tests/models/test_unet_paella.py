@@ -5,7 +5,8 @@ from conftest import TINY_UNET, manifest, tiny_unet
 from peft import LoraConfig
 
 from paella_diffusers import PaellaUNet
-from paella_diffusers.models.unet_paella import GlobalResponseNorm, attend_in_parts, sinusoidal_embedding
+from paella_diffusers.models.attention import chunked_attention
+from paella_diffusers.models.unet_paella import GlobalResponseNorm, sinusoidal_embedding
 
 
 def inputs(batch_size=2, length=5, seed=0, **kwargs):
@@ -279,11 +280,11 @@ def test_guided_logits(block_types):
     rows = lambda half: {name: value[half] for name, value in both.items()}
     with torch.no_grad():
         expected = 3.0 * unet(**rows(slice(2))).sample - 2.0 * unet(**rows(slice(2, 4))).sample
-        torch.testing.assert_close(unet(**both, guidance_scale=3.0).sample, expected, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(unet(**both, mixing_weights=((3.0, -2.0),)).sample, expected, atol=1e-4, rtol=1e-4)
         sample, timestep = both.pop("sample"), both.pop("timestep")
         encoded = unet.encode_conditioning(**both)
         assert torch.equal(unet(sample, timestep, encoded).sample, unet(sample, timestep, **both).sample)
-        guided = unet(sample, timestep, encoded, guidance_scale=3.0).sample
+        guided = unet(sample, timestep, encoded, mixing_weights=((3.0, -2.0),)).sample
         torch.testing.assert_close(guided, expected, atol=1e-4, rtol=1e-4)
 
 
@@ -302,12 +303,14 @@ def test_deep_features_take_the_place_of_the_lower_levels():
     both["sample"][2:] = both["sample"][:2]
     unet.eval()
     with torch.no_grad():
-        features, plain = [], unet(**both, guidance_scale=3.0).sample
-        assert torch.equal(unet(**both, guidance_scale=3.0, deep_features=features).sample, plain) and len(features) == 1
+        features, plain = [], unet(**both, mixing_weights=((3.0, -2.0),)).sample
+        assert torch.equal(unet(**both, mixing_weights=((3.0, -2.0),), deep_features=features).sample, plain)
+        assert len(features) == 1
         calls = []
         for block in (*unet.down_blocks, *unet.up_blocks):
             block.register_forward_hook(lambda block, args, output: calls.append(type(block).__name__))
-        torch.testing.assert_close(unet(**both, guidance_scale=3.0, deep_features=features).sample, plain)
+        again = unet(**both, mixing_weights=((3.0, -2.0),), deep_features=features).sample
+        torch.testing.assert_close(again, plain)
         assert calls == ["PaellaBlock", "PaellaBlock"]  # of the first level, down and up
         other = both | {"timestep": both["timestep"] / 2}
         assert not torch.equal(unet(**other, deep_features=features).sample, unet(**other).sample)
@@ -315,7 +318,7 @@ def test_deep_features_take_the_place_of_the_lower_levels():
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize(("length", "key_length"), [(4, 9), (300, 310), (600, 1000)])
-def test_attention_in_parts_is_attention(masked, length, key_length):
+def test_chunked_attention_is_attention(masked, length, key_length):
     """In bfloat16 not much farther from the truth than torch's own, which keeps scores in float32."""
     generator = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(3, n, 4, 16, generator=generator) for n in (length, key_length, key_length))
@@ -324,29 +327,29 @@ def test_attention_in_parts_is_attention(masked, length, key_length):
         *(x.transpose(1, 2) for x in states), attn_mask=None if mask is None else mask[:, None, None]
     ).transpose(1, 2)
     expected = attend(query, key, value)
-    torch.testing.assert_close(attend_in_parts(query, key, value, mask), expected)
+    torch.testing.assert_close(chunked_attention(query, key, value, mask), expected)
     halves = [states.bfloat16() for states in (query, key, value)]
     error = lambda states: (states.float() - expected).square().mean().sqrt()
-    assert error(attend_in_parts(*halves, mask)) < 2 * error(attend(*halves))
+    assert error(chunked_attention(*halves, mask)) < 2 * error(attend(*halves))
 
 
-def test_compiled_attention_in_parts():
+def test_compiled_chunked_attention():
     query, key = torch.randn(2, 300, 4, 16).bfloat16(), torch.randn(2, 310, 4, 16).bfloat16()
     mask = torch.rand(2, 310) > 0.5
-    torch.library.opcheck(attend_in_parts, (query, key, key, mask))
-    compiled = torch.compile(attend_in_parts, fullgraph=True, dynamic=True, backend="aot_eager")
+    torch.library.opcheck(chunked_attention, (query, key, key, mask))
+    compiled = torch.compile(chunked_attention, fullgraph=True, dynamic=True, backend="aot_eager")
     with torch.no_grad():
-        assert torch.equal(compiled(query, key, key, mask), attend_in_parts(query, key, key, mask))
+        assert torch.equal(compiled(query, key, key, mask), chunked_attention(query, key, key, mask))
 
 
-def test_bfloat16_attends_in_parts(monkeypatch):
+def test_bfloat16_attends_in_chunks(monkeypatch):
     """Unless a gradient is wanted, or another backend."""
     unet, call = tiny_unet().to(torch.bfloat16), inputs()
     call = {name: value.bfloat16() if value.is_floating_point() else value for name, value in call.items()}
     calls = []
-    original = attend_in_parts
+    original = chunked_attention
     replacement = lambda *args: calls.append(1) or original(*args)
-    monkeypatch.setattr("paella_diffusers.models.unet_paella.attend_in_parts", replacement)
+    monkeypatch.setattr("paella_diffusers.models.attention.chunked_attention", replacement)
     with torch.no_grad():
         ours = unet(**call).sample
     assert calls
@@ -369,8 +372,8 @@ def test_what_pipelines_do_compiles_to_one_graph_of_any_size():
             sample, timestep = call.pop("sample"), call.pop("timestep")
             sample[2:] = sample[:2]
             encoded = unet.encode_conditioning(**call)
-            expected = unet(sample, timestep, encoded, guidance_scale=scale).sample
-            output = compiled(sample, timestep, encoded, guidance_scale=scale).sample
+            expected = unet(sample, timestep, encoded, mixing_weights=((scale, 1 - scale),)).sample
+            output = compiled(sample, timestep, encoded, mixing_weights=((scale, 1 - scale),)).sample
             torch.testing.assert_close(output, expected, atol=1e-5, rtol=0)
     assert len(graphs) <= 2
 
@@ -395,3 +398,37 @@ def test_response_norm_in_half_precision(dtype):
         expected = norm(hidden_states)
         output = norm.to(dtype)(hidden_states.to(dtype)).float()
     torch.testing.assert_close(output, expected, atol=0.05, rtol=0.02)
+
+
+def test_several_mixtures_of_branches():
+    """Each is a weighted sum of the branches' logits."""
+    unet, call = tiny_unet(), inputs(batch_size=4)
+    call |= {"sample": call["sample"][:2].repeat(2, 1, 1), "timestep": 0.6}
+    with torch.no_grad():
+        first, second = unet(**call).sample.chunk(2)
+        mixtures = unet(**call, mixing_weights=((3.0, -2.0), (1.0, 0.0), (0.0, 1.0))).sample.chunk(3)
+    for mixture, expected in zip(mixtures, (3 * first - 2 * second, first, second)):
+        torch.testing.assert_close(mixture, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_samples_are_tiled_for_more_rows_of_conditioning():
+    unet, call = tiny_unet(), inputs(batch_size=6)
+    sample, call["timestep"] = call.pop("sample")[:2], 0.4
+    with torch.no_grad():
+        torch.testing.assert_close(unet(sample, **call).sample, unet(sample.repeat(3, 1, 1), **call).sample)
+
+
+@pytest.mark.parametrize(("samples", "rows"), [(2, 3), (4, 1), (3, 2)])
+def test_other_numbers_of_rows_are_refused(samples, rows):
+    call = inputs(batch_size=rows) | {"sample": torch.zeros(samples, 8, 8, dtype=torch.long), "timestep": 0.5}
+    with pytest.raises(ValueError, match=f"conditioning has {rows} rows for {samples} samples: pass as many, or a multiple"):
+        tiny_unet()(**call)
+
+
+def test_exported_with_a_dynamic_batch():
+    unet, call = tiny_unet(), inputs(batch_size=3)
+    batch = torch.export.Dim("batch", min=2, max=64)
+    exported = torch.export.export(unet, (), call, dynamic_shapes={name: {0: batch} for name in call}, strict=False).module()
+    other = inputs(batch_size=5, seed=1)
+    with torch.no_grad():
+        torch.testing.assert_close(exported(**other).sample, unet(**other).sample, atol=1e-5, rtol=0)

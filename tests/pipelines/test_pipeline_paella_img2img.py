@@ -28,8 +28,8 @@ def test_golden_image_to_image(golden):
     pipe = PaellaImg2ImgPipeline(models.vqgan, models.unet, PaellaScheduler())
     pipe.set_progress_bar_config(disable=True)
     starts = []
-    denoise = pipe.denoise
-    pipe.denoise = lambda latents, *args, **kwargs: starts.append(latents) or denoise(latents, *args, **kwargs)
+    prepare = pipe.prepare_latents
+    pipe.prepare_latents = lambda *args: starts.append(prepare(*args)) or starts[0]
     tokens = pipe(
         image=traces["img2img.init_tokens"],
         strength=0.6,
@@ -41,7 +41,7 @@ def test_golden_image_to_image(golden):
         negative_clip_text_embeds=io["clip_text_uncond"],
         output_type="latent",
     ).images
-    assert torch.equal(starts[0], traces["img2img.noised_tokens"])
+    assert torch.equal(starts[0][0], traces["img2img.noised_tokens"])
     assert torch.equal(tokens, traces["img2img.final"])
 
 

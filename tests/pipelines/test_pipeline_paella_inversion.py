@@ -73,12 +73,12 @@ def test_batches_and_output_types(pipe, output_type):
     np.testing.assert_allclose(np.asarray(batch[3]), np.asarray(alone[0]), atol=1e-4)
 
 
-def test_callbacks_see_both_runs(pipe):
+def test_callbacks_see_the_edited_image(pipe):
     seen = []
     callback = lambda pipe, step, t, tensors: seen.append(tensors["pred_original_sample"]) or {}
     inputs = ["pred_original_sample"]
-    edit(pipe, "a", grid(), callback_on_step_end=callback, callback_on_step_end_tensor_inputs=inputs)
-    assert len(seen) == 4 and all(torch.equal(tokens[:1], grid()) for tokens in seen)
+    result = edit(pipe, "a", grid(), callback_on_step_end=callback, callback_on_step_end_tensor_inputs=inputs)
+    assert len(seen) == 4 and torch.equal(seen[-1], result)
 
 
 @pytest.mark.parametrize(
@@ -86,10 +86,12 @@ def test_callbacks_see_both_runs(pipe):
     [
         ({"image": None}, "`image` must be"),
         ({"image": grid() + 40}, "must be in \\[0, 32\\)"),
-        ({"image": grid(batch=3)}, "`image` has 3 entries for 1 prompts"),
+        ({"image": grid(batch=3)}, "`image` has 3 images for 1 prompts"),
         ({"image": torch.rand(3, 30, 32)}, "multiples of 16, got 30 and 32"),
         ({"source_prompt": ["a", "b"]}, "`source_prompt` has 2 entries for 1 prompts"),
-        ({"source_prompt": None}, "`source_prompt` must be a string"),
+        ({"source_prompt": 3}, "`source_prompt` must be a string"),
+        ({"source_prompt": "a", "source_prompt_embeds": torch.ones(1, 2, 16)}, "either `source_prompt` or"),
+        ({"temperature": 0.5}, "`temperature` is not used by discrete inversion"),
         ({"prompt": []}, "`prompt` must be a string"),
         ({"residual_scale": -1}, "`residual_scale`.*got -1"),
         ({"smoothing": 1}, "`smoothing`.*got 1"),

@@ -7,8 +7,7 @@ import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.loaders import PeftAdapterMixin
-from diffusers.models.attention import AttentionMixin, AttentionModuleMixin
-from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.attention import AttentionMixin
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput, apply_lora_scale
 from diffusers.utils.accelerate_utils import apply_forward_hook
@@ -16,6 +15,7 @@ from torch import nn
 
 from ..loaders.hub import PaellaHubMixin, WholeOrNotAtAllMixin
 from ..loaders.original_checkpoint import OriginalCheckpointMixin
+from .attention import PaellaAttention
 
 
 @dataclass
@@ -57,11 +57,19 @@ def sinusoidal_embedding(timestep: torch.Tensor, dim: int) -> torch.Tensor:
     return F.pad(torch.cat([angles.sin(), angles.cos()], dim=1), (0, dim % 2))
 
 
-def repeat_to(hidden_states: torch.Tensor, batch_size: int) -> torch.Tensor:
-    """The whole batch again and again, up to `batch_size` rows; as it is if it has so many."""
-    if len(hidden_states) == batch_size:
+def tile_batch(hidden_states: torch.Tensor, batch_size: int) -> torch.Tensor:
+    """Tile the whole batch to `batch_size` rows, which must be a multiple of its own: row i repeats as i + n, i + 2n, …"""
+    if hidden_states.shape[0] == batch_size:
         return hidden_states
-    return hidden_states.repeat(batch_size // len(hidden_states), *[1] * (hidden_states.ndim - 1))
+    return hidden_states.repeat(batch_size // hidden_states.shape[0], *[1] * (hidden_states.ndim - 1))
+
+
+def mix(branches: tuple[torch.Tensor, ...], weights: tuple[float, ...]) -> torch.Tensor:
+    """The weighted sum of tensors."""
+    mixed = weights[0] * branches[0]
+    for weight, branch in zip(weights[1:], branches[1:]):
+        mixed = mixed + weight * branch
+    return mixed
 
 
 # Inside the U-Net, hidden states are (batch, height, width, channels): norms, linears and attention then need no
@@ -121,7 +129,9 @@ class PaellaResBlock(PaellaFeedForward):
         )
 
     def forward(self, hidden_states: torch.Tensor, skip: torch.Tensor | None = None) -> torch.Tensor:
-        inner = hidden_states if skip is None else torch.cat([hidden_states, repeat_to(skip, len(hidden_states))], dim=-1)
+        inner = hidden_states
+        if skip is not None:
+            inner = torch.cat([hidden_states, tile_batch(skip, hidden_states.shape[0])], dim=-1)
         inner = self.depthwise(inner.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         inner = F.gelu(self.proj_in(self.norm(inner)))
         return hidden_states + self.proj_out(self.dropout(self.grn(inner)))
@@ -135,106 +145,8 @@ class PaellaTimestepBlock(nn.Module):
         self.proj = nn.Linear(time_embed_dim, channels * 2)
 
     def forward(self, hidden_states: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
-        scale, shift = self.proj(temb[: len(hidden_states)])[:, None, None].chunk(2, dim=-1)
+        scale, shift = self.proj(temb[: hidden_states.shape[0]])[:, None, None].chunk(2, dim=-1)
         return torch.addcmul(shift, hidden_states, 1 + scale)
-
-
-@torch.library.custom_op("paella_diffusers::attend_in_parts", mutates_args=())  # compiled code calls it as it is
-def attend_in_parts(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None = None
-) -> torch.Tensor:
-    """
-    Scaled dot-product attention of `(batch_size, length, heads, channels)`, with a mask `(batch_size, key_length)`: some
-    heads and some queries at a time, so many that their scores, in the dtype of the states, stay in the cache. On CPUs, in
-    bfloat16, this takes down to 0.6 of the time of torch's own.
-    """
-    batch_size, length, heads, channels = query.shape
-    query, key, value = (states.transpose(1, 2).flatten(0, 1) for states in (query, key, value))
-    query = query * channels**-0.5
-    if attention_mask is not None:
-        bias = torch.zeros_like(attention_mask, dtype=query.dtype).masked_fill_(~attention_mask, -torch.inf)
-        bias = bias.repeat_interleave(heads, dim=0)[:, None]
-    rows = min(length, 256)
-    together = max(2, 2**19 // (rows * key.shape[1]))
-    attended = torch.empty_like(query)
-    for first in range(0, len(query), together):
-        some = slice(first, first + together)
-        for row in range(0, length, rows):
-            part = slice(row, row + rows)
-            scores = torch.bmm(query[some, part], key[some].mT)
-            if attention_mask is not None:
-                scores += bias[some]
-            attended[some, part] = torch.bmm(scores.softmax(-1), value[some])
-    return attended.unflatten(0, (batch_size, heads)).transpose(1, 2).contiguous()
-
-
-@attend_in_parts.register_fake
-def _(query, key, value, attention_mask=None):
-    return query.new_empty(query.shape)
-
-
-class PaellaAttnProcessor:
-    """Attention from image tokens to image tokens (with `self_attention`) and conditioning tokens."""
-
-    _attention_backend = None
-    _parallel_config = None
-
-    def __call__(
-        self,
-        attn: "PaellaAttention",
-        hidden_states: torch.Tensor,
-        encoder_hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        conditioning_weights: torch.Tensor | None = None,
-        key_value: tuple[torch.Tensor, torch.Tensor] | None = None,
-    ) -> torch.Tensor:
-        query = attn.to_q(hidden_states)
-        if key_value is None:
-            key_value = attn.to_k(encoder_hidden_states), attn.to_v(encoder_hidden_states)
-        key, value = key_value
-        if conditioning_weights is not None:
-            # a weight on a key's attention probability, after the softmax, is a weight on its value
-            value = value * conditioning_weights[..., None]
-        if attn.self_attention:
-            key = torch.cat([attn.to_k(hidden_states), key], dim=1)
-            value = torch.cat([attn.to_v(hidden_states), value], dim=1)
-            if attention_mask is not None:
-                attention_mask = F.pad(attention_mask, (hidden_states.shape[1], 0), value=True)
-        query, key, value = (states.unflatten(-1, (attn.heads, -1)) for states in (query, key, value))
-        in_parts = query.device.type == "cpu" and query.dtype == torch.bfloat16 and self._attention_backend is None
-        if in_parts and not torch.is_grad_enabled():
-            hidden_states = attend_in_parts(query, key, value, attention_mask)
-        else:
-            hidden_states = dispatch_attention_fn(
-                query,
-                key,
-                value,
-                attn_mask=None if attention_mask is None else attention_mask[:, None, None],
-                dropout_p=attn.dropout if attn.training else 0.0,
-                backend=self._attention_backend,
-                parallel_config=self._parallel_config,
-            )
-        return attn.to_out[0](hidden_states.flatten(2))
-
-
-class PaellaAttention(nn.Module, AttentionModuleMixin):
-    _default_processor_cls = PaellaAttnProcessor
-    _available_processors = [PaellaAttnProcessor]
-    _supports_qkv_fusion = False  # queries come from the image, keys and values from two sources
-
-    def __init__(self, channels: int, heads: int, dropout: float, self_attention: bool):
-        super().__init__()
-        self.heads = heads
-        self.dropout = dropout
-        self.self_attention = self_attention
-        self.to_q = nn.Linear(channels, channels)
-        self.to_k = nn.Linear(channels, channels)
-        self.to_v = nn.Linear(channels, channels)
-        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
-        self.set_processor(self._default_processor_cls())
-
-    def forward(self, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor | None, **kwargs) -> torch.Tensor:
-        return self.processor(self, hidden_states, encoder_hidden_states, **kwargs)
 
 
 class PaellaAttnBlock(nn.Module):
@@ -259,8 +171,8 @@ class PaellaAttnBlock(nn.Module):
         conditioning_weights: torch.Tensor | None = None,
         key_value: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        # before the first attention, the halves of a guided batch are equal
-        hidden_states = repeat_to(hidden_states, len(encoder_hidden_states))
+        # before the first attention, rows that differ in their conditioning only are equal
+        hidden_states = tile_batch(hidden_states, encoder_hidden_states.shape[0])
         attended = self.attention(
             self.norm(hidden_states).flatten(1, 2),
             self.cond_proj(F.silu(encoder_hidden_states)) if key_value is None else None,
@@ -515,14 +427,15 @@ class PaellaUNet(
         encoder_attention_mask: torch.Tensor | None = None,
         conditioning_weights: torch.Tensor | None = None,
         cross_attention_kwargs: dict | None = None,
-        guidance_scale: float | None = None,
+        mixing_weights: tuple[tuple[float, ...], ...] | None = None,
         deep_features: list[torch.Tensor] | None = None,
         return_dict: bool = True,
     ) -> PaellaUNetOutput | tuple[torch.Tensor]:
         """
         Args:
             sample (`torch.LongTensor` of shape `(batch_size, height, width)`):
-                Noisy tokens in `[0, num_vq_embeddings)`; both sides divisible by `sample_multiple`.
+                Noisy tokens in `[0, num_vq_embeddings)`; both sides divisible by `sample_multiple`. The conditioning has as
+                many rows, or a multiple, for which the samples are tiled.
             timestep (`torch.Tensor` of shape `(batch_size,)`, or a scalar):
                 The noise level in [0, 1]: the fraction of tokens that are noise.
             encoder_hidden_states (`torch.Tensor` of shape `(batch_size, length, text_embed_dim)`):
@@ -537,18 +450,19 @@ class PaellaUNet(
             conditioning_weights (`torch.Tensor` of shape `(n,)` or `(batch_size, n)`, *optional*):
                 Factors on the attention probabilities of each row's last n attended conditioning tokens.
             cross_attention_kwargs (`dict`, *optional*): `{"scale": s}` scales LoRA adapters in this call.
-            guidance_scale (`float`, *optional*):
-                w, for the guided logits `w · first + (1 - w) · second` of the two halves of the batch, which must be of the
-                same samples. What comes before the first attention, and the head, then run for one half only.
+            mixing_weights (`tuple[tuple[float]]`, *optional*):
+                For guidance: the batch is n branches, one after the other, which differ in their conditioning only. Each
+                row of n weights gives one weighted sum of their logits. What comes before the first attention is computed
+                for one branch, and as the head is linear, branches are mixed before it.
             deep_features (`list[torch.Tensor]`, *optional*):
                 An approximation after DeepCache (https://huggingface.co/papers/2312.00858): an empty list is given what
                 comes up from the levels below the first, and a list with that takes their place in a later call.
 
         Raises:
-            ValueError: If the token grid is not divisible by `sample_multiple`, or the mask or the weights do not fit the
-                conditioning sequence.
+            ValueError: If the token grid is not divisible by `sample_multiple`, or the rows of the conditioning are no
+                multiple of the samples, or the mask or the weights do not fit the conditioning sequence.
         """
-        batch_size, height, width = sample.shape
+        height, width = sample.shape[1:]
         if height % self.sample_multiple or width % self.sample_multiple:
             raise ValueError(
                 f"`sample` is a token grid of {height}×{width}, but both sides must be divisible by {self.sample_multiple}."
@@ -560,12 +474,18 @@ class PaellaUNet(
             conditioning = self._condition(
                 encoder_hidden_states, clip_text_embeds, clip_image_embeds, encoder_attention_mask, conditioning_weights
             )
-        timestep = torch.as_tensor(timestep, dtype=torch.float32, device=sample.device).expand(batch_size)
+        batch_size = conditioning.sequence.shape[0]
+        if batch_size % sample.shape[0]:
+            raise ValueError(
+                f"The conditioning has {batch_size} rows for {sample.shape[0]} samples: pass as many, or a multiple."
+            )
+        timestep = torch.as_tensor(timestep, dtype=torch.float32, device=sample.device).expand(sample.shape[0])
         temb = sinusoidal_embedding(timestep, self.config.time_embed_dim).to(conditioning.sequence.dtype)
+        temb = tile_batch(temb, batch_size)
 
         # 2. tokens in
-        if guidance_scale is not None:
-            sample = sample[: batch_size // 2]
+        if mixing_weights is not None:
+            sample = sample[: batch_size // len(mixing_weights[0])]
         hidden_states = self.token_norm(self.token_embedding(sample)).permute(0, 3, 1, 2)
         hidden_states = F.pixel_unshuffle(hidden_states, self.config.patch_size).permute(0, 2, 3, 1)
         hidden_states = self.norm_in(self.proj_in(hidden_states))
@@ -606,10 +526,10 @@ class PaellaUNet(
         # 4. logits out
         hidden_states = self.proj_out(self.norm_out(hidden_states)).permute(0, 3, 1, 2)
         hidden_states = F.pixel_shuffle(hidden_states, self.config.patch_size).permute(0, 2, 3, 1)
-        hidden_states = self.head_norm(repeat_to(hidden_states, batch_size))
-        if guidance_scale is not None:
-            first, second = hidden_states.chunk(2)
-            hidden_states = guidance_scale * first + (1 - guidance_scale) * second
+        hidden_states = self.head_norm(tile_batch(hidden_states, batch_size))
+        if mixing_weights is not None:
+            branches = hidden_states.chunk(len(mixing_weights[0]))
+            hidden_states = torch.cat([mix(branches, weights) for weights in mixing_weights])
         logits = self.head(hidden_states).permute(0, 3, 1, 2)
 
         if not return_dict:
@@ -647,7 +567,7 @@ class PaellaUNet(
         sequence = [self.text_proj(encoder_hidden_states)]
         for projection, embeds in ((self.clip_text_proj, clip_text_embeds), (self.clip_image_proj, clip_image_embeds)):
             if embeds is not None:
-                sequence.append(projection(embeds).view(len(embeds), -1, self.config.cross_attention_dim))
+                sequence.append(projection(embeds).view(embeds.shape[0], -1, self.config.cross_attention_dim))
         mask = self._expand_mask(encoder_attention_mask, sequence)
         sequence = self.cond_norm(torch.cat(sequence, dim=1))
         return PaellaConditioning(sequence, mask, self._align_weights(conditioning_weights, mask, sequence))

@@ -1,7 +1,6 @@
 """Paella's VQGAN: pixels to discrete tokens and back, four pixels a token side (f4)."""
 
 from dataclasses import dataclass
-from numbers import Real
 
 import torch
 import torch.nn.functional as F
@@ -130,11 +129,7 @@ class PaellaVQModel(
         embed_dim (`int`, defaults to 384): Channels at the lowest resolution, halving upwards.
         latent_channels (`int`, defaults to 4): Channels of a codebook entry.
         num_vq_embeddings (`int`, defaults to 8192): Codebook entries, that is, different tokens.
-        scale_factor (`float`, defaults to 0.3764):
-            `encode` divides latents by it, `decode` multiplies; from 1e-6 to 1e6.
-
-    Raises:
-        ValueError: If `scale_factor` is not a number in its range.
+        scale_factor (`float`, defaults to 0.3764): `encode` divides latents by it, `decode` multiplies.
     """
 
     _original_checkpoint = "vqgan_f4.pt"
@@ -159,9 +154,6 @@ class PaellaVQModel(
         scale_factor: float = 0.3764,
     ):
         super().__init__()
-        if isinstance(scale_factor, bool) or not isinstance(scale_factor, Real) or not 1e-6 <= scale_factor <= 1e6:
-            raise ValueError(f"`scale_factor` must be a number from 1e-06 to 1e+06, got {scale_factor!r}.")
-        self.register_to_config(scale_factor=float(scale_factor))  # NumPy's numbers cannot be saved
         channels = [embed_dim // 2**level for level in reversed(range(levels))]  # from pixels to latents
 
         self.in_block = nn.Sequential(

@@ -1,12 +1,18 @@
 """Text to image with Paella."""
 
+from collections.abc import Callable
+
 import PIL.Image
 import torch
 import torch.nn.functional as F
-from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.utils import replace_example_docstring
 
-from .pipeline_utils import PaellaPipelineBase, with_shared_arguments
+from ..checks import check_integer, suggest_arguments
+from .conditioning import PromptEmbeds
+from .encoding import num_image_rows
+from .inputs import MODEL_DEFAULT, CallInputs
+from .pipeline_base import PaellaPipelineBase, PaellaPipelineOutput, seeded_generator
 
 EXAMPLE_DOC_STRING = """
     Examples:
@@ -14,9 +20,20 @@ EXAMPLE_DOC_STRING = """
         >>> from paella_diffusers import EMOJI_MODEL, PaellaPipeline
 
         >>> pipe = PaellaPipeline.from_pretrained(EMOJI_MODEL)  # or "dome272/Paella"
-        >>> pipe("red heart", guidance_scale=2.0).images[0].save("heart.png")
+        >>> pipe("red heart").images[0].save("heart.png")
         ```
 """
+
+# arguments of a call that an interpolation makes itself
+INTERPOLATED = {
+    "prompt",
+    "prompt_embeds",
+    "prompt_attention_mask",
+    "clip_text_embeds",
+    "clip_image_embeds",
+    "condition_image",
+    "condition_image_weights",
+}
 
 
 class PaellaPipeline(PaellaPipelineBase):
@@ -27,23 +44,126 @@ class PaellaPipeline(PaellaPipelineBase):
 
     @torch.no_grad()
     @replace_example_docstring(EXAMPLE_DOC_STRING)
-    @with_shared_arguments
-    def __call__(self, **kwargs) -> ImagePipelineOutput | tuple:
+    @suggest_arguments
+    def __call__(
+        self,
+        prompt: str | list[str] | None = None,
+        negative_prompt: str | list[str] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int = 12,
+        guidance_scale: float | tuple[float, float] | None = MODEL_DEFAULT,
+        guidance_steps: int | tuple[int, int] | None = None,
+        temperature: float | tuple[float, float] | None = None,
+        renoise_steps: int | None = None,
+        num_images_per_prompt: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.LongTensor | None = None,
+        condition_image: PIL.Image.Image | list | None = None,
+        condition_image_weights: list | torch.Tensor | None = None,
+        prompt_embeds: torch.Tensor | None = None,
+        negative_prompt_embeds: torch.Tensor | None = None,
+        prompt_attention_mask: torch.Tensor | None = None,
+        negative_prompt_attention_mask: torch.Tensor | None = None,
+        clip_text_embeds: torch.Tensor | None = None,
+        negative_clip_text_embeds: torch.Tensor | None = None,
+        clip_image_embeds: torch.Tensor | None = None,
+        conditioning_weights: torch.Tensor | None = None,
+        use_prior: bool | None = None,
+        prior_num_inference_steps: int = 60,
+        prior_guidance_scale: float = 3.0,
+        max_sequence_length: int = 768,
+        region_masks: list | torch.Tensor | None = None,
+        confidence_threshold: float | None = None,
+        stability_threshold: float = 1.0,
+        deep_feature_interval: int = 1,
+        cross_attention_kwargs: dict | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable | PipelineCallback | MultiPipelineCallbacks | None = None,
+        callback_on_step_end_tensor_inputs: list[str] = ["latents"],
+    ) -> PaellaPipelineOutput | tuple:
         r"""
         Generate images.
 
         Args:
-            {shared}
+            prompt (`str` or `list[str]`, *optional*): What the images shall show; or pass `prompt_embeds`.
+            negative_prompt (`str` or `list[str]`, *optional*): What guidance moves away from; "" unless given.
+            height, width (`int`, *optional*): Size in pixels, multiples of 32 in the released model; its default is 256.
+            num_inference_steps (`int`, defaults to 12): Sampling steps.
+            guidance_scale (`float` or `tuple[float, float]`, *optional*):
+                How strictly to follow the prompt: w of the pipeline's `guider`, or (first, last) for a linear ramp over the
+                steps. Left out, it is what the model's folder says, 8 for the published model. With 1 or less, or None,
+                there is no second pass.
+            guidance_steps (`int` or `tuple[int, int]`, *optional*):
+                Only the first so many steps are guided, or those from the first of two numbers to before the second; all
+                unless given.
+            temperature (`float` or `tuple[float, float]`, *optional*): The scheduler's, for this call: (first, last).
+            renoise_steps (`int`, *optional*): The scheduler's, for this call.
+            num_images_per_prompt (`int`, defaults to 1): Images for each prompt.
+            generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
+                The source of randomness; a list has one for each image, which then does not depend on its batch.
+            latents (`torch.LongTensor` of shape `(num_images, height / 4, width / 4)`, *optional*):
+                Tokens to start from in place of random ones, int64 in `[0, num_vq_embeddings)`.
+            condition_image (`PIL.Image.Image` or list, *optional*):
+                Condition on the CLIP embedding of an image, or of several in a list; a nested list has one list a prompt.
+                Then `prompt` may be left out, for variations.
+            condition_image_weights (`list` or `torch.Tensor`, *optional*):
+                A factor on the attention paid to each of these images, `(num_images,)` or `(batch_size, num_images)`:
+                `conditioning_weights` for all of its tokens. 0 leaves an image out.
+            prompt_embeds, negative_prompt_embeds (`torch.Tensor` of shape `(batch_size, length, text_embed_dim)`):
+                Text encoder outputs, in place of prompts; their lengths may differ.
+            prompt_attention_mask, negative_prompt_attention_mask (`torch.Tensor` of shape `(batch_size, length)`):
+                0 where these are padding.
+            clip_text_embeds, negative_clip_text_embeds (`torch.Tensor` of shape `(batch_size, clip_embed_dim)`, *optional*):
+                CLIP text embeddings, not normalised.
+            clip_image_embeds (`torch.Tensor` of shape `(batch_size, [num_images,] clip_embed_dim)`, *optional*):
+                CLIP image embeddings, not normalised.
+            conditioning_weights (`torch.Tensor` of shape `(n,)` or `(batch_size, n)`, *optional*):
+                Factors on the attention paid to the last n conditioning tokens, in the conditional pass.
+            use_prior (`bool`, *optional*):
+                Whether the prior samples an image embedding. If None, what the model's folder says; without that, when the
+                prior is loaded and no image embedding is given.
+            prior_num_inference_steps (`int`, defaults to 60): Steps of the prior.
+            prior_guidance_scale (`float`, defaults to 3.0): Guidance of the prior.
+            max_sequence_length (`int`, defaults to 768): Prompts are cut to so many bytes.
+            region_masks (`list` or `torch.Tensor`, *optional*):
+                One mask a prompt, all for one image: where it is 1 the prompt governs, and between them logits are blended.
+                PIL, arrays or tensors `(height, width)` in [0, 1], or over the token grid, `(height / 4, width / 4)`; masks
+                need not sum to 1 but must cover every token.
+            confidence_threshold (`float`, *optional*):
+                Stop early on images whose prediction is sure and stable: the mean entropy of their tokens is below this
+                threshold, in nats, such as 0.1. They become their most likely tokens; the output's `steps_taken` has how
+                many of `num_inference_steps` each image took.
+            stability_threshold (`float`, defaults to 1.0):
+                The share in (0, 1] of an image's most likely tokens that must be those of the step before to be stable.
+            deep_feature_interval (`int`, defaults to 1):
+                An approximation, DeepCache (https://huggingface.co/papers/2312.00858): the U-Net's levels below the first
+                are computed only every so many steps; in between, the last result is used again.
+            cross_attention_kwargs (`dict`, *optional*): `{"scale": s}` scales LoRA adapters.
+            output_type (`str`, defaults to `"pil"`): `"pil"`, `"np"`, `"pt"`, or `"latent"` for the token grid.
+            return_dict (`bool`, defaults to `True`): Whether to return a [`PaellaPipelineOutput`] rather than a tuple.
+            callback_on_step_end (`Callable`, *optional*):
+                Called after each step with `(pipeline, step, timestep, tensors)`; may return a dictionary in which `latents`
+                and conditioning tensors are replaced. It may set `pipeline._interrupt` and `pipeline._guidance_scale`.
+            callback_on_step_end_tensor_inputs (`list[str]`, defaults to `["latents"]`):
+                What it is given, by the names in `_callback_tensor_inputs`: `latents`, the re-noised tokens;
+                `pred_original_sample`, the tokens before re-noising; and the conditioning, such as `prompt_embeds`.
 
         Examples:
 
         Returns:
-            `ImagePipelineOutput` or `tuple`: The images, or int64 tokens `(num_images, height / 4, width / 4)`.
+            [`PaellaPipelineOutput`] or `tuple`: The images, or int64 tokens `(num_images, height / 4, width / 4)`.
 
         Raises:
             ValueError: If an argument is out of range, or needs a component that is not there.
         """
-        return self.generate(**kwargs)
+        inputs = CallInputs.collect(locals())
+        if prompt is None and prompt_embeds is None and condition_image is not None:  # variations
+            inputs.prompts.prompt = [""] * num_image_rows(condition_image)
+        height = self.default_size if height is None else height
+        width = self.default_size if width is None else width
+        return self.generate(inputs, height, width, region_masks)
 
     @torch.no_grad()
     def interpolate(
@@ -53,7 +173,7 @@ class PaellaPipeline(PaellaPipelineBase):
         num_images: int = 8,
         generator: torch.Generator | None = None,
         **kwargs,
-    ) -> ImagePipelineOutput | tuple:
+    ) -> PaellaPipelineOutput | tuple:
         r"""
         Images on the way from `a` to `b`: their embeddings are interpolated spherically, token by token and the CLIP ones
         whole, and every image begins with the same noise and draws the same random numbers.
@@ -76,8 +196,10 @@ class PaellaPipeline(PaellaPipelineBase):
         for name, end in zip("ab", ends):
             if not isinstance(end, str | PIL.Image.Image):
                 raise ValueError(f"`{name}` must be a prompt or a PIL image, got {type(end).__name__}.")
-        if not isinstance(num_images, int) or num_images < 2:
-            raise ValueError(f"`num_images` must be an integer of at least 2, got {num_images!r}.")
+        check_integer("num_images", num_images, 2)
+        given = sorted(kwargs.keys() & INTERPOLATED)
+        if given:
+            raise ValueError(f"`interpolate` makes {given} from `a` and `b`: leave them out.")
         if not isinstance(generator, torch.Generator | None):
             raise ValueError(f"`generator` must be one torch.Generator, got {type(generator).__name__}.")
         if self.text_encoder is None or self.tokenizer is None:
@@ -87,12 +209,11 @@ class PaellaPipeline(PaellaPipelineBase):
             raise ValueError("Interpolating images needs the components `image_encoder` and `feature_extractor`.")
         if with_images and self.text_encoder_2 is None:
             raise ValueError("Interpolating images needs the component `text_encoder_2`.")
-        if generator is None:
-            generator = torch.Generator()
-            generator.seed()
+        generator = generator or seeded_generator()
 
         prompts = [end if isinstance(end, str) else "" for end in ends]
-        embeds, _, mask, _, clip_text, _ = self.encode_prompt(prompts, do_classifier_free_guidance=False)
+        encoded = PromptEmbeds(*self.encode_prompt(prompts, do_classifier_free_guidance=False))
+        embeds, mask, clip_text = encoded.prompt_embeds, encoded.prompt_attention_mask, encoded.clip_text_embeds
         mask = torch.ones(embeds.shape[:2], device=embeds.device) if mask is None else mask
         share = torch.linspace(0, 1, num_images, device=embeds.device)
         attended = (mask[0].bool() & (share < 1)[:, None]) | (mask[1].bool() & (share > 0)[:, None])

@@ -1,10 +1,15 @@
 """Image to image with Paella."""
 
+from collections.abc import Callable
+
+import PIL.Image
 import torch
-from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.utils import replace_example_docstring
 
-from .pipeline_utils import PaellaPipelineBase, with_shared_arguments
+from ..checks import suggest_arguments
+from .inputs import MODEL_DEFAULT, CallInputs
+from .pipeline_base import PaellaPipelineBase, PaellaPipelineOutput
 from .source_image import SourceImage, read_image
 
 EXAMPLE_DOC_STRING = """
@@ -15,7 +20,7 @@ EXAMPLE_DOC_STRING = """
 
         >>> pipe = PaellaImg2ImgPipeline.from_pretrained(EMOJI_MODEL)  # or "dome272/Paella"
         >>> image = Image.open("heart.png")
-        >>> pipe("blue heart", image=image, strength=0.7, guidance_scale=2.0).images[0].save("blue-heart.png")
+        >>> pipe("blue heart", image=image, strength=0.7).images[0].save("blue-heart.png")
         ```
 """
 
@@ -28,7 +33,7 @@ class PaellaImg2ImgPipeline(PaellaPipelineBase):
 
     @torch.no_grad()
     @replace_example_docstring(EXAMPLE_DOC_STRING)
-    @with_shared_arguments
+    @suggest_arguments
     def __call__(
         self,
         prompt: str | list[str] | None = None,
@@ -36,8 +41,39 @@ class PaellaImg2ImgPipeline(PaellaPipelineBase):
         strength: float = 0.8,
         height: int | None = None,
         width: int | None = None,
-        **kwargs,
-    ) -> ImagePipelineOutput | tuple:
+        negative_prompt: str | list[str] | None = None,
+        num_inference_steps: int = 12,
+        guidance_scale: float | tuple[float, float] | None = MODEL_DEFAULT,
+        guidance_steps: int | tuple[int, int] | None = None,
+        temperature: float | tuple[float, float] | None = None,
+        renoise_steps: int | None = None,
+        num_images_per_prompt: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.LongTensor | None = None,
+        condition_image: PIL.Image.Image | list | None = None,
+        condition_image_weights: list | torch.Tensor | None = None,
+        prompt_embeds: torch.Tensor | None = None,
+        negative_prompt_embeds: torch.Tensor | None = None,
+        prompt_attention_mask: torch.Tensor | None = None,
+        negative_prompt_attention_mask: torch.Tensor | None = None,
+        clip_text_embeds: torch.Tensor | None = None,
+        negative_clip_text_embeds: torch.Tensor | None = None,
+        clip_image_embeds: torch.Tensor | None = None,
+        conditioning_weights: torch.Tensor | None = None,
+        use_prior: bool | None = None,
+        prior_num_inference_steps: int = 60,
+        prior_guidance_scale: float = 3.0,
+        max_sequence_length: int = 768,
+        region_masks: list | torch.Tensor | None = None,
+        confidence_threshold: float | None = None,
+        stability_threshold: float = 1.0,
+        deep_feature_interval: int = 1,
+        cross_attention_kwargs: dict | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable | PipelineCallback | MultiPipelineCallbacks | None = None,
+        callback_on_step_end_tensor_inputs: list[str] = ["latents"],
+    ) -> PaellaPipelineOutput | tuple:
         r"""
         Edit images.
 
@@ -50,16 +86,18 @@ class PaellaImg2ImgPipeline(PaellaPipelineBase):
                 The first noise level, in (0, 1]: the share of the image's tokens that are replaced. All steps run, whatever
                 it is; 1 is text to image.
             height, width (`int`, *optional*): Resize the image to so many pixels first.
-            {shared}
+            negative_prompt, num_inference_steps, ..., callback_on_step_end_tensor_inputs:
+                The other arguments are those of [`PaellaPipeline.__call__`].
 
         Examples:
 
         Returns:
-            `ImagePipelineOutput` or `tuple`: The images, or int64 tokens `(num_images, height / 4, width / 4)`.
+            [`PaellaPipelineOutput`] or `tuple`: The images, or int64 tokens `(num_images, height / 4, width / 4)`.
 
         Raises:
             ValueError: If an argument is out of range, or needs a component that is not there.
         """
+        inputs = CallInputs.collect(locals())
         source = SourceImage(self.check_image(read_image(image, height, width)))
         own_height, own_width = self.size_of(source.image)
         if (height or own_height, width or own_width) != (own_height, own_width):
@@ -68,4 +106,4 @@ class PaellaImg2ImgPipeline(PaellaPipelineBase):
                 "`width` out."
             )
         height, width = own_height, own_width
-        return self.generate(prompt=prompt, height=height, width=width, source=source, strength=strength, **kwargs)
+        return self.generate(inputs, height, width, region_masks, source)

@@ -1,13 +1,17 @@
 """Inpainting and outpainting with Paella."""
 
+from collections.abc import Callable
 from numbers import Integral
 
+import PIL.Image
 import torch
 import torch.nn.functional as F
-from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.utils import replace_example_docstring
 
-from .pipeline_utils import PaellaPipelineBase, with_shared_arguments
+from ..checks import suggest_arguments
+from .inputs import MODEL_DEFAULT, CallInputs
+from .pipeline_base import PaellaPipelineBase, PaellaPipelineOutput
 from .source_image import SourceImage, feather, read_image, read_mask
 
 EXAMPLE_DOC_STRING = """
@@ -18,8 +22,8 @@ EXAMPLE_DOC_STRING = """
 
         >>> pipe = PaellaInpaintPipeline.from_pretrained(EMOJI_MODEL)  # or "dome272/Paella"
         >>> image, mask = Image.open("face.png"), Image.open("mouth.png")
-        >>> pipe("crying face", image=image, mask_image=mask, guidance_scale=2.0).images[0].save("crying.png")
-        >>> pipe("crying face", image=image, padding=(32, 0, 32, 0), guidance_scale=2.0).images[0].save("wide.png")
+        >>> pipe("crying face", image=image, mask_image=mask).images[0].save("crying.png")
+        >>> pipe("crying face", image=image, padding=(32, 0, 32, 0)).images[0].save("wide.png")
         ```
 """
 
@@ -32,7 +36,7 @@ class PaellaInpaintPipeline(PaellaPipelineBase):
 
     @torch.no_grad()
     @replace_example_docstring(EXAMPLE_DOC_STRING)
-    @with_shared_arguments
+    @suggest_arguments
     def __call__(
         self,
         prompt: str | list[str] | None = None,
@@ -44,8 +48,39 @@ class PaellaInpaintPipeline(PaellaPipelineBase):
         feather_radius: int = 2,
         height: int | None = None,
         width: int | None = None,
-        **kwargs,
-    ) -> ImagePipelineOutput | tuple:
+        negative_prompt: str | list[str] | None = None,
+        num_inference_steps: int = 12,
+        guidance_scale: float | tuple[float, float] | None = MODEL_DEFAULT,
+        guidance_steps: int | tuple[int, int] | None = None,
+        temperature: float | tuple[float, float] | None = None,
+        renoise_steps: int | None = None,
+        num_images_per_prompt: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.LongTensor | None = None,
+        condition_image: PIL.Image.Image | list | None = None,
+        condition_image_weights: list | torch.Tensor | None = None,
+        prompt_embeds: torch.Tensor | None = None,
+        negative_prompt_embeds: torch.Tensor | None = None,
+        prompt_attention_mask: torch.Tensor | None = None,
+        negative_prompt_attention_mask: torch.Tensor | None = None,
+        clip_text_embeds: torch.Tensor | None = None,
+        negative_clip_text_embeds: torch.Tensor | None = None,
+        clip_image_embeds: torch.Tensor | None = None,
+        conditioning_weights: torch.Tensor | None = None,
+        use_prior: bool | None = None,
+        prior_num_inference_steps: int = 60,
+        prior_guidance_scale: float = 3.0,
+        max_sequence_length: int = 768,
+        region_masks: list | torch.Tensor | None = None,
+        confidence_threshold: float | None = None,
+        stability_threshold: float = 1.0,
+        deep_feature_interval: int = 1,
+        cross_attention_kwargs: dict | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable | PipelineCallback | MultiPipelineCallbacks | None = None,
+        callback_on_step_end_tensor_inputs: list[str] = ["latents"],
+    ) -> PaellaPipelineOutput | tuple:
         r"""
         Fill in parts of images, or continue them beyond their edges.
 
@@ -66,16 +101,18 @@ class PaellaInpaintPipeline(PaellaPipelineBase):
             feather_radius (`int`, defaults to 2):
                 They blend into the new ones over `2 * feather_radius` pixels beyond the mask.
             height, width (`int`, *optional*): Outpainting: the size of the canvas, on which the image is centred.
-            {shared}
+            negative_prompt, num_inference_steps, ..., callback_on_step_end_tensor_inputs:
+                The other arguments are those of [`PaellaPipeline.__call__`].
 
         Examples:
 
         Returns:
-            `ImagePipelineOutput` or `tuple`: The images, or int64 tokens `(num_images, height / 4, width / 4)`.
+            [`PaellaPipelineOutput`] or `tuple`: The images, or int64 tokens `(num_images, height / 4, width / 4)`.
 
         Raises:
             ValueError: If an argument is out of range, or needs a component that is not there.
         """
+        inputs = CallInputs.collect(locals())
         image = self.check_image(read_image(image))
         padding = self._check_padding(image, padding, height, width)
         if mask_image is None and not any(padding):
@@ -104,7 +141,7 @@ class PaellaInpaintPipeline(PaellaPipelineBase):
         else:
             source = SourceImage(F.pad(image, (left, right, top, bottom)), mask[:, 0].bool())
             height, width = self.size_of(source.image)
-        return self.generate(prompt=prompt, height=height, width=width, source=source, strength=strength, **kwargs)
+        return self.generate(inputs, height, width, region_masks, source)
 
     def _check_padding(self, image, padding, height, width) -> tuple[int, int, int, int]:
         """New pixels at the left, top, right and bottom, from the padding or the canvas."""

@@ -1,0 +1,196 @@
+"""Prompts and pictures to embeddings: the text encoders, the image encoder and the prior."""
+
+import copy
+import threading
+
+import PIL.Image
+import torch
+from diffusers.utils import logging
+from diffusers.utils.torch_utils import randn_tensor
+
+from .conditioning import repeat_rows
+
+logger = logging.get_logger(__name__)
+
+_TOKENIZING = threading.Lock()  # fast tokenizers set their padding on themselves
+
+
+class EncodingMixin:
+    """What a pipeline's encoders and its prior do."""
+
+    @torch.no_grad()
+    def encode_prompt(
+        self,
+        prompt: str | list[str] | None = None,
+        negative_prompt: str | list[str] | None = None,
+        num_images_per_prompt: int = 1,
+        do_classifier_free_guidance: bool = True,
+        prompt_embeds: torch.Tensor | None = None,
+        negative_prompt_embeds: torch.Tensor | None = None,
+        prompt_attention_mask: torch.Tensor | None = None,
+        negative_prompt_attention_mask: torch.Tensor | None = None,
+        clip_text_embeds: torch.Tensor | None = None,
+        negative_clip_text_embeds: torch.Tensor | None = None,
+        max_sequence_length: int = 768,
+        device: torch.device | None = None,
+    ) -> tuple[torch.Tensor | None, ...]:
+        """
+        Prompts to embeddings, each repeated `num_images_per_prompt` times. Embeddings that are passed in are kept.
+
+        Args:
+            prompt (`str` or `list[str]`, *optional*): What the images shall show.
+            negative_prompt (`str` or `list[str]`, *optional*): What the guidance moves away from; "" unless given.
+            num_images_per_prompt (`int`, defaults to 1): Images for each prompt.
+            do_classifier_free_guidance (`bool`, defaults to `True`): Whether negative embeddings are wanted.
+            prompt_embeds, negative_prompt_embeds, ..., negative_clip_text_embeds (`torch.Tensor`, *optional*):
+                In place of what would be encoded: the names of [`PromptEmbeds`], with one row for each prompt.
+            max_sequence_length (`int`, defaults to 768): Prompts are cut to so many bytes.
+            device (`torch.device`, *optional*): Where to compute; the pipeline's unless given.
+
+        Returns:
+            `tuple`: The parts of [`PromptEmbeds`], in its order; `__call__` takes them by these names.
+        """
+        device = device or self._execution_device
+        prompt = [prompt] if isinstance(prompt, str) else prompt
+        batch_size = len(prompt) if prompt is not None else len(prompt_embeds)
+        negative = negative_prompt if negative_prompt is not None else ""
+        negative = [negative] * batch_size if isinstance(negative, str) else list(negative)
+        negative = negative * batch_size if len(negative) == 1 else negative
+
+        if prompt_embeds is None:
+            prompt_embeds, prompt_attention_mask = self._encode_byt5(prompt, max_sequence_length, device)
+        if clip_text_embeds is None and prompt is not None and self.text_encoder_2 is not None:
+            clip_text_embeds = self._encode_clip(prompt, device)
+        if do_classifier_free_guidance:
+            if negative_prompt_embeds is None:
+                negative_prompt_embeds, negative_prompt_attention_mask = self._encode_byt5(
+                    negative, max_sequence_length, device
+                )
+            if clip_text_embeds is None:
+                negative_clip_text_embeds = None  # both passes have the same parts
+            elif negative_clip_text_embeds is None:
+                negative_clip_text_embeds = self._encode_clip(negative, device)
+
+        rows = lambda part: None if part is None else repeat_rows(part.to(device), batch_size, num_images_per_prompt)
+        prompt_embeds, negative_prompt_embeds = rows(prompt_embeds), rows(negative_prompt_embeds)
+        prompt_attention_mask = rows(prompt_attention_mask)
+        negative_prompt_attention_mask = rows(negative_prompt_attention_mask)
+        clip_text_embeds, negative_clip_text_embeds = rows(clip_text_embeds), rows(negative_clip_text_embeds)
+        # diffusers' tests read these names, which `__call__` takes
+        return (
+            prompt_embeds,
+            negative_prompt_embeds,
+            prompt_attention_mask,
+            negative_prompt_attention_mask,
+            clip_text_embeds,
+            negative_clip_text_embeds,
+        )
+
+    def _encode_byt5(self, prompts: list[str], max_length: int, device):
+        distinct, rows = _distinct(prompts)
+        with _TOKENIZING:
+            inputs = self.tokenizer(
+                distinct, padding="longest", max_length=max_length, truncation=True, return_tensors="pt"
+            ).to(device)
+        if inputs.input_ids.shape[1] == max_length and any(len(p.encode()) >= max_length for p in distinct):
+            logger.warning(f"Prompts were cut to `max_sequence_length`, {max_length} bytes.")
+        mask = None if inputs.attention_mask.all() else inputs.attention_mask  # no mask, no padding
+        embeds = self.text_encoder(inputs.input_ids, attention_mask=mask).last_hidden_state
+        return embeds[rows], None if mask is None else mask[rows]
+
+    def _encode_clip(self, prompts: list[str], device) -> torch.Tensor:
+        distinct, rows = _distinct(prompts)
+        max_length = min(self.tokenizer_2.model_max_length, self.text_encoder_2.config.max_position_embeddings)
+        with _TOKENIZING:
+            inputs = self.tokenizer_2(
+                distinct, padding="longest", max_length=max_length, truncation=True, return_tensors="pt"
+            ).to(device)
+        # causal, and pooled at the end-of-text token: padding behind it changes nothing
+        return self.text_encoder_2(inputs.input_ids).text_embeds[rows]
+
+    @torch.no_grad()
+    def encode_image(
+        self, condition_image, batch_size: int = 1, num_images_per_prompt: int = 1, device=None
+    ) -> torch.Tensor:
+        """
+        CLIP embeddings of images to condition on: resized to the encoder's size, bicubic, without cropping.
+
+        Args:
+            condition_image (`PIL.Image.Image`, a list of them, or a nested list):
+                One image or several for every prompt, or, nested, as many for each prompt.
+            batch_size (`int`, defaults to 1): Number of prompts.
+            num_images_per_prompt (`int`, defaults to 1): Images for each prompt.
+            device (`torch.device`, *optional*): Where to compute; the pipeline's unless given.
+
+        Returns:
+            `torch.Tensor` of shape `(batch_size * num_images_per_prompt, num_images, clip_embed_dim)`, not normalised.
+        """
+        device = device or self._execution_device
+        images = nested_images(condition_image, batch_size)
+        size = self.image_encoder.config.image_size
+        pixels = self.feature_extractor(
+            [image.convert("RGB") for row in images for image in row],
+            size={"height": size, "width": size},
+            resample=PIL.Image.Resampling.BICUBIC,
+            do_center_crop=False,
+            return_tensors="pt",
+        ).pixel_values
+        embeds = self.image_encoder(pixels.to(device, self.image_encoder.dtype)).image_embeds
+        return repeat_rows(embeds.view(len(images), len(images[0]), -1), batch_size, num_images_per_prompt)
+
+    @torch.no_grad()
+    def sample_prior(
+        self,
+        clip_text_embeds: torch.Tensor,
+        num_inference_steps: int = 60,
+        guidance_scale: float = 3.0,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+    ) -> torch.Tensor:
+        """CLIP text embeddings `(batch_size, clip_embed_dim)` to sampled CLIP image embeddings of the same shape."""
+        scheduler = copy.deepcopy(self.prior_scheduler)
+        text = clip_text_embeds.to(self.prior.dtype)
+        # t=1 is skipped: there the cosine schedule divides by nearly zero
+        times = torch.linspace(1, 0, num_inference_steps + 2)[1:]
+        scheduler.set_timesteps(timesteps=times.tolist(), device=text.device)
+        sample = randn_tensor(text.shape, generator=generator, device=text.device, dtype=text.dtype)
+        for t in scheduler.timesteps[:-1]:
+            # two passes as published: errors grow along the steps, and one batch of both would round differently
+            conditional = self.prior(sample, t, text).sample
+            unconditional = self.prior(sample, t, torch.zeros_like(text)).sample
+            noise = torch.lerp(unconditional, conditional, guidance_scale)
+            sample = scheduler.step(noise, t.expand(len(sample)), sample, generator=generator).prev_sample
+        return sample
+
+
+def num_image_rows(images) -> int:
+    """How many prompts images to condition on are for: nested lists are one a prompt."""
+    nested = isinstance(images, list | tuple) and images and all(isinstance(row, list | tuple) for row in images)
+    return len(images) if nested else 1
+
+
+def nested_images(images, batch_size: int) -> list[list[PIL.Image.Image]]:
+    """
+    One row of images for every prompt, or a row for each, all of one length.
+
+    Raises:
+        ValueError: If they are no PIL images, or not so nested.
+    """
+    images = images if isinstance(images, list | tuple) else [images]
+    rows = images if images and all(isinstance(row, list | tuple) for row in images) else [images]
+    flat = [image for row in rows for image in row]
+    if not all(rows) or not all(isinstance(image, PIL.Image.Image) for image in flat):
+        raise ValueError(
+            "`condition_image` must be a PIL image, a list of them, or a list with such a list for each prompt."
+        )
+    if len(rows) not in (1, batch_size) or len({len(row) for row in rows}) > 1:
+        raise ValueError(
+            f"`condition_image` nests {[len(row) for row in rows]} images for {batch_size} prompts: pass one list for each "
+            "prompt, all of one length."
+        )
+    return [list(row) for row in rows]
+
+
+def _distinct(prompts: list[str]) -> tuple[list[str], list[int]]:
+    """The distinct prompts, and for each prompt its row among them: nothing is encoded twice."""
+    distinct = list(dict.fromkeys(prompts))
+    return distinct, [distinct.index(prompt) for prompt in prompts]

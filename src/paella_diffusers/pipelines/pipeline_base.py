@@ -1,0 +1,471 @@
+"""What Paella's pipelines share: their components, and the steps of a call."""
+
+import copy
+from dataclasses import dataclass, replace
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.guiders.guider_utils import BaseGuidance
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from transformers import (
+    CLIPTextModelWithProjection,
+    CLIPVisionModelWithProjection,
+    PreTrainedTokenizerBase,
+    T5EncoderModel,
+)
+from transformers.image_processing_utils import BaseImageProcessor
+
+from ..checks import is_integer
+from ..loaders.lora import PaellaLoraLoaderMixin
+from ..models.prior_paella import PaellaPrior
+from ..models.unet_paella import PaellaUNet
+from ..models.vq_model import PaellaVQModel
+from ..sampling.denoiser import Denoiser
+from ..sampling.early_stop import EarlyStop
+from ..sampling.guidance.base import GuidanceMixin
+from ..sampling.guidance.classifier_free_guidance import PaellaClassifierFreeGuidance
+from ..sampling.guidance.diffusers_guidance import DiffusersGuidance
+from ..sampling.loop import sample
+from ..sampling.steppers import make_stepper
+from ..schedulers.categorical import add_uniform_noise, random_tokens
+from .call_state import CallState, CallStateMixin
+from .conditioning import Conditioning, PromptEmbeds, repeat_rows
+from .encoding import EncodingMixin
+from .inputs import MODEL_DEFAULT, CallInputs, ImageConditionInputs, PromptInputs, check_tokens, tensor_of
+from .loading import LoadingMixin
+from .regions import read_region_masks
+from .source_image import SourceImage
+
+# the names by which callbacks get and replace conditioning: which branch's, and the argument of the U-Net
+CONDITIONING_TENSORS = {
+    "prompt_embeds": (0, "encoder_hidden_states"),
+    "negative_prompt_embeds": (1, "encoder_hidden_states"),
+    "prompt_attention_mask": (0, "encoder_attention_mask"),
+    "negative_prompt_attention_mask": (1, "encoder_attention_mask"),
+    "clip_text_embeds": (0, "clip_text_embeds"),
+    "negative_clip_text_embeds": (1, "clip_text_embeds"),
+    "clip_image_embeds": (0, "clip_image_embeds"),
+    "conditioning_weights": (0, "conditioning_weights"),
+}
+
+
+@dataclass
+class PaellaPipelineOutput(ImagePipelineOutput):
+    """
+    Output of Paella's pipelines.
+
+    Args:
+        images (`list[PIL.Image.Image]`, `np.ndarray` or `torch.Tensor`):
+            The images, of the wanted type; for `output_type="latent"` int64 tokens `(num_images, height / 4, width / 4)`.
+        steps_taken (`list[int]`): For every image, how many evaluations of the U-Net it took.
+    """
+
+    steps_taken: list[int] | None = None
+
+
+class PaellaPipelineBase(LoadingMixin, EncodingMixin, CallStateMixin, DiffusionPipeline, PaellaLoraLoaderMixin):
+    r"""
+    Components and steps of every Paella pipeline. One pipeline may be called by several threads at once.
+
+    Args:
+        vqgan ([`PaellaVQModel`]): Tokens to pixels and back.
+        unet ([`PaellaUNet`]): The denoiser.
+        scheduler ([`PaellaScheduler`] or another discrete scheduler): The sampler.
+        text_encoder (`T5EncoderModel`, *optional*): ByT5 encoder; without it, pass `prompt_embeds`.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): Its tokenizer.
+        text_encoder_2 (`CLIPTextModelWithProjection`, *optional*):
+            CLIP text encoder; without it, CLIP text embeddings are left out of the conditioning unless passed in.
+        tokenizer_2 (`PreTrainedTokenizerBase`, *optional*): Its tokenizer.
+        image_encoder (`CLIPVisionModelWithProjection`, *optional*): CLIP image encoder, for `condition_image`.
+        feature_extractor (`CLIPImageProcessor`, *optional*): Its image processor.
+        prior ([`PaellaPrior`], *optional*): From CLIP text embeddings to CLIP image embeddings.
+        prior_scheduler (`SchedulerMixin`, *optional*): The prior's sampler.
+        guider ([`PaellaClassifierFreeGuidance`], another guidance method or one of `diffusers.guiders`, *optional*):
+            The guidance method, with the settings that suit the model; as published unless given: linear, with scale 8.
+        use_prior (`bool`, *optional*):
+            Whether calls use the prior unless told otherwise; if it is loaded and no image embedding is given, unless False.
+    """
+
+    model_cpu_offload_seq = "text_encoder->text_encoder_2->image_encoder->prior->unet->vqgan"
+    _optional_components = [
+        "text_encoder",
+        "tokenizer",
+        "text_encoder_2",
+        "tokenizer_2",
+        "image_encoder",
+        "feature_extractor",
+        "prior",
+        "prior_scheduler",
+        "guider",
+    ]
+    _callback_tensor_inputs = ["latents", "pred_original_sample", *CONDITIONING_TENSORS]
+
+    def __init__(
+        self,
+        vqgan: PaellaVQModel,
+        unet: PaellaUNet,
+        scheduler: SchedulerMixin,
+        text_encoder: T5EncoderModel | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        text_encoder_2: CLIPTextModelWithProjection | None = None,
+        tokenizer_2: PreTrainedTokenizerBase | None = None,
+        image_encoder: CLIPVisionModelWithProjection | None = None,
+        feature_extractor: BaseImageProcessor | None = None,
+        prior: PaellaPrior | None = None,
+        prior_scheduler: SchedulerMixin | None = None,
+        guider: GuidanceMixin | BaseGuidance | None = None,
+        use_prior: bool | None = None,
+    ):
+        super().__init__()
+        self.register_modules(
+            vqgan=vqgan,
+            unet=unet,
+            scheduler=scheduler,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+            text_encoder_2=text_encoder_2,
+            tokenizer_2=tokenizer_2,
+            image_encoder=image_encoder,
+            feature_extractor=feature_extractor,
+            prior=prior,
+            prior_scheduler=prior_scheduler,
+            guider=guider,
+        )
+        self.register_to_config(use_prior=use_prior)
+        self._prepare_for_images()
+
+    def _prepare_for_images(self):
+        self.vae_scale_factor = self.vqgan.patch_size if getattr(self, "vqgan", None) else 4
+        self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor, do_normalize=False)
+
+    # ----------------------------------------------------------------------------------------------- the whole call
+
+    def generate(
+        self,
+        inputs: CallInputs,
+        height: int,
+        width: int,
+        region_masks=None,
+        source: SourceImage | None = None,
+        stepper=None,
+        source_prompts: PromptInputs | None = None,
+    ) -> PaellaPipelineOutput | tuple:
+        """
+        What every task's call does, with the arguments that all have in `inputs`.
+
+        Args:
+            inputs ([`CallInputs`]): Checked here, and completed by the model's defaults.
+            height, width (`int`): In pixels.
+            region_masks (`list` or `torch.Tensor`, *optional*): A mask for each prompt.
+            source ([`SourceImage`], *optional*): The image to begin with.
+            stepper (*optional*): Takes the scheduler's steps; see [`make_stepper`].
+            source_prompts ([`PromptInputs`], *optional*): What the source shows, for [`InversionStepper`].
+        """
+        sampling, output = inputs.sampling, inputs.output
+        device = self._execution_device
+
+        # 1. check inputs, and plan the run, which may refuse its arguments
+        state = self.prepare_state(inputs)
+        stepper = stepper or make_stepper(self.scheduler)
+        num_images, regions = self.check_inputs(inputs, state.is_guided, height, width, region_masks, source, source_prompts)
+        state.plan = stepper.plan(
+            sampling.num_inference_steps, device, sampling.temperature, sampling.renoise_steps, sampling.strength
+        )
+
+        with self.running(state):
+            # 2. encode prompts and images
+            if source_prompts is not None:
+                stepper.source_denoiser = self.prepare_denoiser(state, inputs, source_prompts)
+            denoiser = self.prepare_denoiser(state, inputs, inputs.prompts, regions)
+
+            # 3. start from noise, or from an image with some
+            shape = (num_images, height // self.vae_scale_factor, width // self.vae_scale_factor)
+            known, mask = None, None
+            if source is not None and (source.mask is not None or sampling.strength < 1 or source_prompts is not None):
+                known = self.encode_source(source, num_images, device)
+            if source is not None and source.mask is not None:
+                mask = source.mask.repeat_interleave(num_images // len(source.mask), dim=0).to(device)
+            latents, noise = self.prepare_latents(
+                shape, device, sampling.generator, sampling.latents, known, mask, state.plan.start_level
+            )
+            stepper.clean = known
+            if stepper.uses_codebook:
+                stepper.codebook = self.vqgan.codebook(device)
+
+            # 4. denoise
+            stop = None
+            if sampling.confidence_threshold is not None:
+                stop = EarlyStop(sampling.confidence_threshold, sampling.stability_threshold)
+            with self.progress_bar(total=state.plan.num_evaluations) as progress_bar:
+                on_step = StepEnd(self, state, denoiser, progress_bar, output)
+                latents = sample(denoiser, stepper, state.plan, latents, noise, mask, sampling.generator, stop, on_step)
+
+            # 5. decode
+            images = self.decode(latents, output.output_type, source)
+        if not output.return_dict:
+            return (images,)
+        steps_taken = [on_step.evaluations] * num_images if stop is None else stop.evaluations.tolist()
+        return PaellaPipelineOutput(images=images, steps_taken=steps_taken)
+
+    def prepare_state(self, inputs: CallInputs) -> CallState:
+        """This call's copy of the guidance, and its scale: the call's, or else the guider's own."""
+        guider = self.guider or PaellaClassifierFreeGuidance()
+        guidance = DiffusersGuidance(guider) if isinstance(guider, BaseGuidance) else copy.deepcopy(guider)
+        if inputs.sampling.guidance_scale is MODEL_DEFAULT:
+            inputs.sampling.guidance_scale = guidance.guidance_scale
+        inputs.sampling.check()
+        return CallState(guidance, inputs.sampling.guidance_scale, inputs.sampling.guided_steps)
+
+    # ------------------------------------------------------------------------------------------------ input checks
+
+    def check_inputs(
+        self, inputs: CallInputs, is_guided: bool, height, width, region_masks, source, source_prompts
+    ) -> tuple[int, torch.Tensor | None]:
+        """
+        Refuse bad input, naming the argument, the value and the remedy; the number of images, and the regions' shares of
+        every token, otherwise.
+        """
+        sampling = inputs.sampling
+        self.check_size(height, width)
+        inputs.output.check(self)
+        batch_size = inputs.prompts.check(self, is_guided)
+        inputs.images.check(self, inputs.prompts, batch_size)
+        regions = None
+        if region_masks is not None:
+            regions = read_region_masks(region_masks, height, width, self.vae_scale_factor)
+            if len(regions) != batch_size:
+                raise ValueError(f"`region_masks` has {len(regions)} masks for {batch_size} prompts: pass one for each.")
+            batch_size = 1  # all prompts are for one image
+        if source_prompts is not None:
+            source_prompts.check(self, is_guided, prefix="source_")
+            source_prompts.expand(batch_size, prefix="source_")
+        num_images = batch_size * sampling.num_images_per_prompt
+        sampling.check_generator(num_images)
+        if sampling.latents is not None:
+            sampling.latents = tensor_of("latents", sampling.latents)
+            shape = (num_images, height // self.vae_scale_factor, width // self.vae_scale_factor)
+            check_tokens("latents", sampling.latents, shape, self.unet.config.num_vq_embeddings)
+        if source is not None and len(source.image) not in (1, batch_size):
+            raise ValueError(f"`image` has {len(source.image)} images for {batch_size} prompts: pass one, or one each.")
+        return num_images, regions
+
+    def check_size(self, height, width):
+        """Refuse sizes in pixels that are no whole number of the U-Net's token patches."""
+        multiple = self.vae_scale_factor * self.unet.sample_multiple
+        for name, side in {"height": height, "width": width}.items():
+            if not is_integer(side):
+                raise ValueError(f"`{name}` must be an integer, of the multiples of {multiple}, got {side!r}.")
+        if height < 1 or width < 1 or height % multiple or width % multiple:
+            nearest = [max(1, round(side / multiple)) * multiple for side in (height, width)]
+            raise ValueError(
+                f"`height` and `width` must be multiples of {multiple}, got {height} and {width}: the nearest are "
+                f"{nearest[0]} and {nearest[1]}."
+            )
+
+    def check_image(self, image: torch.Tensor) -> torch.Tensor:
+        """Refuse tokens that this VQGAN does not have."""
+        if not image.is_floating_point():
+            check_tokens("image", image, tuple(image.shape), self.unet.config.num_vq_embeddings)
+        return image
+
+    def size_of(self, image: torch.Tensor) -> tuple[int, int]:
+        """Height and width in pixels of pixels or tokens."""
+        unit = 1 if image.is_floating_point() else self.vae_scale_factor
+        return image.shape[-2] * unit, image.shape[-1] * unit
+
+    @property
+    def default_size(self) -> int:
+        """Height and width, in pixels, that the model draws unless told otherwise."""
+        return self.unet.config.sample_size * self.vae_scale_factor
+
+    # ------------------------------------------------------------------------------------------------ the steps
+
+    def prepare_denoiser(
+        self, state: CallState, inputs: CallInputs, prompts: PromptInputs, regions: torch.Tensor | None = None
+    ) -> Denoiser:
+        """The U-Net with all that it is conditioned on; other prompts than the call's are those of the source."""
+        images, generator = inputs.images, inputs.sampling.generator
+        if prompts is not inputs.prompts:
+            images = ImageConditionInputs(**vars(images) | {"condition_image": None, "clip_image_embeds": None})
+            generator = _clones(generator)  # the prior gives the same prompt the same embedding
+        return Denoiser(
+            self.unet,
+            self.prepare_conditioning(prompts, images, inputs.sampling.num_images_per_prompt, generator, state.is_guided),
+            state.guidance,
+            state.scale_at,
+            regions,
+            inputs.sampling.deep_feature_interval,
+            inputs.sampling.cross_attention_kwargs,
+        )
+
+    def prepare_conditioning(
+        self, prompts: PromptInputs, images: ImageConditionInputs, num_images_per_prompt: int, generator, is_guided: bool
+    ) -> list[Conditioning]:
+        """What the conditional branch is conditioned on, and, with guidance, the unconditional one: a row an image."""
+        device = self._execution_device
+        options = {"do_classifier_free_guidance": is_guided, "device": device}
+        embeds = PromptEmbeds(*self.encode_prompt(**vars(prompts), num_images_per_prompt=num_images_per_prompt, **options))
+        batch_size = len(embeds.prompt_embeds) // num_images_per_prompt
+        clip_image_embeds = images.clip_image_embeds
+        if images.condition_image is not None:
+            clip_image_embeds = self.encode_image(images.condition_image, batch_size, num_images_per_prompt, device)
+        elif clip_image_embeds is not None:
+            rows = clip_image_embeds[:, None] if clip_image_embeds.ndim == 2 else clip_image_embeds
+            clip_image_embeds = repeat_rows(rows, batch_size, num_images_per_prompt)
+        elif images.use_prior and embeds.clip_text_embeds is not None:
+            if isinstance(generator, list):  # with regions, an image has several prompts
+                generator = generator * (len(embeds.clip_text_embeds) // len(generator))
+            clip_image_embeds = self.sample_prior(
+                embeds.clip_text_embeds, images.prior_num_inference_steps, images.prior_guidance_scale, generator
+            )[:, None]
+        weights = images.conditioning_weights
+        if weights is not None:
+            weights = repeat_rows(weights[None] if weights.ndim == 1 else weights, batch_size, num_images_per_prompt)
+        length = self.unet.config.clip_seq_len
+        conditional = Conditioning(
+            length,
+            embeds.prompt_embeds,
+            embeds.clip_text_embeds,
+            clip_image_embeds,
+            embeds.prompt_attention_mask,
+            weights,
+        )
+        if images.condition_image_weights is not None and clip_image_embeds is not None:
+            weights = images.condition_image_weights
+            weights = repeat_rows(weights[None] if weights.ndim == 1 else weights, batch_size, num_images_per_prompt)
+            conditional = conditional.weigh_images(weights)
+        branches = [conditional]
+        if is_guided:
+            negative = (embeds.negative_prompt_embeds, embeds.negative_clip_text_embeds)
+            branches.append(Conditioning(length, *negative, encoder_attention_mask=embeds.negative_prompt_attention_mask))
+        return [branch.to(device, self.unet.dtype) for branch in branches]
+
+    def encode_source(self, source: SourceImage, num_images: int, device) -> torch.LongTensor:
+        """The source's tokens, `(num_images, height / 4, width / 4)`."""
+        tokens = source.image
+        if not source.is_tokens:
+            pixels = source.image.to(device, self.vqgan.dtype)
+            tokens = self.vqgan.encode(pixels).indices
+            if any(source.margins):  # the encoder sees far: what is around would change the picture's tokens
+                left, top, right, bottom = source.margins
+                inside = (..., slice(top, tokens.shape[1] - bottom), slice(left, tokens.shape[2] - right))
+                scale = self.vae_scale_factor
+                crop = tuple(slice(side.start * scale, side.stop * scale) for side in inside[1:])
+                tokens[inside] = self.vqgan.encode(pixels[(..., *crop)]).indices
+        return tokens.repeat_interleave(num_images // len(tokens), dim=0).to(device)
+
+    def prepare_latents(
+        self,
+        shape: tuple[int, int, int],
+        device,
+        generator=None,
+        latents: torch.LongTensor | None = None,
+        known: torch.LongTensor | None = None,
+        mask: torch.BoolTensor | None = None,
+        noise_level: float = 1.0,
+    ) -> tuple[torch.LongTensor, torch.LongTensor]:
+        """
+        The tokens to start from, and those that re-noising returns to: two grids of `shape`, `(num_images, height / 4,
+        width / 4)`. Both are uniformly random, or `latents`, but for what comes from the `known` tokens: below noise level 1
+        they take part in the start, and where `mask` is False they are both.
+        """
+        num_tokens = self.unet.config.num_vq_embeddings
+        start = None
+        if known is not None and noise_level < 1:
+            start, _ = add_uniform_noise(known, noise_level, num_tokens, generator=generator)
+        noise = random_tokens(num_tokens, shape, generator, device) if latents is None else latents.to(device)
+        start = noise if start is None else start
+        if mask is None:
+            return start, noise
+        return torch.where(mask, start, known), torch.where(mask, noise, known)
+
+    @torch.no_grad()
+    def decode(self, latents: torch.LongTensor, output_type: str = "pil", source: SourceImage | None = None):
+        """
+        Tokens to images.
+
+        Args:
+            latents (`torch.LongTensor` of shape `(num_images, height / 4, width / 4)`): Tokens.
+            output_type (`str`, defaults to `"pil"`): `"pil"`, `"np"`, `"pt"`, or `"latent"`, which returns the tokens.
+            source ([`SourceImage`], *optional*): Whose pixels are kept where nothing was generated.
+        """
+        if output_type == "latent":
+            return latents
+        images = self.vqgan.decode_indices(latents.to(self._execution_device)).sample.clamp(0, 1)
+        if source is not None and source.blend is not None:
+            kept, blend = (
+                part.repeat_interleave(len(images) // len(part), dim=0).to(images.device)
+                for part in (source.image, source.blend)
+            )
+            images = torch.lerp(kept, images.float(), blend)
+        return self.image_processor.postprocess(images, output_type, do_denormalize=[False] * len(images))
+
+
+class StepEnd:
+    """
+    What follows each step of a pipeline's loop: progress, and the user's callback, which may replace the tokens and the
+    conditioning.
+    """
+
+    def __init__(self, pipe: PaellaPipelineBase, state: CallState, denoiser: Denoiser, progress_bar, output):
+        self.pipe, self.state, self.denoiser, self.progress_bar = pipe, state, denoiser, progress_bar
+        self.callback, self.wanted = output.callback_on_step_end, output.callback_on_step_end_tensor_inputs
+        self.evaluations = 0  # of the U-Net, so far
+
+    def __call__(self, step, tokens, clean) -> tuple[torch.LongTensor, bool]:
+        """The tokens to go on with, and whether to stop here."""
+        self.evaluations += 1 + step.num_sweeps
+        self.progress_bar.update(1 + step.num_sweeps)
+        if self.callback is not None:
+            given = {name: self._tensor(name, tokens, clean) for name in self.wanted}
+            returned = self.callback(self.pipe, step.index, step.timestep, dict(given))
+            if returned is not None and not isinstance(returned, dict):
+                raise ValueError(
+                    f"`callback_on_step_end` must return a dictionary of tensors, or None, got {type(returned).__name__}."
+                )
+            changed = {name: value for name, value in (returned or {}).items() if value is not given.get(name)}
+            latents = changed.pop("latents", tokens)
+            check_tokens("latents", latents, tuple(tokens.shape), self.pipe.unet.config.num_vq_embeddings)
+            self._replace_conditioning({name: changed[name] for name in changed if name in CONDITIONING_TENSORS})
+            tokens = latents.to(tokens.device)
+        return tokens, self.state.interrupt
+
+    def _tensor(self, name: str, tokens, clean) -> torch.Tensor | None:
+        if name in CONDITIONING_TENSORS:
+            branch, argument = CONDITIONING_TENSORS[name]
+            branches = self.denoiser.branches
+            return getattr(branches[branch], argument) if branch < len(branches) else None
+        return {"latents": tokens, "pred_original_sample": clean}[name]
+
+    def _replace_conditioning(self, changed: dict[str, torch.Tensor | None]):
+        branches = list(self.denoiser.branches)
+        for name, value in changed.items():
+            branch, argument = CONDITIONING_TENSORS[name]
+            before = getattr(branches[branch], argument) if branch < len(branches) else None
+            if before is None or value is None:
+                raise ValueError(f"`callback_on_step_end` returned `{name}`, which this call has not: leave it out.")
+            value = tensor_of(name, value).to(before.device, before.dtype)
+            if len(value) == 1 < len(before) and (before == before[:1]).all():  # all rows were the same
+                value = value.expand(len(before), *value.shape[1:])
+            if value.ndim != before.ndim or len(value) != len(before) or value.shape[-1] != before.shape[-1]:
+                raise ValueError(
+                    f"`callback_on_step_end` returned `{name}` of shape {tuple(value.shape)}, in place of "
+                    f"{tuple(before.shape)}."
+                )
+            branches[branch] = replace(branches[branch], **{argument: value})
+        if changed:
+            self.denoiser.set_branches(branches)
+
+
+def seeded_generator() -> torch.Generator:
+    """A generator seeded by torch's global one."""
+    return torch.Generator().manual_seed(torch.randint(2**62, ()).item())
+
+
+def _clones(generator):
+    """Generators that will give the same numbers."""
+    if isinstance(generator, list):
+        return [one.clone_state() for one in generator]
+    return None if generator is None else generator.clone_state()

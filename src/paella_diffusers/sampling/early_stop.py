@@ -1,0 +1,43 @@
+"""Ending the sampling of images whose prediction has converged."""
+
+import torch
+
+
+class EarlyStop:
+    """
+    Freezes images whose prediction is sure and stable: the mean entropy of their tokens is below `confidence_threshold`, and
+    a share of at least `stability_threshold` of their most likely tokens is that of the step before. Only tokens that are
+    generated count. (Text in diffusers' `DiffusionGemmaPipeline` stops in the same way, by whole predictions.)
+
+    Args:
+        confidence_threshold (`float`): In nats, above 0.
+        stability_threshold (`float`): In (0, 1].
+    """
+
+    def __init__(self, confidence_threshold: float, stability_threshold: float):
+        self.confidence_threshold, self.stability_threshold = confidence_threshold, stability_threshold
+        self.prediction = None
+
+    def __call__(self, logits, step, tokens, clean, mask):
+        """
+        Both token grids, in which finished images have their most likely tokens, and whether all images are finished.
+        Afterwards `evaluations`, `(num_images,)`, has how many evaluations of the model each image took so far.
+        """
+        likely = logits.argmax(1)
+        if mask is not None:
+            likely = torch.where(mask, likely, tokens)
+        if self.prediction is None:
+            self.prediction = torch.full_like(likely, -1)
+            self.finished = torch.zeros(len(likely), dtype=torch.bool, device=likely.device)
+            self.evaluations = torch.zeros_like(self.finished, dtype=torch.long)
+        self.evaluations += ~self.finished * (1 + step.num_sweeps)
+        log_probs = logits.float().log_softmax(1)
+        weight = torch.ones_like(likely) if mask is None else mask.expand_as(likely)
+        mean = lambda values: (values * weight).flatten(1).sum(1) / weight.flatten(1).sum(1).clamp(min=1)
+        entropy = mean(-(log_probs.exp() * log_probs).sum(1))
+        stable = mean((likely == self.prediction).float()) >= self.stability_threshold
+        self.prediction = torch.where(self.finished[:, None, None], self.prediction, likely)
+        self.finished = self.finished | (stable & (entropy < self.confidence_threshold))
+        frozen = self.finished[:, None, None]
+        tokens, clean = (torch.where(frozen, self.prediction, grid) for grid in (tokens, clean))
+        return tokens, clean, bool(self.finished.all())

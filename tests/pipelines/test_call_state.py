@@ -1,0 +1,192 @@
+"""One pipeline for many threads; what callbacks read, set and replace."""
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from conftest import tiny_pipeline
+from diffusers import DiscreteDDIMScheduler, EntropyBoundScheduler
+from diffusers.callbacks import MultiPipelineCallbacks, SDCFGCutoffCallback
+from peft import LoraConfig
+
+from paella_diffusers import PaellaClassifierFreeGuidance, PaellaConfidenceScheduler, PaellaPipeline, PaellaScheduler
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def call_of(i: int) -> dict:
+    """Calls that differ in all that a call can say."""
+    return {
+        "prompt": ["a", "bb", "ccc"][: 1 + i % 3],
+        "negative_prompt": "x" * (i % 4),
+        "guidance_scale": [1.5, 3.0, (2.0, 6.0), None][i % 4],
+        "guidance_steps": [None, 2, (1, 3)][i % 3],
+        "num_inference_steps": 3 + i % 4,
+        "temperature": [None, 1.0, (1.2, 0.2)][i % 3],
+        "height": 32 if i % 2 else 16,
+        "use_prior": bool(i % 5 == 0),
+        "prior_num_inference_steps": 2 + i % 3,
+        "generator": seeded(i),
+        "output_type": "latent",
+    }
+
+
+def run(pipe, i: int):
+    output = pipe(**call_of(i))
+    return output.images, output.steps_taken, pipe.guidance_scale, pipe.num_timesteps
+
+
+def check_threads(pipe, count=24, threads=8):
+    serial = [run(pipe, i) for i in range(count)]
+    barrier = threading.Barrier(threads)
+    with ThreadPoolExecutor(threads, initializer=barrier.wait) as pool:
+        parallel = list(pool.map(lambda i: run(pipe, i), range(count)))
+    for (tokens, *state), (expected, *expected_state) in zip(parallel, serial):
+        assert torch.equal(tokens, expected) and state == expected_state
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        PaellaScheduler(num_vq_embeddings=32),
+        PaellaConfidenceScheduler(num_vq_embeddings=32),
+        DiscreteDDIMScheduler(corrector_steps=1),
+        EntropyBoundScheduler(),
+    ],
+    ids=lambda scheduler: type(scheduler).__name__,
+)
+def test_threads_share_a_pipeline(scheduler, monkeypatch):
+    if not isinstance(scheduler, DiscreteDDIMScheduler):
+        monkeypatch.setitem(globals(), "call_of", lambda i, call_of=call_of: call_of(i))
+    if isinstance(scheduler, EntropyBoundScheduler):  # which takes no temperature
+        monkeypatch.setitem(globals(), "call_of", lambda i, call_of=call_of: call_of(i) | {"temperature": None})
+    check_threads(tiny_pipeline(scheduler=scheduler))
+
+
+def test_threads_share_a_pipeline_in_low_memory(tmp_path):
+    tiny_pipeline(scheduler=PaellaScheduler(num_vq_embeddings=32)).save_pretrained(tmp_path)
+    pipe = PaellaPipeline.from_pretrained(tmp_path, low_memory=True)
+    pipe.set_progress_bar_config(disable=True)
+    check_threads(pipe, count=12)
+
+
+def test_threads_share_a_pipeline_with_an_adapter():
+    """The scale of an adapter is set on the layers themselves."""
+    pipe = tiny_pipeline(scheduler=PaellaScheduler(num_vq_embeddings=32))
+    pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["to_k", "to_v"], init_lora_weights=False))
+
+    def tokens(i):
+        return pipe(**call_of(i), cross_attention_kwargs={"scale": i % 4 / 2}).images
+
+    serial = [tokens(i) for i in range(12)]
+    with ThreadPoolExecutor(6) as pool:
+        assert all(map(torch.equal, pool.map(tokens, range(12)), serial))
+
+
+def test_a_call_leaves_the_components_alone():
+    pipe = tiny_pipeline(guider=PaellaClassifierFreeGuidance(guidance_scale=2.0))
+    before = {name: str(vars(getattr(pipe, name))) for name in ("scheduler", "prior_scheduler", "guider")}
+    pipe(**call_of(5))
+    assert before == {name: str(vars(getattr(pipe, name))) for name in before}
+
+
+def test_the_state_of_a_call_is_read_within_and_after():
+    pipe = tiny_pipeline()
+    assert not hasattr(pipe, "guidance_scale")  # before the first call
+    seen = []
+
+    def callback(pipe, step, timestep, tensors):
+        assert pipe.current_timestep == timestep and pipe.num_timesteps == 3 and not pipe.interrupt
+        seen.append((pipe.guidance_scale, pipe.do_classifier_free_guidance))
+        pipe._guidance_scale += 1.0
+
+    pipe("a", guidance_scale=2.0, num_inference_steps=3, use_prior=False, callback_on_step_end=callback)
+    assert seen == [(2.0, True), (3.0, True), (4.0, True)] and pipe.guidance_scale == 5.0
+    assert "_guidance_scale" not in vars(pipe)
+    other = tiny_pipeline()
+    other("a", guidance_scale=None, num_inference_steps=1, use_prior=False)
+    assert pipe.guidance_scale == 5.0 and other.guidance_scale is None and not other.do_classifier_free_guidance
+
+
+def test_a_call_within_a_callback():
+    """The outer call goes on with its own state."""
+    pipe = tiny_pipeline()
+    outer = {"num_inference_steps": 3, "guidance_scale": 2.0, "use_prior": False, "output_type": "latent"}
+    expected = pipe("a", **outer, generator=seeded()).images
+
+    def callback(pipe, step, timestep, tensors):
+        pipe("b", num_inference_steps=2, guidance_scale=7.0, use_prior=False)
+        assert pipe.guidance_scale == 2.0 and pipe.num_timesteps == 3
+
+    assert torch.equal(pipe("a", **outer, generator=seeded(), callback_on_step_end=callback).images, expected)
+
+
+def test_interrupted_calls_say_how_many_steps_they_took():
+    pipe = tiny_pipeline()
+    stop = lambda pipe, step, *rest: setattr(pipe, "_interrupt", step == 1)
+    assert pipe("a", num_inference_steps=6, use_prior=False, callback_on_step_end=stop).steps_taken == [2]
+
+
+# ------------------------------------------------------------------------------------------- what callbacks replace
+
+
+def passes(pipe):
+    """The rows of the conditioning in each evaluation."""
+    rows = []
+    pipe.unet.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
+    return rows
+
+
+@pytest.mark.parametrize("images", [1, 3])
+def test_diffusers_cutoff_callback(images):
+    pipe = tiny_pipeline()
+    rows = passes(pipe)
+    cutoff = SDCFGCutoffCallback(cutoff_step_ratio=None, cutoff_step_index=1)
+    call = {"num_inference_steps": 4, "use_prior": False, "num_images_per_prompt": images, "output_type": "latent"}
+    cut = pipe("a", generator=seeded(), callback_on_step_end=cutoff, **call).images
+    assert rows == [2 * images, 2 * images, images, images]
+    assert torch.equal(cut, pipe("a", generator=seeded(), guidance_steps=2, **call).images)
+    pipe("a", callback_on_step_end=MultiPipelineCallbacks([cutoff, cutoff]), **call)
+
+
+def test_conditioning_is_read_and_replaced():
+    pipe = tiny_pipeline()
+    call = {"num_inference_steps": 3, "use_prior": False, "output_type": "latent"}
+    given = {}
+
+    def look(pipe, step, timestep, tensors):
+        given.update(tensors)
+        return tensors
+
+    names = pipe._callback_tensor_inputs
+    expected = pipe("a", generator=seeded(), **call).images
+    looked = pipe("a", generator=seeded(), callback_on_step_end=look, callback_on_step_end_tensor_inputs=names, **call)
+    assert torch.equal(looked.images, expected) and given.keys() == set(names)
+    assert given["prompt_embeds"].shape[::2] == (1, 16) and given["clip_text_embeds"].shape == (1, 12)
+    assert given["clip_image_embeds"] is None and given["prompt_attention_mask"] is None
+
+    other = pipe.encode_prompt("bcd")
+    replacements = dict(zip(("prompt_embeds", "negative_prompt_embeds"), other), clip_text_embeds=other[4])
+    swap = lambda pipe, step, *rest: replacements if step == 0 else None
+    swapped = pipe("a", generator=seeded(), callback_on_step_end=swap, **call).images
+    assert not torch.equal(swapped, expected)
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        ({"latents": torch.full((1, 8, 8), 99)}, r"`latents` must be in \[0, 32\)"),
+        ({"latents": torch.zeros(1, 8, 8)}, "`latents` must be a token grid, an int64 tensor"),
+        ({"latents": torch.zeros(2, 8, 8, dtype=torch.long)}, r"`latents` must have shape \(1, 8, 8\)"),
+        ({"prompt_embeds": torch.zeros(2, 3, 16)}, r"returned `prompt_embeds` of shape \(2, 3, 16\), in place of"),
+        ({"clip_image_embeds": torch.zeros(1, 1, 12)}, "returned `clip_image_embeds`, which this call has not"),
+        ([1], "must return a dictionary of tensors, or None, got list"),
+    ],
+)
+def test_what_a_callback_returns_is_checked(returned, message):
+    pipe = tiny_pipeline()
+    with pytest.raises(ValueError, match=message):
+        pipe("a", num_inference_steps=2, use_prior=False, callback_on_step_end=lambda *args: returned)
