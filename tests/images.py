@@ -10,10 +10,13 @@ ORIENTATION = 0x0112  # the EXIF tag; 6: turn clockwise to see the picture uprig
 
 def photo(width: int, height: int) -> Image.Image:
     """Smooth colours that fall from left to right and from top to bottom, with some grain: as a photo compresses."""
-    rows, columns = np.mgrid[0:height, 0:width] / np.array([height, width]).reshape(2, 1, 1)
-    grain = np.random.default_rng(0).normal(0, 4, (height, width, 1))
-    colours = np.stack([230 - 200 * columns, 60 + 120 * rows, 200 - 150 * rows], axis=-1)
-    return Image.fromarray((colours + grain).clip(0, 255).astype(np.uint8))
+    grain = np.random.default_rng(0).normal(0, 4, (64, 64))
+    grain = np.tile(grain.astype(np.int16), (height // 64 + 1, width // 64 + 1))[:height, :width]
+    column, row = np.linspace(0, 1, width)[None], np.linspace(0, 1, height)[:, None]
+    pixels = np.empty((height, width, 3), np.uint8)
+    for channel, colours in enumerate((230 - 200 * column, 60 + 120 * row, 200 - 150 * row)):
+        pixels[..., channel] = (colours.astype(np.int16) + grain).clip(0, 255)
+    return Image.fromarray(pixels)
 
 
 def saved(image: Image.Image, file_format: str, **options) -> io.BytesIO:

@@ -6,7 +6,6 @@ import torch
 from conftest import load_golden_models, tiny_components
 
 from paella_diffusers import PaellaInpaintPipeline, PaellaPipeline, PaellaScheduler
-from paella_diffusers.pipelines.source_image import feather
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -94,18 +93,9 @@ def test_known_tokens_and_pixels_stay(pipe, case, strength):
     for row, column in zip(rows, columns):
         far = np.maximum(abs(np.arange(height) - row)[:, None], abs(np.arange(width) - column))
         distance = np.minimum(distance, far)
-    beyond = distance > 4  # the feather: twice the default radius
-    assert (before[beyond] == after[beyond]).all()
-
-
-def test_feather_falls_from_one_to_zero():
-    mask = torch.zeros(1, 1, 9, 40)
-    mask[..., 10:20] = 1
-    row = feather(mask, radius=3)[0, 0, 4]
-    assert (row[10:20] == 1).all()
-    assert (row[20:27].diff() < 0).all()
-    assert (row[:4] == 0).all() and (row[26:] == 0).all() and row[25] > 0
-    assert torch.equal(feather(mask, radius=0), mask)
+    assert (before[distance > 0] == after[distance > 0]).all()
+    feathered = np.array(pipe("a", generator=seeded(), feather_radius=2, **call).images[0])
+    assert (before[distance > 4] == feathered[distance > 4]).all()
 
 
 def test_everything_masked_is_text_to_image(pipe):
@@ -154,12 +144,12 @@ def test_kinds_of_masks_are_the_same(pipe):
 
 def test_outpainting_continues_the_image(pipe):
     image = picture(32, 32)
-    wide = pipe("a", image=image, padding=(16, 0, 32, 16), feather_radius=0, num_inference_steps=2).images[0]
+    wide = pipe("a", image=image, padding=(16, 0, 32, 16), num_inference_steps=2).images[0]
     assert wide.size == (80, 48)
     assert (np.array(wide)[:32, 16:48] == np.array(image)).all()
-    canvas = pipe("a", image=image, height=64, width=48, feather_radius=0, num_inference_steps=2).images[0]
-    assert canvas.size == (48, 64)
-    assert (np.array(canvas)[16:48, 8:40] == np.array(image)).all()
+    any_padding = pipe("a", image=image, padding=(3, 0, 5, 1), num_inference_steps=2).images[0]
+    assert any_padding.size == (40, 33)
+    assert (np.array(any_padding)[:32, 3:35] == np.array(image)).all()
 
 
 def test_outpainting_a_token_grid(pipe):
@@ -215,15 +205,13 @@ def test_schedulers_without_masks_keep_known_tokens(pipe, name):
     [
         ({}, "Nothing to generate: pass `mask_image`"),
         ({"padding": (0, 0, 0, 0)}, "Nothing to generate"),
-        ({"mask_image": torch.ones(31, 64)}, "as large as the image, 32×64"),
         ({"mask_image": "mask.png"}, "got str"),
         ({"mask_image": torch.full((32, 64), 255.0)}, "`mask_image` must be in \\[0, 1\\], got 255"),
         ({"mask_image": torch.ones(3, 32, 64)}, "3 masks for 1 images|3 images for 1 prompts"),
         ({"padding": (8, 0, 0)}, "must be \\(left, top, right, bottom\\)"),
         ({"padding": (-16, 0, 0, 0)}, "at least 0"),
-        ({"padding": (8, 0, 0, 0)}, "multiples of 16, got 32 and 72"),
-        ({"padding": (16, 0, 0, 0), "width": 96}, "either `padding` or a canvas"),
-        ({"width": 32}, "smaller than the image, 32×64"),
+        ({"width": 32}, "Nothing to generate"),
+        ({"padding": (16, 0, 0, 0), "width": 97}, "multiples of 16"),
         ({"mask_image": torch.ones(32, 64), "feather_radius": -1}, "`feather_radius`"),
         ({"mask_image": torch.ones(32, 64), "strength": 0}, "`strength`"),
         ({"image": torch.zeros(8, 8, dtype=torch.long), "padding": (2, 0, 0, 0)}, "multiples of 4"),

@@ -9,6 +9,7 @@ from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
 
 from .conditioning import repeat_rows
+from .image_reading import to_rgb
 
 logger = logging.get_logger(__name__)
 
@@ -129,7 +130,7 @@ class EncodingMixin:
         images = nested_images(condition_image, batch_size)
         size = self.image_encoder.config.image_size
         pixels = self.feature_extractor(
-            [image.convert("RGB") for row in images for image in row],
+            [to_rgb(image, "`condition_image`") for row in images for image in row],
             size={"height": size, "width": size},
             resample=PIL.Image.Resampling.BICUBIC,
             do_center_crop=False,

@@ -16,6 +16,7 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from ..checks import check_choice, check_integer, check_number, check_ramp, is_integer
 from .conditioning import repeat_rows
 from .encoding import nested_images
+from .image_reading import to_rgb
 
 MAX_STEPS = 10_000
 MODEL_DEFAULT = ...  # a guidance scale that was left out: the model's own
@@ -122,6 +123,7 @@ class ImageConditionInputs:
             if pipe.image_encoder is None or pipe.feature_extractor is None:
                 raise ValueError("`condition_image` needs the components `image_encoder` and `feature_extractor`.")
             rows = nested_images(self.condition_image, batch_size)
+            self.condition_image = [[to_rgb(image, "`condition_image`") for image in row] for row in rows]
             shapes = ((len(rows[0]),), (batch_size, len(rows[0])))
             self.condition_image_weights = weights("condition_image_weights", self.condition_image_weights, shapes)
         elif self.condition_image_weights is not None:

@@ -17,7 +17,6 @@ from transformers import (
 )
 from transformers.image_processing_utils import BaseImageProcessor
 
-from ..checks import is_integer
 from ..loaders.lora import PaellaLoraLoaderMixin
 from ..models.prior_paella import PaellaPrior
 from ..models.unet_paella import PaellaUNet
@@ -36,7 +35,7 @@ from .encoding import EncodingMixin
 from .inputs import MODEL_DEFAULT, CallInputs, ImageConditionInputs, PromptInputs, check_tokens, tensor_of
 from .loading import LoadingMixin
 from .regions import read_region_masks
-from .source_image import SourceImage
+from .source_image import SizeRule, SourceImage, prepare_source
 
 # the names by which callbacks get and replace conditioning: which branch's, and the argument of the U-Net
 CONDITIONING_TENSORS = {
@@ -253,32 +252,17 @@ class PaellaPipelineBase(LoadingMixin, EncodingMixin, CallStateMixin, DiffusionP
 
     def check_size(self, height, width):
         """Refuse sizes in pixels that are no whole number of the U-Net's token patches."""
-        multiple = self.vae_scale_factor * self.unet.sample_multiple
-        for name, side in {"height": height, "width": width}.items():
-            if not is_integer(side):
-                raise ValueError(f"`{name}` must be an integer, of the multiples of {multiple}, got {side!r}.")
-        if height < 1 or width < 1 or height % multiple or width % multiple:
-            nearest = [max(1, round(side / multiple)) * multiple for side in (height, width)]
-            raise ValueError(
-                f"`height` and `width` must be multiples of {multiple}, got {height} and {width}: the nearest are "
-                f"{nearest[0]} and {nearest[1]}."
-            )
-
-    def check_image(self, image: torch.Tensor) -> torch.Tensor:
-        """Refuse tokens that this VQGAN does not have."""
-        if not image.is_floating_point():
-            check_tokens("image", image, tuple(image.shape), self.unet.config.num_vq_embeddings)
-        return image
-
-    def size_of(self, image: torch.Tensor) -> tuple[int, int]:
-        """Height and width in pixels of pixels or tokens."""
-        unit = 1 if image.is_floating_point() else self.vae_scale_factor
-        return image.shape[-2] * unit, image.shape[-1] * unit
+        self.size_rule.check(height, width)
 
     @property
     def default_size(self) -> int:
         """Height and width, in pixels, that the model draws unless told otherwise."""
         return self.unet.config.sample_size * self.vae_scale_factor
+
+    @property
+    def size_rule(self) -> SizeRule:
+        """Which sizes the model allows, and at which it generates a given image."""
+        return SizeRule(self.default_size, self.vae_scale_factor * self.unet.sample_multiple, self.vae_scale_factor)
 
     # ------------------------------------------------------------------------------------------------ the steps
 
@@ -342,6 +326,18 @@ class PaellaPipelineBase(LoadingMixin, EncodingMixin, CallStateMixin, DiffusionP
             branches.append(Conditioning(length, *negative, encoder_attention_mask=embeds.negative_prompt_attention_mask))
         return [branch.to(device, self.unet.dtype) for branch in branches]
 
+    def prepare_source(self, image, height: int | None = None, width: int | None = None, **options) -> SourceImage:
+        """The image to begin with, at the size at which results are generated; `options` are those of [`prepare_source`]."""
+        source = prepare_source(image, self.size_rule, height=height, width=width, **options)
+        if source.is_tokens:
+            check_tokens("image", source.image, tuple(source.image.shape), self.unet.config.num_vq_embeddings)
+        return source
+
+    def size_of(self, source: SourceImage) -> tuple[int, int]:
+        """Height and width, in pixels, at which results are generated."""
+        unit = self.vae_scale_factor if source.is_tokens else 1
+        return source.image.shape[-2] * unit, source.image.shape[-1] * unit
+
     def encode_source(self, source: SourceImage, num_images: int, device) -> torch.LongTensor:
         """The source's tokens, `(num_images, height / 4, width / 4)`."""
         tokens = source.image
@@ -389,17 +385,13 @@ class PaellaPipelineBase(LoadingMixin, EncodingMixin, CallStateMixin, DiffusionP
         Args:
             latents (`torch.LongTensor` of shape `(num_images, height / 4, width / 4)`): Tokens.
             output_type (`str`, defaults to `"pil"`): `"pil"`, `"np"`, `"pt"`, or `"latent"`, which returns the tokens.
-            source ([`SourceImage`], *optional*): Whose pixels are kept where nothing was generated.
+            source ([`SourceImage`], *optional*): Whose size results have, and whose pixels where nothing was generated.
         """
         if output_type == "latent":
             return latents
-        images = self.vqgan.decode_indices(latents.to(self._execution_device)).sample.clamp(0, 1)
-        if source is not None and source.blend is not None:
-            kept, blend = (
-                part.repeat_interleave(len(images) // len(part), dim=0).to(images.device)
-                for part in (source.image, source.blend)
-            )
-            images = torch.lerp(kept, images.float(), blend)
+        images = self.vqgan.decode_indices(latents.to(self.vqgan.device)).sample.clamp(0, 1)
+        if source is not None:
+            images = source.restore(images)
         return self.image_processor.postprocess(images, output_type, do_denormalize=[False] * len(images))
 
 

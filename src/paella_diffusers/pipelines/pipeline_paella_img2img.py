@@ -10,7 +10,6 @@ from diffusers.utils import replace_example_docstring
 from ..checks import suggest_arguments
 from .inputs import MODEL_DEFAULT, CallInputs
 from .pipeline_base import PaellaPipelineBase, PaellaPipelineOutput
-from .source_image import SourceImage, read_image
 
 EXAMPLE_DOC_STRING = """
     Examples:
@@ -41,6 +40,7 @@ class PaellaImg2ImgPipeline(PaellaPipelineBase):
         strength: float = 0.8,
         height: int | None = None,
         width: int | None = None,
+        resize_mode: str = "default",
         negative_prompt: str | list[str] | None = None,
         num_inference_steps: int = 12,
         guidance_scale: float | tuple[float, float] | None = MODEL_DEFAULT,
@@ -80,12 +80,18 @@ class PaellaImg2ImgPipeline(PaellaPipelineBase):
         Args:
             prompt (`str` or `list[str]`, *optional*): What the result shall show; or pass `prompt_embeds`.
             image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor`, or a list):
-                One image, or one for each prompt: PIL, arrays `(height, width, 3)` or tensors `(3, height, width)` in
-                [0, 1], batches of them, or a token grid `(height / 4, width / 4)`, int64.
+                One image, or one for each prompt, of any size: PIL of any mode, arrays `(height, width, 3)` or tensors
+                `(3, height, width)` in [0, 1], batches of them; or a token grid `(height / 4, width / 4)`, int64. Results
+                have its size; [`SizeRule`] says at which size they are generated.
             strength (`float`, defaults to 0.8):
                 The first noise level, in (0, 1]: the share of the image's tokens that are replaced. All steps run, whatever
                 it is; 1 is text to image.
-            height, width (`int`, *optional*): Resize the image to so many pixels first.
+            height, width (`int`, *optional*):
+                Generate at this size, which results then have, too: multiples of 32 in the released model. One of them alone
+                gives the other by the image's proportions.
+            resize_mode (`str`, defaults to `"default"`):
+                How the image gets the proportions at which it is generated: `"default"` stretches it, `"fill"` repeats its
+                edges around it, and `"crop"` takes its middle, which results then show.
             negative_prompt, num_inference_steps, ..., callback_on_step_end_tensor_inputs:
                 The other arguments are those of [`PaellaPipeline.__call__`].
 
@@ -98,12 +104,5 @@ class PaellaImg2ImgPipeline(PaellaPipelineBase):
             ValueError: If an argument is out of range, or needs a component that is not there.
         """
         inputs = CallInputs.collect(locals())
-        source = SourceImage(self.check_image(read_image(image, height, width)))
-        own_height, own_width = self.size_of(source.image)
-        if (height or own_height, width or own_width) != (own_height, own_width):
-            raise ValueError(
-                f"`image` is a token grid of {own_height}×{own_width} pixels, which cannot be resized: leave `height` and "
-                "`width` out."
-            )
-        height, width = own_height, own_width
-        return self.generate(inputs, height, width, region_masks, source)
+        source = self.prepare_source(image, height, width, resize_mode=resize_mode)
+        return self.generate(inputs, *self.size_of(source), region_masks, source)

@@ -12,7 +12,6 @@ from ..checks import check_number, suggest_arguments
 from ..sampling.steppers import InversionStepper
 from .inputs import MODEL_DEFAULT, CallInputs, PromptInputs
 from .pipeline_base import PaellaPipelineBase, PaellaPipelineOutput, seeded_generator
-from .source_image import SourceImage, read_image
 
 EXAMPLE_DOC_STRING = """
     Examples:
@@ -62,6 +61,7 @@ class PaellaInversionPipeline(PaellaPipelineBase):
         negative_prompt: str | list[str] | None = None,
         height: int | None = None,
         width: int | None = None,
+        resize_mode: str = "default",
         num_inference_steps: int = 32,
         guidance_scale: float | tuple[float, float] | None = MODEL_DEFAULT,
         guidance_steps: int | tuple[int, int] | None = None,
@@ -100,8 +100,9 @@ class PaellaInversionPipeline(PaellaPipelineBase):
         Args:
             prompt (`str` or `list[str]`, *optional*): What the result shall show; or pass `prompt_embeds`.
             image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor`, or a list):
-                One image, or one for each prompt: PIL, arrays `(height, width, 3)` or tensors `(3, height, width)` in
-                [0, 1], batches of them, or a token grid `(height / 4, width / 4)`, int64.
+                One image, or one for each prompt, of any size: PIL of any mode, arrays `(height, width, 3)` or tensors
+                `(3, height, width)` in [0, 1], batches of them; or a token grid `(height / 4, width / 4)`, int64. Results
+                have its size; [`SizeRule`] says at which size they are generated.
             source_prompt (`str` or `list[str]`, *optional*): What the image shows; "" unless given.
             residual_scale (`float`, defaults to 0.9): λ, at least 0: how much of the image's own is put back.
             strength (`float`, defaults to 0.75): The first noise level, in (0, 1].
@@ -109,7 +110,12 @@ class PaellaInversionPipeline(PaellaPipelineBase):
                 The probability, in (0, 1), that smoothing gives to all tokens alike.
             source_prompt_embeds, source_prompt_attention_mask, source_clip_text_embeds (`torch.Tensor`, *optional*):
                 In place of `source_prompt`; as `prompt_embeds` and so on.
-            height, width (`int`, *optional*): Resize the image to so many pixels first.
+            height, width (`int`, *optional*):
+                Generate at this size, which results then have, too: multiples of 32 in the released model. One of them alone
+                gives the other by the image's proportions.
+            resize_mode (`str`, defaults to `"default"`):
+                How the image gets the proportions at which it is generated: `"default"` stretches it, `"fill"` repeats its
+                edges around it, and `"crop"` takes its middle, which results then show.
             num_inference_steps (`int`, defaults to 32): Sampling steps.
             temperature: Not taken: the most likely tokens are.
             negative_prompt, guidance_scale, ..., callback_on_step_end_tensor_inputs:
@@ -126,13 +132,11 @@ class PaellaInversionPipeline(PaellaPipelineBase):
         inputs = CallInputs.collect(locals())
         check_number("residual_scale", residual_scale, at_least=0)
         check_number("smoothing", smoothing, above=0, below=1)
-        source = SourceImage(self.check_image(read_image(image, height, width)))
-        height, width = self.size_of(source.image)
+        source = self.prepare_source(image, height, width, resize_mode=resize_mode)
         inputs.sampling.generator = generator or seeded_generator()  # both runs have the same noise
         return self.generate(
             inputs,
-            height,
-            width,
+            *self.size_of(source),
             region_masks,
             source,
             InversionStepper(self.scheduler, residual_scale, smoothing),

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -25,9 +24,14 @@ def read_region_masks(region_masks, height: int, width: int, patch_size: int) ->
     if not isinstance(region_masks, Iterable):
         raise ValueError(f"`region_masks` must be a list with a mask for each prompt, got {type(region_masks).__name__}.")
     grid = (height // patch_size, width // patch_size)
-    shapes = {tuple(mask.shape[-2:]) for mask in region_masks if isinstance(mask, torch.Tensor | np.ndarray)}
-    masks = read_mask(region_masks, grid if shapes == {grid} else (height, width), name="region_masks")
-    masks = F.adaptive_avg_pool2d(masks, grid)[:, 0]
+    masks = read_mask(region_masks, "region_masks")
+    for mask in masks:
+        if tuple(mask.shape[-2:]) not in (grid, (height, width)):
+            raise ValueError(
+                f"`region_masks` must be as large as the image, {height}×{width}, or as its token grid, "
+                f"{grid[0]}×{grid[1]}: got {tuple(mask.shape[-2:])}."
+            )
+    masks = torch.cat([F.adaptive_avg_pool2d(mask, grid) for mask in masks])[:, 0]
     total = masks.sum(0)
     if (total == 0).any():
         row, column = (total == 0).nonzero()[0].tolist()
