@@ -25,7 +25,7 @@ MODELS = {"unet": PaellaUNet, "vqgan": VQModel, "prior": PaellaPrior}
 CONVERT = """
 import json, resource, sys, time
 import torch
-from paella_diffusers.pipelines.conversion import convert_to_diffusers, convert_to_original
+from paella_diffusers.convert import convert_to_diffusers, convert_to_original
 status = lambda name: next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name)) * 1024
 before, start = status("VmRSS:"), time.time()
 source, target, direction = sys.argv[1:]

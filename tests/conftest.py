@@ -190,7 +190,7 @@ def published(hub, tmp_path):
     """The three repositories in miniature; the keyword arguments that load from them into a cache of the test's own."""
     from transformers import ByT5Tokenizer, CLIPConfig, CLIPImageProcessor, CLIPModel, T5Config, T5ForConditionalGeneration
 
-    from paella_diffusers.pipelines.original_repo import BYT5_REPO, CLIP_REPO
+    from paella_diffusers.loaders.original_repo import BYT5_REPO, CLIP_REPO
 
     golden = load_golden("a")
     repo = hub.repo("dome272/Paella")

@@ -187,7 +187,7 @@ def convert(args: argparse.Namespace):
     """Convert a repository or folder to the other layout."""
     import torch
 
-    from .pipelines.conversion import convert_to_diffusers, convert_to_original
+    from .convert import convert_to_diffusers, convert_to_original
 
     options = {"dtype": getattr(torch, args.dtype)} | ({"revision": args.revision} if args.revision else {})
     if args.to_original:

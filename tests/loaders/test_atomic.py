@@ -1,13 +1,13 @@
-"""Whole or not at all: processes are killed before every single file operation, and what they leave is compared."""
+"""Processes are killed before every single file operation, and what they leave is compared."""
 
 import errno
 import os
-import signal
 import socket
 import sys
 from pathlib import Path
 
 import pytest
+from kills import contents, killed_before, leftovers
 
 from paella_diffusers.loaders import atomic
 from paella_diffusers.loaders.atomic import (
@@ -20,42 +20,6 @@ from paella_diffusers.loaders.atomic import (
     restore_folder,
     unfinished_path,
 )
-
-OPERATIONS = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.chmod"}
-
-
-def contents(folder: Path) -> dict[str, str]:
-    """The files in a folder, without unfinished and replaced ones."""
-    files = {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*") if path.is_file()}
-    return {name: text for name, text in files.items() if "-unfinished-" not in name and "-replaced-" not in name}
-
-
-def leftovers(folder: Path) -> list[str]:
-    return [str(path) for path in folder.rglob(".*") if "-unfinished-" in path.name or "-replaced-" in path.name]
-
-
-def killed_before(operation: int, action) -> bool:
-    """Run `action` in a process that is killed before its file operation of this number; False if it has not so many."""
-    pid = os.fork()
-    if pid == 0:
-        count = 0
-
-        def step(event="exchange", arguments=None):
-            nonlocal count
-            if event in OPERATIONS or event == "exchange":
-                count += 1
-                if count > operation:
-                    os.kill(os.getpid(), signal.SIGKILL)
-
-        exchange = atomic._exchange
-        atomic._exchange = lambda *names: step() or exchange(*names)
-        try:
-            sys.addaudithook(step)
-            action()
-        finally:
-            os._exit(0)
-    _, status = os.waitpid(pid, 0)
-    return os.WIFSIGNALED(status)
 
 
 def save(folder: Path):
@@ -72,21 +36,21 @@ def reset(folder: Path):
     for name in (OLD | NEW).keys() - OTHERS.keys():
         (folder / name).unlink(missing_ok=True)
     for name in OLD.keys() - OTHERS.keys():
-        (folder / name).write_text(OLD[name])
+        (folder / name).write_bytes(OLD[name])
 
 
-OTHERS = {"notes.txt": "mine", "part/card": "mine", "checkpoints/1/state": "mine"}
-OLD = OTHERS | {"marker.json": "1", "part/weights": "1", "gone.txt": "1"}
-NEW = OTHERS | {"marker.json": "2", "part/weights": "2", "added": "2"}
-LINK = {"link": "mine"}  # to notes.txt
+OTHERS = {"notes.txt": b"mine", "part/card": b"mine", "checkpoints/1/state": b"mine"}
+OLD = OTHERS | {"marker.json": b"1", "part/weights": b"1", "gone.txt": b"1"}
+NEW = OTHERS | {"marker.json": b"2", "part/weights": b"2", "added": b"2"}
+LINK = {"link": b"mine"}  # to notes.txt
 
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    for name, text in OLD.items():
+    for name, data in OLD.items():
         path = tmp_path / "folder" / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
+        path.write_bytes(data)
     (tmp_path / "folder" / "link").symlink_to("notes.txt")
     assert contents(tmp_path / "folder") == OLD | LINK
     (tmp_path / "folder" / "checkpoints" / "1").chmod(0o555)
@@ -102,7 +66,7 @@ def no_sync(monkeypatch):
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems do not exchange folders")
 def test_killed_anywhere_a_folder_is_old_or_new(folder, no_sync):
     seen, operation = [], 0
-    while killed_before(operation, lambda: save(folder)):
+    while killed_before(operation, folder.parent, lambda: save(folder)):
         state = contents(folder)
         assert state in (OLD | LINK, NEW | LINK)
         seen.append(state == NEW | LINK)
@@ -121,7 +85,7 @@ def test_without_an_exchange_what_was_interrupted_is_restored(folder, monkeypatc
     else:
         monkeypatch.chdir(folder)
     seen, operation = {"old": 0, "new": 0, "interrupted": 0}, 0
-    while killed_before(operation, lambda: save(folder)):
+    while killed_before(operation, folder.parent, lambda: save(folder)):
         state = contents(folder)
         if "marker.json" not in state:
             assert interrupted_update(folder)
@@ -132,7 +96,7 @@ def test_without_an_exchange_what_was_interrupted_is_restored(folder, monkeypatc
         seen[state] += 1
         if state == "interrupted":
             step = seen[state] % 3  # restoring may be killed as well
-            while killed_before(step, lambda: restore_folder(folder)):
+            while killed_before(step, folder.parent, lambda: restore_folder(folder)):
                 assert "marker.json" not in contents(folder) or contents(folder) == OLD | LINK
                 step += 3
         elif state == "new":
@@ -182,7 +146,7 @@ def test_a_full_disk_at_any_moment_changes_nothing(folder, monkeypatch, exchange
 
 def test_a_new_folder_and_one_that_cannot_be(tmp_path):
     save(tmp_path / "new" / "folder")
-    assert contents(tmp_path / "new" / "folder") == {"marker.json": "2", "part/weights": "2", "added": "2"}
+    assert contents(tmp_path / "new" / "folder") == {"marker.json": b"2", "part/weights": b"2", "added": b"2"}
     (tmp_path / "file").write_text("mine")
     with pytest.raises(NotADirectoryError, match="file must be a folder"):
         save(tmp_path / "file")
@@ -202,7 +166,7 @@ def test_what_others_write_meanwhile_stays(folder, monkeypatch):
 
     monkeypatch.setattr(atomic, "_exchange", meanwhile)
     save(folder)
-    assert contents(folder) == NEW | {"notes.txt": "newer", "link": "newer", "log": "new"}
+    assert contents(folder) == NEW | {"notes.txt": b"newer", "link": b"newer", "log": b"new"}
 
 
 def test_two_processes_save_to_one_folder(folder):
@@ -230,14 +194,14 @@ def test_files(tmp_path):
     with pytest.raises(KeyboardInterrupt), atomic_file(path) as unfinished:
         unfinished.write_text("2")
         raise KeyboardInterrupt
-    assert contents(tmp_path) == {"picture.png": "1"} and not leftovers(tmp_path)
+    assert contents(tmp_path) == {"picture.png": b"1"} and not leftovers(tmp_path)
 
     def overwrite():
         with atomic_file(path) as unfinished:
             unfinished.write_text("2")
 
     operation = 0
-    while killed_before(operation, overwrite):
+    while killed_before(operation, tmp_path, overwrite):
         assert path.read_text() in ("1", "2")
         operation += 1
     assert operation > 3 and path.read_text() == "2" and not leftovers(tmp_path)
@@ -251,7 +215,7 @@ def test_new_folders(tmp_path):
     assert not path.exists() and not leftovers(tmp_path)
     with atomic_folder(path) as unfinished:
         (unfinished / "state").write_text("1")
-    assert contents(path) == {"state": "1"} and not leftovers(tmp_path)
+    assert contents(path) == {"state": b"1"} and not leftovers(tmp_path)
     with pytest.raises(FileExistsError, match="checkpoint exists already"), atomic_folder(path):
         pass
     with pytest.raises(FileNotFoundError, match="nowhere does not exist"), atomic_folder(tmp_path / "nowhere" / "folder"):

@@ -2,23 +2,19 @@
 
 import json
 import os
-import random
 import shutil
-import signal
 import subprocess
 import sys
-import time
 
 import peft
 import pytest
 import torch
-from conftest import tiny_pipeline, tiny_unet
+from conftest import tiny_pipeline
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import HfHubHTTPError
 from PIL import Image
-from safetensors.torch import load_file, save_file
 
-from paella_diffusers import PaellaImg2ImgPipeline, PaellaPipeline, PaellaScheduler, PaellaUNet, VQModel
+from paella_diffusers import PaellaImg2ImgPipeline, PaellaPipeline, PaellaScheduler, PaellaUNet
 from paella_diffusers.about import pip_install
 from paella_diffusers.training import corrupt, paella_loss
 
@@ -345,94 +341,6 @@ def test_what_is_not_there_is_named(hub):
         PaellaPipeline.from_pretrained("/no/where")
 
 
-# ------------------------------------------------------------------------------------------------- whole or not at all
-
-SAVE = """
-import sys, torch
-sys.path.insert(0, sys.argv[1])
-from conftest import tiny_pipeline
-pipe = tiny_pipeline(prior=None, prior_scheduler=None)
-with torch.no_grad():
-    for parameter in pipe.unet.parameters():
-        parameter.fill_(2.0)
-pipe.vqgan.requires_grad_(False)
-for parameter in pipe.vqgan.parameters():
-    parameter.fill_(2.0)
-print("ready", flush=True)
-while True:
-    pipe.save_pretrained(sys.argv[2], max_shard_size="10KB")
-"""
-
-
-def values(model) -> set[float]:
-    return {value for parameter in model.parameters() for value in (parameter.min().item(), parameter.max().item())}
-
-
-def test_a_killed_save_is_old_or_new_or_refused(pipe, tmp_path):
-    """SIGKILL at random times while a folder is saved over and over: each model is all 1, all 2, or not to be loaded."""
-    folder = tmp_path / "pipe"
-    for model in (pipe.unet, pipe.vqgan):
-        for parameter in model.parameters():
-            parameter.data.fill_(1.0)
-    rng = random.Random(0)
-    outcomes = set()
-    for _ in range(4):
-        pipe.save_pretrained(folder)
-        command = [sys.executable, "-c", SAVE, os.path.dirname(os.path.dirname(__file__)), str(folder)]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-        process.stdout.readline()
-        time.sleep(rng.uniform(0, 0.3))
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        try:
-            whole = PaellaPipeline.from_pretrained(folder)
-            assert values(whole.unet) == values(whole.vqgan) in ({1.0}, {2.0})  # never some of each
-            outcomes.add("loaded")
-        except (ValueError, OSError) as error:
-            assert "interrupted" in str(error)
-            outcomes.add("refused")
-        for cls, name in ((PaellaUNet, "unet"), (VQModel, "vqgan")):
-            try:
-                assert values(cls.from_pretrained(folder / name)) in ({1.0}, {2.0})
-            except (ValueError, OSError) as error:
-                assert "config.json" in str(error)
-    assert outcomes == {"refused"} or outcomes == {"refused", "loaded"}  # rarely is it killed between two saves
-
-
-def test_interruption_while_the_files_move(pipe, tmp_path, monkeypatch):
-    """Between the first file and the last there is no configuration, and nothing is loaded."""
-    unet = tiny_unet()
-    unet.save_pretrained(tmp_path, max_shard_size="10KB")
-    calls = []
-
-    def replace(*paths):
-        calls.append(paths)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return rename(*paths)
-
-    rename = os.replace
-    monkeypatch.setattr(os, "replace", replace)
-    with pytest.raises(KeyboardInterrupt):
-        unet.save_pretrained(tmp_path, max_shard_size="10KB")
-    monkeypatch.undo()
-    with pytest.raises(OSError, match="config.json"):
-        PaellaUNet.from_pretrained(tmp_path)
-    assert not list(tmp_path.glob(".unfinished-*"))
-    unet.save_pretrained(tmp_path)  # whole again, without the stale shards
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "diffusion_pytorch_model.safetensors"]
-    assert torch.equal(PaellaUNet.from_pretrained(tmp_path).token_embedding.weight, unet.token_embedding.weight)
-
-
-def test_saving_one_variant_leaves_another(tmp_path):
-    unet = tiny_unet()
-    unet.save_pretrained(tmp_path)
-    unet.save_pretrained(tmp_path, variant="bf16", max_shard_size="10KB")
-    unet.save_pretrained(tmp_path, variant="bf16")
-    names = ["config.json", "diffusion_pytorch_model.bf16.safetensors", "diffusion_pytorch_model.safetensors"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == names
-
-
 # ------------------------------------------------------------------------------------------------- files that deceive
 
 
@@ -465,58 +373,3 @@ def test_malicious_pickles_in_the_published_layout(published, hub, tmp_path, nam
     with pytest.raises(ValueError, match=f"{name} is not a state dict.*Nothing in it was executed"):
         PaellaPipeline.from_pretrained("dome272/Paella", **published)
     assert not canary.exists()
-
-
-def test_deceiving_safetensors_are_refused_by_name(pipe, tmp_path):
-    pipe.unet.save_pretrained(tmp_path)
-    path = tmp_path / "diffusion_pytorch_model.safetensors"
-    whole = path.read_bytes()
-    state_dict = load_file(path)
-
-    path.write_bytes(whole[:-100])
-    with pytest.raises((OSError, ValueError), match="is damaged.*again|Unable to load weights.*safetensors"):
-        PaellaUNet.from_pretrained(tmp_path)
-    path.write_bytes((10**9).to_bytes(8, "little") + whole[8:])  # the header's length is a lie
-    with pytest.raises((OSError, ValueError), match="is damaged.*again|Unable to load weights.*safetensors"):
-        PaellaUNet.from_pretrained(tmp_path)
-    size = int.from_bytes(whole[:8], "little")
-    header = json.loads(whole[8 : 8 + size])
-    header["head.weight"]["shape"][0] *= 2  # so is a tensor's shape
-    path.write_bytes(whole[:8] + json.dumps(header).encode().ljust(size)[:size] + whole[8 + size :])
-    with pytest.raises((OSError, ValueError), match="is damaged.*again|Unable to load weights.*safetensors"):
-        PaellaUNet.from_pretrained(tmp_path)
-    save_file(state_dict | {"head.weight": state_dict["head.weight"][:5].clone()}, path)
-    with pytest.raises((ValueError, RuntimeError), match="head.weight"):
-        PaellaUNet.from_pretrained(tmp_path)
-    save_file(state_dict | {"head.weight": state_dict["head.weight"].long()}, path)
-    with pytest.raises(ValueError, match="integers and others are confused.*head.weight is torch.int64"):
-        PaellaUNet.from_pretrained(tmp_path)
-    path.unlink()
-    torch.save(state_dict | {"head.weight": state_dict["head.weight"].long()}, tmp_path / "diffusion_pytorch_model.bin")
-    with pytest.raises(ValueError, match="integers and others are confused.*head.weight is torch.int64"):
-        PaellaUNet.from_pretrained(tmp_path)
-
-
-@pytest.mark.parametrize("low_cpu_mem_usage", [True, False])
-def test_incomplete_weights_are_refused_by_name(pipe, tmp_path, low_cpu_mem_usage):
-    for name, missing in (("unet", "head.weight"), ("vqgan", "down_blocks.1.1.running_var")):
-        model = getattr(pipe, name)
-        missing = missing if missing in model.state_dict() else list(model.state_dict())[-1]
-        model.save_pretrained(tmp_path / name)
-        path = tmp_path / name / "diffusion_pytorch_model.safetensors"
-        state_dict = load_file(path)
-        del state_dict[missing]
-        save_file(state_dict, path)
-        with pytest.raises(ValueError, match=f"is no whole {type(model).__name__}: it has no .*{missing}"):
-            type(model).from_pretrained(tmp_path / name, low_cpu_mem_usage=low_cpu_mem_usage)
-
-
-def test_saving_with_adapters_attached_is_refused(pipe, tmp_path):
-    pipe.save_pretrained(tmp_path)
-    before = tokens(PaellaPipeline.from_pretrained(tmp_path))
-    pipe.unet.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q"]))
-    with pytest.raises(ValueError, match="Adapters are attached.*push_lora_to_hub"):
-        pipe.unet.save_pretrained(tmp_path / "unet")
-    with pytest.raises(ValueError, match="Adapters are attached.*push_lora_to_hub"):
-        pipe.save_pretrained(tmp_path)
-    assert torch.equal(tokens(PaellaPipeline.from_pretrained(tmp_path)), before)  # nothing is lost

@@ -169,11 +169,12 @@ def test_adapters_that_do_not_fit_are_refused_by_name(pipe, tmp_path):
     module = first.removeprefix("unet.").removesuffix(".lora_A.weight")
     without = {key: tensor for key, tensor in contents.items() if key != first}
     for weights, message in (
-        (without, f"incomplete: {module} has no lora_A.weight"),
-        (contents | {first: contents[first][:, 1:].contiguous()}, f"does not fit.*{module} has weights"),
-        (contents | {first: contents[first][1:].contiguous()}, f"does not fit.*{module} has weights"),
-        (contents | {first: contents[first].long()}, f"{module}.lora_A.weight torch.int64"),
-        (without | {"unet.mid_block.to_q.lora_A.weight": contents[first]}, "no such layers.*mid_block.to_q.lora_A"),
+        (without, f"does not fit this U-Net: missing keys {module}.lora_A.weight"),
+        (contents | {first: contents[first][:, 1:].contiguous()}, f"wrong tensors {module}.lora_A.weight is floating"),
+        (contents | {first: contents[first][1:].contiguous()}, f"wrong tensors {module}.lora_B.weight is floating"),
+        (contents | {first: contents[first].long()}, f"{module}.lora_A.weight is integer"),
+        (without | {"unet.mid_block.to_q.lora_A.weight": contents[first]}, "unexpected keys mid_block.to_q.lora_A"),
+        (without | {first.removesuffix(".weight"): contents[first]}, f"unexpected keys {module}.lora_A"),
     ):
         save_file(weights, path)
         for source in (folder, weights):

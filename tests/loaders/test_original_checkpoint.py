@@ -78,13 +78,13 @@ def test_missing_and_unexpected_keys_are_named(golden_a, tmp_path):
     state_dict = torch.load(golden_a.folder / "prior.pt", weights_only=True)
     state_dict["extra.weight"] = state_dict.pop("blocks.0.bias")
     torch.save(state_dict, tmp_path / "bad.pt")
-    with pytest.raises(ValueError, match=r"missing keys blocks\.0\.bias, unexpected keys extra\.weight"):
+    with pytest.raises(ValueError, match=r"missing keys blocks\.0\.bias; unexpected keys extra\.weight"):
         PaellaPrior.from_single_file(tmp_path / "bad.pt", golden_a.config["prior"])
 
 
 def test_misshapen_keys_are_named(golden_a):
     config = golden_a.config["vqgan"] | {"codebook_size": 65}
-    with pytest.raises(ValueError, match=r"vquantizer\.codebook\.weight \[64, 4\] instead of \[65, 4\]"):
+    with pytest.raises(ValueError, match=r"codebook\.weight is floating point \[64, 4\] instead of .* \[65, 4\]"):
         VQModel.from_single_file(golden_a.folder / "vqgan.pt", config)
 
 

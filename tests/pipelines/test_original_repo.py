@@ -8,7 +8,7 @@ import torch
 from conftest import tiny_components
 
 from paella_diffusers import PaellaPipeline
-from paella_diffusers.pipelines.original_repo import CLIP_REPO
+from paella_diffusers.loaders.original_repo import CLIP_REPO
 
 
 def tokens(pipe, **kwargs):

@@ -9,7 +9,7 @@ is complete and on the disk (`fsync`), it takes its name in one step.
 * `atomic_update(folder, marker)`: new files for a folder, all in one step; other files in it stay.
 * `unfinished_path(path)` and `publish(unfinished, path)`: the two halves, for a folder that several processes write.
 * `remove_abandoned(path)`: removes unfinished files of `path` whose process is dead; the three above do it first.
-* `interrupted_update(folder)` and `restore_folder(folder)`: see `atomic_update`.
+* `interrupted_update(folder)`, `check_not_interrupted(folder)` and `restore_folder(folder)`: see `atomic_update`.
 
 A process is known by host and id: what was left behind on another host is never removed. Windows has no `fsync` here, and no
 process is known to be dead there.
@@ -171,6 +171,15 @@ def remove_abandoned(path: str | os.PathLike):
 def interrupted_update(folder: str | os.PathLike) -> bool:
     """Whether an `atomic_update` of the folder stopped halfway, so that `restore_folder` is needed."""
     return any(_OWNED.fullmatch(path.name) for path in Path(folder).glob(".*-replaced-*"))
+
+
+def check_not_interrupted(folder: str | os.PathLike):
+    """Raise an `OSError` that says how to restore a folder, if an `atomic_update` of it stopped halfway."""
+    if interrupted_update(folder):
+        raise OSError(
+            f"Saving to {folder} was interrupted. Save again; or restore what was there before with "
+            f"`from {__name__} import restore_folder; restore_folder({str(folder)!r})`."
+        )
 
 
 def restore_folder(folder: str | os.PathLike):

@@ -1,21 +1,81 @@
-"""LoRA adapters of the U-Net, through diffusers' mixin and PEFT (the extra `lora`)."""
+"""LoRA adapters of the U-Net, through diffusers' mixins and PEFT (the extra `lora`)."""
 
 import json
+import math
 import os
+import re
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from diffusers.loaders import PeftAdapterMixin
 from diffusers.loaders.lora_base import LoraBaseMixin
 from diffusers.utils import convert_unet_state_dict_to_peft, is_peft_available
 from huggingface_hub import list_repo_files
 from safetensors import safe_open
 
 from ..about import pip_install
-from .hub import HUB_OPTIONS, find_file, push_lora
-from .original_checkpoint import read_state_dict
+from .atomic import atomic_file
+from .hub import push_lora
+from .hub_files import HUB_OPTIONS, find_file
+from .weights import TensorInfo, check_tensors, read_state_dict
 
 WEIGHT_NAMES = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin")
+MAX_RANK = 2**16
+
+
+class PaellaPeftAdapterMixin(PeftAdapterMixin):
+    """Adapters of the U-Net, with a scale for each block."""
+
+    def set_adapters(self, adapter_names: str | list[str], weights: float | dict | list[float | dict | None] | None = None):
+        """
+        Make adapters active.
+
+        Args:
+            adapter_names (`str` or `list[str]`): Which.
+            weights (`float`, `dict` or a list of one for each adapter, *optional*):
+                Their scales, 1 unless given. A dictionary has scales of parts of the U-Net, by the beginnings of their
+                layers' names, of which the longest counts: `{"down": 0.5, "up_blocks.3": 0.7}`; or as in other U-Nets of
+                diffusers, `{"down": 0.5, "up": {"block_3": 0.7}}`, where `block_3` is `up_blocks[3]`. Other layers have 1.
+
+        Raises:
+            ValueError: If there is no such adapter, the numbers of adapters and weights differ, a scale is no number, or an
+                adapter has no layer in a part that is named.
+        """
+        adapter_names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        weights = weights if isinstance(weights, list) else [weights] * len(adapter_names)
+        scales = [_scales_by_layer(w) for w in weights]
+        layers = {name: layer for name, layer in self.named_modules() if hasattr(layer, "set_scale")}
+        changes = []
+        for adapter, by_layer in zip(adapter_names, scales):
+            adapted = [name for name, layer in layers.items() if adapter in layer.scaling]
+            for beginning in sorted(by_layer.keys() - {""}, key=len):  # the longest is set last
+                inside = [name for name in adapted if f"{name}.".startswith(f"{beginning}.")]
+                if adapted and not inside:
+                    raise ValueError(f"The adapter {adapter!r} has no layers in {beginning!r}, but in {_parts(adapted)}.")
+                changes += [(layers[name], adapter, by_layer[beginning]) for name in inside]
+        super().set_adapters(adapter_names, [by_layer.get("", 1.0) for by_layer in scales])
+        for layer, adapter, scale in changes:
+            layer.set_scale(adapter, scale)
+
+
+def _scales_by_layer(weights: float | dict | None, beginning: str = "") -> dict[str, float]:
+    """Scales by the beginnings of layers' names, "" for all, from nested dictionaries with diffusers' names of blocks."""
+    if not isinstance(weights, dict):
+        scale = 1.0 if weights is None else weights
+        if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale):
+            raise ValueError(f"The scale of {beginning or 'an adapter'} must be a finite number, got {scale!r}.")
+        return {beginning: float(scale)}
+    scales = {}
+    for name, value in weights.items():
+        name = {"down": "down_blocks", "up": "up_blocks"}.get(name, name) if not beginning else name.removeprefix("block_")
+        scales |= _scales_by_layer(value, f"{beginning}.{name}" if beginning else name)
+    return scales
+
+
+def _parts(layers) -> list[str]:
+    return sorted({re.match(r"(?:(?:down|up)_blocks\.\d+|[^.]+)", name)[0] for name in layers})
 
 
 class PaellaLoraLoaderMixin(LoraBaseMixin):
@@ -49,8 +109,7 @@ class PaellaLoraLoaderMixin(LoraBaseMixin):
             path = _adapter_file(source, use_safetensors, **place, options=options)
             state_dict = read_state_dict(path)
             if path.endswith(".safetensors"):
-                with safe_open(path, framework="pt") as file:
-                    metadata = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "null"))
+                metadata = _read_metadata(path)
         return (state_dict, metadata) if return_lora_metadata else state_dict
 
     def load_lora_weights(
@@ -85,7 +144,11 @@ class PaellaLoraLoaderMixin(LoraBaseMixin):
                 f"{foreign[:3] or 'an empty file'}."
             )
         state_dict = convert_unet_state_dict_to_peft(state_dict)
-        _check_fits(self.unet, {key.removeprefix(f"{self.unet_name}."): t for key, t in state_dict.items()})
+        prefix = f"{self.unet_name}."
+        weights = {key.removeprefix(prefix): tensor for key, tensor in state_dict.items()}
+        _check_fits(self.unet, weights)
+        metadata = {key.removeprefix(prefix): value for key, value in (metadata or {}).items()}
+        metadata = {prefix + key: value for key, value in _adapter_config(weights, metadata).items()}
         self.load_lora_into_unet(
             state_dict,
             unet=self.unet,
@@ -121,7 +184,7 @@ class PaellaLoraLoaderMixin(LoraBaseMixin):
         unet_lora_adapter_metadata: dict | None = None,
     ):
         """
-        Write an adapter to `save_directory/pytorch_lora_weights.safetensors`.
+        Write an adapter to `save_directory/pytorch_lora_weights.safetensors`, whole or not at all.
 
         Args:
             unet_lora_layers (`dict`): `peft.get_peft_model_state_dict(pipe.unet, adapter_name)`.
@@ -129,15 +192,20 @@ class PaellaLoraLoaderMixin(LoraBaseMixin):
         """
         if not unet_lora_layers:
             raise ValueError("Pass `unet_lora_layers`: an adapter without weights is none.")
-        cls._save_lora_weights(
-            save_directory=save_directory,
-            lora_layers={cls.unet_name: unet_lora_layers},
-            lora_metadata={cls.unet_name: unet_lora_adapter_metadata},
-            is_main_process=is_main_process,
-            weight_name=weight_name,
-            save_function=save_function,
-            safe_serialization=safe_serialization,
-        )
+        if not is_main_process:
+            return
+        name = weight_name or WEIGHT_NAMES[0 if safe_serialization else 1]
+        Path(save_directory).mkdir(parents=True, exist_ok=True)
+        with atomic_file(Path(save_directory) / name) as unfinished:
+            cls._save_lora_weights(
+                save_directory=unfinished.parent,
+                lora_layers={cls.unet_name: unet_lora_layers},
+                lora_metadata={cls.unet_name: unet_lora_adapter_metadata},
+                is_main_process=True,
+                weight_name=unfinished.name,
+                save_function=save_function,
+                safe_serialization=safe_serialization,
+            )
 
     def push_lora_to_hub(self, repo_id: str, adapter_name: str | None = None, **kwargs) -> str:
         """
@@ -196,25 +264,96 @@ def _adapter_file(source, use_safetensors: bool | None, weight_name, subfolder, 
     return find_file(source, folder + names[0], revision, options)
 
 
+def _read_metadata(path: str) -> dict | None:
+    """The configuration that an adapter's safetensors file carries, if any."""
+    with safe_open(path, framework="pt") as file:
+        text = (file.metadata() or {}).get("lora_adapter_metadata", "null")
+    try:
+        metadata = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} has metadata that are not JSON: {text[:80]!r}.") from error
+    if metadata is not None and not isinstance(metadata, dict):
+        raise ValueError(f"{path} has metadata that are no dictionary: {text[:80]!r}.")
+    return metadata
+
+
 def _check_fits(unet: torch.nn.Module, state_dict: dict[str, torch.Tensor]):
-    """Refuse an adapter with half of a pair, or of another model."""
-    modules = dict(unet.named_modules())
-    strange, shapes = [], {}
+    """Refuse an adapter of another model, or one that lacks half of a pair."""
+    modules, expected = dict(unet.named_modules()), {}
+    found = {key: TensorInfo.of(tensor) for key, tensor in state_dict.items()}
+    for name in dict.fromkeys(key.partition(".lora_")[0] for key in found):
+        layer = modules.get(name)
+        shapes = _adapter_shapes(getattr(layer, "base_layer", layer), name, found)
+        expected |= {f"{name}.lora_{part}": TensorInfo(shape, True) for part, shape in shapes.items()}
+    check_tensors(found, expected, "The adapter", "this U-Net")
+
+
+def _adapter_shapes(layer: torch.nn.Module | None, name: str, found: dict[str, TensorInfo]) -> dict[str, tuple[int, ...]]:
+    """The shapes that an adapter's tensors of some rank must have for a layer; none if there is no such layer."""
+    part = "embedding_A" if isinstance(layer, torch.nn.Embedding) else "A.weight"
+    rank = next(iter(found.get(f"{name}.lora_{part}", TensorInfo((), True)).shape), 1)
+    if isinstance(layer, torch.nn.Embedding):
+        return {"embedding_A": (rank, layer.num_embeddings), "embedding_B": (layer.embedding_dim, rank)}
+    if isinstance(layer, torch.nn.Linear):
+        shapes = {"A.weight": (rank, layer.in_features), "B.weight": (layer.out_features, rank)}
+        more = {"B.bias": (layer.out_features,), "magnitude_vector": (layer.out_features,)}
+    elif isinstance(layer, torch.nn.Conv2d):
+        ones, channels = (1, 1), layer.out_channels
+        shapes = {
+            "A.weight": (rank, layer.in_channels, *layer.kernel_size),
+            "B.weight": (channels, rank // layer.groups, *ones),
+        }
+        more = {"B.bias": (channels,), "magnitude_vector": (1, channels, *ones)}
+    else:
+        return {}
+    return shapes | {part: shape for part, shape in more.items() if f"{name}.lora_{part}" in found}
+
+
+def _adapter_config(state_dict: dict[str, torch.Tensor], metadata: dict) -> dict:
+    """
+    PEFT's configuration of an adapter: layers and ranks are those of its weights, which fit the model; its scale and dropout
+    are those of the metadata. Regular expressions in the metadata are not evaluated, as they can be made to take for ever.
+    """
+    kind = metadata.get("peft_type") or "LORA"
+    if kind != "LORA":
+        raise ValueError(f"The adapter must be a LoRA, got {kind!r} in its metadata.")
+    patterns = {name: metadata.get(name) or {} for name in ("rank_pattern", "alpha_pattern")}
+    for name, pattern in patterns.items():
+        if not isinstance(pattern, dict) or not all(re.fullmatch(r"\^?[\w.]+", key) for key in pattern):
+            raise ValueError(f"`{name}` in the adapter's metadata must have names of layers, got {str(pattern)[:80]}.")
+    for rank in (metadata.get("r") or 1, *patterns["rank_pattern"].values()):
+        if not isinstance(rank, int) or not 1 <= rank <= MAX_RANK:
+            raise ValueError(f"The rank in the adapter's metadata must be in [1, {MAX_RANK}], got {rank!r}.")
+    ranks = {}
     for key, tensor in state_dict.items():
         name, _, part = key.partition(".lora_")
-        if name not in modules or not tensor.is_floating_point():
-            strange.append(f"{key} {tensor.dtype}")
-        elif part in ("A.weight", "B.weight"):
-            shapes.setdefault(name, {})[part[0]] = tuple(tensor.shape)
-    if strange:
-        raise ValueError(f"The adapter does not fit this U-Net, which has no such layers, or no such dtypes: {strange[:5]}.")
-    for name, pair in shapes.items():
-        if pair.keys() != {"A", "B"}:
-            raise ValueError(f"The adapter is incomplete: {name} has no lora_{({'A', 'B'} - pair.keys()).pop()}.weight.")
-        rank, weight = pair["A"][0], modules[name].weight.shape
-        is_linear = len(weight) == 2  # grouped convolutions' are of other shapes
-        if pair["B"][:2] != (weight[0], rank) or (is_linear and pair["A"][1:] != weight[1:]):
-            raise ValueError(
-                f"The adapter does not fit this U-Net: {name} has weights {tuple(weight)}, for which lora_A {pair['A']} and "
-                f"lora_B {pair['B']} are not."
-            )
+        if part in ("A.weight", "embedding_A"):
+            ranks[name] = tensor.shape[0]
+    default = metadata.get("lora_alpha")
+    alphas = {name: _of_layer(name, patterns["alpha_pattern"], default) or rank for name, rank in ranks.items()}
+    for alpha in alphas.values():
+        if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
+            raise ValueError(f"`lora_alpha` in the adapter's metadata must be a finite number, got {alpha!r}.")
+    dropout = metadata.get("lora_dropout") or 0.0
+    if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
+        raise ValueError(f"`lora_dropout` in the adapter's metadata must be in [0, 1), got {dropout!r}.")
+    rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
+    return {
+        "r": rank,
+        "lora_alpha": alpha,
+        "rank_pattern": {f"^{name}": value for name, value in ranks.items() if value != rank},
+        "alpha_pattern": {f"^{name}": value for name, value in alphas.items() if value != alpha},
+        "target_modules": sorted(ranks),
+        "lora_dropout": dropout,
+        "use_rslora": metadata.get("use_rslora") is True,
+        "use_dora": any("lora_magnitude_vector" in key for key in state_dict),
+        "lora_bias": any(key.endswith("lora_B.bias") for key in state_dict),
+    }
+
+
+def _of_layer(name: str, pattern: dict[str, float], default):
+    """A layer's value in one of PEFT's patterns: of its whole name (`^NAME`) or of the end of it."""
+    for key, value in pattern.items():
+        if name == key.removeprefix("^") or (not key.startswith("^") and name.endswith(f".{key}")):
+            return value
+    return default

@@ -1,7 +1,6 @@
 """The published layout of Paella's checkpoints, in and out: a pickled flat state dict for each model."""
 
 import json
-import pickle
 import re
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -14,7 +13,11 @@ from accelerate import init_empty_weights
 from huggingface_hub import split_torch_state_dict_into_shards
 from huggingface_hub.constants import ENDPOINT
 
-from .hub import download
+from .atomic import atomic_update
+from .config_check import check_config
+from .hub_files import download
+from .saving import superseded_weights
+from .weights import TensorInfo, check_tensors, read_state_dict
 
 SHARD = "diffusion_pytorch_model{suffix}.safetensors"
 HUB_URL = re.compile(
@@ -75,28 +78,31 @@ class OriginalCheckpointMixin:
         max_shard_size: int | str = "512MB",
     ):
         """
-        From a checkpoint in the published layout to a folder in diffusers', file by file: no more than one of them, of at
-        most `max_shard_size`, is in memory beside the mapped checkpoint. Other arguments and errors: see `from_single_file`.
+        Convert a checkpoint in the published layout to a folder in diffusers', file by file: beside the mapped checkpoint,
+        only one file of at most `max_shard_size` is in memory. Other arguments and errors: see `from_single_file`.
         """
         model, state_dict = cls._empty_and_state_dict(path, original_config)
-        model.save_config(save_directory)
         dtypes = {key: dtype or torch.float32 if t.is_floating_point() else t.dtype for key, t in state_dict.items()}
         empty = {key: torch.empty(t.shape, dtype=dtypes[key], device="meta") for key, t in state_dict.items()}
         split = split_torch_state_dict_into_shards(empty, filename_pattern=SHARD, max_shard_size=max_shard_size)
-        for filename, keys in split.filename_to_tensors.items():
-            shard = {key: state_dict[key].to(dtypes[key]).contiguous() for key in keys}
-            safetensors.torch.save_file(shard, Path(save_directory) / filename, metadata={"format": "pt"})
-        if split.is_sharded:
-            index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-            path = Path(save_directory) / SHARD.format(suffix="")
-            path.with_name(path.name + ".index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+        with atomic_update(save_directory, cls.config_name, superseded_weights(None)) as unfinished:
+            model.save_config(unfinished)
+            for filename, keys in split.filename_to_tensors.items():
+                shard = {key: state_dict[key].to(dtypes[key]).contiguous() for key in keys}
+                safetensors.torch.save_file(shard, unfinished / filename, metadata={"format": "pt"})
+            if split.is_sharded:
+                index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+                path = unfinished / f"{SHARD.format(suffix='')}.index.json"
+                path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
     @classmethod
     def _empty_and_state_dict(cls, path, original_config: dict | None):
         """The model without weights, and its weights: views of the mapped file."""
         original = read_state_dict(path)
+        config = _translate_config(cls._original_checkpoint, original_config or {})
+        check_config(cls, config)
         with init_empty_weights():
-            model = cls(**_translate_config(cls._original_checkpoint, original_config or {}))
+            model = cls(**config)
         return model, _from_original(model, original, path)
 
     def to_original_config(self) -> dict:
@@ -115,36 +121,6 @@ class OriginalCheckpointMixin:
         if getattr(self, "peft_config", None):
             raise ValueError("The published layout has no adapters: first fuse them into the weights, and unload them.")
         return to_original(self, self.state_dict())
-
-
-def read_state_dict(path: str | Path) -> dict[str, torch.Tensor]:
-    """
-    The flat state dict in a `.pt` or `.safetensors` file, memory-mapped and without executing anything from a pickle.
-
-    Raises:
-        ValueError: If the file holds anything but a state dict.
-    """
-    try:
-        if str(path).endswith(".safetensors"):
-            return safetensors.torch.load_file(path)
-        # only zip archives, torch's format since 1.6, can be mapped
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (pickle.UnpicklingError, safetensors.SafetensorError, EOFError, LookupError, RuntimeError) as error:
-        raise ValueError(
-            f"{path} is not a state dict that can be loaded safely. Nothing in it was executed. If it is a checkpoint that "
-            f"you trust, save its state dict alone with `torch.save(model.state_dict(), path)`. ({error})"
-        ) from error
-    for name in ("ema_state_dict", "state_dict"):
-        if isinstance(content, dict) and isinstance(content.get(name), dict) and content[name]:
-            content = content[name]
-            break
-    if not (
-        isinstance(content, dict)
-        and content
-        and all(isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in content.items())
-    ):
-        raise ValueError(f"{path} holds no state dict, that is, no dictionary from names to tensors.")
-    return content
 
 
 def to_original(model, state_dict: Mapping[str, torch.Tensor], dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
@@ -187,35 +163,21 @@ def _resolve(path_or_hub_url, hub_kwargs) -> str:
 
 def _from_original(model, original, path) -> dict[str, torch.Tensor]:
     """The published state dict under our names and shapes; views, not copies."""
-    keys = _original_keys(model)
-    missing = {key for key, _, _ in keys.values()} - original.keys()
-    unexpected = original.keys() - {key for key, _, _ in keys.values()}
-    if missing or unexpected:
-        raise ValueError(
-            f"{path} is not a checkpoint of {type(model).__name__} in the given configuration: missing keys "
-            f"{_shorten(missing)}, unexpected keys {_shorten(unexpected)}. `original_config` takes the published "
-            "constructor's arguments where they differ from the released model's."
-        )
-    state_dict, misshapen = {}, []
-    for key, expected in model.state_dict().items():
+    keys, expected = _original_keys(model), {}
+    for key, tensor in model.state_dict().items():
         original_key, part, is_conv = keys[key]
-        tensor = original[original_key]
-        shape = list(expected.shape) + [1, 1] * is_conv
+        shape = tuple(tensor.shape) + (1, 1) * is_conv
         if part is not None:
-            shape[0] *= 3
-        if list(tensor.shape) != shape:
-            misshapen.append(f"{original_key} {list(tensor.shape)} instead of {shape}")
-            continue
-        if tensor.is_floating_point() != expected.is_floating_point():
-            misshapen.append(f"{original_key} is {tensor.dtype} instead of {expected.dtype}")
-            continue
+            shape = (shape[0] * 3, *shape[1:])
+        expected[original_key] = TensorInfo(shape, tensor.is_floating_point())
+    found = {key: TensorInfo.of(tensor) for key, tensor in original.items()}
+    remedy = "`original_config` takes the published constructor's arguments where they differ from the released model's."
+    check_tensors(found, expected, path, f"{type(model).__name__} in the given configuration", remedy)
+    state_dict = {}
+    for key, (original_key, part, is_conv) in keys.items():
+        tensor = original[original_key]
         tensor = tensor if part is None else tensor.chunk(3)[part]
         state_dict[key] = tensor.flatten(1) if is_conv else tensor
-    if misshapen:
-        raise ValueError(
-            f"{path} does not fit {type(model).__name__} in the given configuration: {_shorten(misshapen)}. "
-            "`original_config` takes the published constructor's arguments where they differ from the released model's."
-        )
     return state_dict
 
 
@@ -231,11 +193,6 @@ def _cast(model, path, state_dict, dtype: torch.dtype, at_once: int = 2**28) -> 
         read += tensor.nbytes
         cast[key] = tensor.to(dtype) if tensor.is_floating_point() else tensor.clone()
     return cast
-
-
-def _shorten(names) -> str:
-    names = sorted(names)
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "") if names else "none"
 
 
 # ------------------------------------------------------------------------------------------------ published names

@@ -9,8 +9,9 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 from torch import nn
 
-from ..loaders.hub import PaellaHubMixin, WholeOrNotAtAllMixin
+from ..loaders.hub import PaellaHubMixin
 from ..loaders.original_checkpoint import OriginalCheckpointMixin
+from ..loaders.saving import AtomicSaveMixin
 from .unet_paella import sinusoidal_embedding
 
 
@@ -41,7 +42,7 @@ class PaellaPriorBlock(nn.Module):
         return hidden_states + self.norm_out(self.proj_out(F.gelu(self.norm_in(inner))))
 
 
-class PaellaPrior(PaellaHubMixin, WholeOrNotAtAllMixin, ModelMixin, ConfigMixin, OriginalCheckpointMixin):
+class PaellaPrior(PaellaHubMixin, AtomicSaveMixin, ModelMixin, ConfigMixin, OriginalCheckpointMixin):
     r"""
     The prior released beside Paella: a stack of residual MLPs that predicts the noise in a CLIP image embedding. Its
     noise schedule is the continuous cosine of diffusers' `DDPMWuerstchenScheduler`. Defaults: the released sizes, 900 M

@@ -6,15 +6,16 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.attention import AttentionMixin
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput, apply_lora_scale
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 
-from ..loaders.hub import PaellaHubMixin, WholeOrNotAtAllMixin
+from ..loaders.hub import PaellaHubMixin
+from ..loaders.lora import PaellaPeftAdapterMixin
 from ..loaders.original_checkpoint import OriginalCheckpointMixin
+from ..loaders.saving import AtomicSaveMixin
 from .attention import PaellaAttention
 
 
@@ -262,7 +263,7 @@ class PaellaUpsample(nn.Module):
 
 
 class PaellaUNet(
-    PaellaHubMixin, WholeOrNotAtAllMixin, ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin, OriginalCheckpointMixin
+    PaellaHubMixin, AtomicSaveMixin, ModelMixin, AttentionMixin, ConfigMixin, PaellaPeftAdapterMixin, OriginalCheckpointMixin
 ):
     r"""
     The denoiser of Paella (https://huggingface.co/papers/2211.07292, section 3.2; released version 3). The defaults are

@@ -11,8 +11,9 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 
-from ..loaders.hub import PaellaHubMixin, WholeOrNotAtAllMixin
+from ..loaders.hub import PaellaHubMixin
 from ..loaders.original_checkpoint import OriginalCheckpointMixin
+from ..loaders.saving import AtomicSaveMixin
 
 
 @dataclass
@@ -110,9 +111,7 @@ class MixingResidualBlock(nn.Module):
         return hidden_states + self.channelwise(norm * (1 + scale2) + shift2).permute(0, 3, 1, 2) * gain2
 
 
-class PaellaVQModel(
-    PaellaHubMixin, WholeOrNotAtAllMixin, ModelMixin, AutoencoderMixin, ConfigMixin, OriginalCheckpointMixin
-):
+class PaellaVQModel(PaellaHubMixin, AtomicSaveMixin, ModelMixin, AutoencoderMixin, ConfigMixin, OriginalCheckpointMixin):
     r"""
     The VQGAN of Paella (https://huggingface.co/papers/2211.07292, section 3.1). Weights and configuration have the
     names of diffusers' `PaellaVQModel`: either class reads the other's folder. Calls differ: this one scales latents.

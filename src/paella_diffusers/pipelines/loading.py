@@ -1,16 +1,46 @@
 """How Paella's pipelines are loaded and saved."""
 
 import importlib
+import inspect
+import json
 import os
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DDPMWuerstchenScheduler, DiffusionPipeline
+from diffusers.utils import logging
+from transformers import PreTrainedModel
 
 from .. import registration
-from ..loaders.hub import PaellaHubMixin, WholeOrNotAtAllMixin, connection_errors, loading_errors
-from .low_memory import leave_on_disk, weights_on_disk
-from .original_repo import has_original_layout, load_original_components
+from ..loaders.atomic import atomic_update
+from ..loaders.config_check import check_sizes
+from ..loaders.hub import PaellaHubMixin
+from ..loaders.hub_files import HUB_OPTIONS, connection_errors, find_file, loading_errors, read_json
+from ..loaders.low_memory import leave_on_disk, weights_on_disk
+from ..loaders.original_repo import has_original_layout, load_encoder, read_original_config
+from ..loaders.quiet import ignore_message, no_inner_bars
+from ..loaders.saving import AtomicSaveMixin, superseded_weights
+from ..models.prior_paella import PaellaPrior
+from ..models.unet_paella import PaellaUNet
+from ..models.vq_model import PaellaVQModel
+from ..schedulers.scheduling_paella import PaellaScheduler
+
+logger = logging.get_logger(__name__)
+
+LIBRARIES = ("diffusers", "transformers", registration.LIBRARY)  # whose classes `low_memory` loads
+ORIGINAL_MODELS = {  # and what the published code calls them
+    "unet": (PaellaUNet, "paella"),
+    "vqgan": (PaellaVQModel, "vqgan"),
+    "prior": (PaellaPrior, "prior"),
+}
+COMPANIONS = {  # of no use without the other
+    "text_encoder": "tokenizer",
+    "text_encoder_2": "tokenizer_2",
+    "image_encoder": "feature_extractor",
+    "prior": "prior_scheduler",
+}
 
 
 class LoadingMixin(PaellaHubMixin):
@@ -19,21 +49,21 @@ class LoadingMixin(PaellaHubMixin):
     def __setattr__(self, name: str, value):
         super().__setattr__(name, value)
         # diffusers would record the module path of our classes, here and when a component is swapped
-        if name in self.__dict__.get("_internal_dict", {}):
+        if name in getattr(self, "config", ()):
             self.register_to_config(**registration.library_names({name: value}))
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs):
         """
-        A pipeline of this class from the components of another, which are shared, not copied; `kwargs` replace some. Dtypes
-        stay as they are unless `dtype` is given.
+        A pipeline of this class from the components and settings of another. The components are shared, not copied; `kwargs`
+        replace some. Dtypes stay as they are unless `dtype` is given.
         """
         dtypes = [kwargs.pop(name, None) for name in ("dtype", "torch_dtype")]
         if any(dtypes):
             return super().from_pipe(pipeline, dtype=dtypes[0] or dtypes[1], **kwargs)
-        names, _ = cls._get_signature_keys(cls)
-        components = {name: component for name, component in pipeline.components.items() if name in names}
-        made = cls(**components | kwargs)
+        settings = dict(pipeline.config) | pipeline.components
+        taken = {name: settings[name] for name in inspect.signature(cls).parameters if name in settings}
+        made = cls(**taken | kwargs)
         if "_name_or_path" in pipeline.config:
             made.register_to_config(_name_or_path=pipeline.config._name_or_path)
         return made
@@ -49,11 +79,13 @@ class LoadingMixin(PaellaHubMixin):
 
         Args:
             pretrained_model_name_or_path (`str` or `Path`): A Hub id or a folder.
-            dtype (`torch.dtype` or `dict`, defaults to `torch.float32`): Of the weights, or by component name.
+            dtype (`torch.dtype` or `dict`, defaults to `torch.float32`):
+                Of the weights, or by component name. The dtype in which they are stored has no influence.
             low_memory (`bool`, defaults to `False`):
                 Leave the models' weights in their files, which must be safetensors in diffusers' layout, and map them into
                 memory only while they are needed, one model at a time: encode, release, denoise, release, decode. Slower by
-                reading them again in each call. On any device: `to` says where they are needed.
+                reading them again in each call; calls from several threads wait for each other. `to` says on which device
+                the weights are needed.
             kwargs:
                 As for `DiffusionPipeline.from_pretrained`: components, `cache_dir`, `token`, `local_files_only`, `revision`.
                 In the published layout, `revision` is that of the Paella repository, and `original_config` has the published
@@ -61,6 +93,7 @@ class LoadingMixin(PaellaHubMixin):
 
         Raises:
             ValueError: If the repository is in neither layout, or a checkpoint does not fit its model.
+            OSError: If a file is missing or out of reach, or the folder was left by an interrupted save.
         """
         earlier_name = kwargs.pop("torch_dtype", None)
         # without a dtype, transformers would keep the stored one
@@ -69,41 +102,63 @@ class LoadingMixin(PaellaHubMixin):
         low_memory = kwargs.pop("low_memory", False)
         with loading_errors(str(source), cls.config_name, kwargs.get("revision")):
             original = has_original_layout(source, **kwargs)
-            if low_memory and not original and not Path(source).is_dir():
-                source = cls.download(source, **kwargs)
-        if original and low_memory:
+            folder = source if original or Path(source).is_dir() else cls.download(source, **kwargs)
+        with no_inner_bars, ignore_message("transformers.utils.import_utils", "requires torchvision"):
+            if original:
+                return cls._from_original(source, low_memory, **kwargs)
+            return cls._from_folder(Path(folder), str(source), low_memory, **kwargs)
+
+    @classmethod
+    def _from_original(cls, source, low_memory: bool, **kwargs):
+        if low_memory:
             raise ValueError(
                 f"`low_memory` needs diffusers' layout: first `paella-diffusers convert {source} FOLDER --dtype bfloat16`."
             )
-        if original:
-            modules, _ = cls._get_signature_keys(cls)
-            with connection_errors(f"{source} was loaded", "Call again: whole files are kept."):
-                pipeline = cls(**load_original_components(source, modules, **kwargs))
-            pipeline.register_to_config(_name_or_path=str(source))
-            return pipeline
+        components = {}
+        with connection_errors(f"{source} was loaded", "Call again: whole files are kept."):
+            parts = original_components(source, component_names(cls), **kwargs)
+            for name, (load, _) in logging.tqdm(parts.items(), desc="Loading pipeline components..."):
+                components[name] = load()
+        pipeline = cls(**components)
+        pipeline.register_to_config(_name_or_path=str(source))
+        return pipeline
+
+    @classmethod
+    def _from_folder(cls, folder: Path, source: str, low_memory: bool, **kwargs):
+        names = [name for name in component_names(cls) if name not in kwargs]
+        classes = component_classes(cls.load_config(folder), names, folder)
+        for name, part in classes.items():
+            config = folder / name / "config.json"
+            if issubclass(part, PreTrainedModel) and config.is_file():
+                check_sizes(f"{name} ({part.__name__})", read_json(config), layers_only=True)
         if low_memory:
-            classes = {
-                name: getattr(importlib.import_module(entry[0]), entry[1])
-                for name, entry in cls.load_config(source).items()
-                if isinstance(entry, list) and entry[0] and name not in kwargs
-            }
-            classes = {name: part for name, part in classes.items() if issubclass(part, torch.nn.Module)}
-            kwargs |= leave_on_disk(Path(source), classes, kwargs["dtype"], kwargs.get("variant"))
+            own = {name: part for name, part in classes.items() if issubclass(part, torch.nn.Module)}
+            own = {name: part for name, part in own.items() if part.__module__.split(".")[0] in LIBRARIES}
+            kwargs |= leave_on_disk(folder, own, kwargs["dtype"], kwargs.get("variant"))
         # diffusers would warn, and print them whole, of models that are not its own
         given = {name: part for name, part in kwargs.items() if type(part).__module__.startswith("paella_diffusers.models")}
-        pipeline = super().from_pretrained(source, **kwargs | dict.fromkeys(given))
+        pipeline = super().from_pretrained(folder, **kwargs | dict.fromkeys(given))
         pipeline.register_modules(**given)
         pipeline._prepare_for_images()
-        if low_memory:
-            pipeline.register_to_config(_name_or_path=str(pretrained_model_name_or_path))
+        pipeline.register_to_config(_name_or_path=source)
         return pipeline
 
     def to(self, *args, **kwargs):
-        """As `DiffusionPipeline.to`; with `low_memory`, it says where models shall be while they are called."""
+        """
+        As `DiffusionPipeline.to`, with one warning for all models in float16 on a CPU; with `low_memory`, it says where
+        models shall be while they are called.
+        """
         hooks = weights_on_disk(self)
-        if not hooks:
-            return super().to(*args, **kwargs)
         given = [*args, *kwargs.values()]
+        if not hooks:
+            silent = kwargs.pop("silence_dtype_warnings", False)
+            super().to(*args, silence_dtype_warnings=True, **kwargs)
+            half = [n for n, part in self.components.items() if getattr(part, "dtype", None) == torch.float16]
+            if half and not silent and any(str(value) == "cpu" for value in given):
+                logger.warning(
+                    f"{', '.join(half)}: float16 is slow on most CPUs. `to(torch.bfloat16)` needs as little memory."
+                )
+            return self
         if any(isinstance(value, torch.dtype) for value in given):
             raise ValueError("With `low_memory`, weights are read in one dtype: pass `dtype` to `from_pretrained`.")
         device = next((value for value in given if isinstance(value, str | torch.device)), None)
@@ -115,10 +170,16 @@ class LoadingMixin(PaellaHubMixin):
         return self
 
     def maybe_free_model_hooks(self):
-        """As `DiffusionPipeline.maybe_free_model_hooks`; with `low_memory`, takes away the last model's weights too."""
-        super().maybe_free_model_hooks()
+        """As `DiffusionPipeline.maybe_free_model_hooks`; with `low_memory`, releases the last model's weights too."""
         for hook in weights_on_disk(self):
             hook.release()
+        super().maybe_free_model_hooks()
+
+    def remove_all_hooks(self):
+        """As `DiffusionPipeline.remove_all_hooks`, with which offloading begins; refused with `low_memory`."""
+        if weights_on_disk(self):
+            raise ValueError("With `low_memory` models are offloaded already: to offload in another way, load without it.")
+        super().remove_all_hooks()
 
     def save_pretrained(
         self,
@@ -130,14 +191,121 @@ class LoadingMixin(PaellaHubMixin):
         **kwargs,
     ):
         """
-        As `DiffusionPipeline.save_pretrained`. Until it returns there is no `model_index.json`: nothing loads the folder.
+        As `DiffusionPipeline.save_pretrained`, but whole or not at all: a process that is killed at any moment leaves the
+        earlier pipeline or the new one; see [`~loaders.atomic.atomic_update`] for systems other than Linux. Other files in
+        the folder stay.
+
+        Weights are stored in the dtypes that they have, and load in float32 unless `dtype` is given to `from_pretrained`.
         """
         for component in self.components.values():
-            if isinstance(component, WholeOrNotAtAllMixin):
+            if isinstance(component, AtomicSaveMixin):
                 component.check_savable()
-        Path(save_directory, self.config_name).unlink(missing_ok=True)
         options = {"safe_serialization": safe_serialization, "variant": variant, "max_shard_size": max_shard_size}
-        super().save_pretrained(save_directory, **options)
+        with atomic_update(save_directory, self.config_name, superseded_weights(variant)) as unfinished, no_inner_bars:
+            super().save_pretrained(unfinished, **options)
+            for name in component_names(type(self)):
+                load_in_float32(unfinished / name)
         if push_to_hub:
             repo_id = kwargs.pop("repo_id", Path(save_directory).name)
             self.push_to_hub(repo_id, **options, **kwargs)
+
+
+def component_names(cls: type[DiffusionPipeline]) -> list[str]:
+    """The components of a pipeline class: its arguments that are required or declared optional components."""
+    parameters = inspect.signature(cls).parameters.values()
+    return [p.name for p in parameters if p.default is p.empty or p.name in cls._optional_components]
+
+
+def component_classes(index: dict, names: list[str], folder: str | Path) -> dict[str, type]:
+    """
+    The classes that a `model_index.json` names, of `LIBRARIES` or of what was imported before; nothing else is imported, and
+    other entries are left to diffusers, which refuses them.
+
+    Args:
+        index (`dict`): The contents of `model_index.json`.
+        names (`list[str]`): The components that are wanted.
+        folder (`str` or `Path`): Where it is, for errors.
+
+    Raises:
+        ValueError: If an entry is no pair of names, or does not name a class.
+    """
+    classes = {}
+    for name in names:
+        entry = index.get(name)
+        if entry is None or entry in ([None, None], (None, None)):
+            continue
+        what = f"{folder} names {str(entry)[:80]} as the {name} in `model_index.json`"
+        if not isinstance(entry, list | tuple) or len(entry) != 2 or not all(isinstance(part, str) for part in entry):
+            raise ValueError(f"{what}, which should be a library and a class.")
+        library, class_name = entry
+        module = importlib.import_module(library) if library in LIBRARIES else sys.modules.get(library)
+        if hasattr(module, class_name):
+            classes[name] = getattr(module, class_name)
+            if not isinstance(classes[name], type):
+                raise ValueError(f"{what}, which is no class.")
+    return classes
+
+
+def load_in_float32(folder: Path):
+    """Let transformers load a saved model in float32 unless told otherwise, as diffusers does, whatever its weights are."""
+    path = folder / "config.json"
+    config = read_json(path) if path.is_file() else {}
+    if "dtype" in config:
+        path.write_text(json.dumps(config | {"dtype": "float32"}, indent=2, sort_keys=True) + "\n")
+
+
+def original_components(
+    path: str | Path,
+    names: list[str],
+    dtype: torch.dtype | dict,
+    revision: str | None = None,
+    original_config: dict | None = None,
+    **kwargs,
+) -> dict[str, tuple[Callable, Callable | None]]:
+    """
+    For every component a function that loads it from the published layout, and, for the models of this package, one that
+    converts it to a folder without loading it whole. Components in `kwargs` are taken as they are, None included.
+
+    Args:
+        path (`str` or `Path`): A folder or Hub repository with `paella_v3.pt`, `vqgan_f4.pt` and `prior_v1.pt`.
+        names (`list[str]`): The pipeline's components.
+        dtype (`torch.dtype` or `dict`): Of the weights, or by component name, with `"default"`.
+        original_config (`dict`, *optional*):
+            The published constructors' arguments under `paella`, `vqgan` and `prior`, where they differ from the released
+            model's; read from the repository's `config.json` if it has one.
+    """
+    if kwargs.pop("variant", None) is not None:
+        raise ValueError("The published layout has no variants: leave `variant` out, and pass `dtype` for half precision.")
+    given = {name: kwargs.pop(name) for name in names if name in kwargs}
+    options = {name: kwargs.pop(name) for name in HUB_OPTIONS if name in kwargs}
+    if kwargs:
+        logger.warning(f"Keyword arguments {sorted(kwargs)} have no effect in the published layout and are ignored.")
+    for encoder, companion in COMPANIONS.items():
+        if encoder in given and given[encoder] is None:
+            given.setdefault(companion, None)
+    if original_config is None:
+        original_config = read_original_config(path, revision, options)
+
+    def component(name: str) -> tuple[Callable, Callable | None]:
+        wanted = dtype.get(name, dtype.get("default", torch.float32)) if isinstance(dtype, dict) else dtype
+        if name in given:
+            return lambda: given[name], None
+        if name in ORIGINAL_MODELS:
+            cls, config_name = ORIGINAL_MODELS[name]
+
+            def arguments(*folder):
+                file = find_file(path, cls._original_checkpoint, revision, options)
+                return file, *folder, original_config.get(config_name), wanted
+
+            return lambda: cls.from_single_file(*arguments()), lambda folder: cls.convert_single_file(*arguments(folder))
+        if name == "scheduler":
+            num_labels = original_config.get("paella", {}).get("num_labels", 8192)
+            unet = given.get("unet")
+            return lambda: PaellaScheduler(num_vq_embeddings=unet.config.num_vq_embeddings if unet else num_labels), None
+        if name == "prior_scheduler":
+            return DDPMWuerstchenScheduler, None
+        if name in COMPANIONS or name in COMPANIONS.values():
+            return lambda: load_encoder(name, wanted, options), None
+        return lambda: None, None  # an optional component that the published model has not
+
+    return {name: component(name) for name in names}
