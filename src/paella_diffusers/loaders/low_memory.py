@@ -14,7 +14,7 @@ from .weights import MappedWeights, check_weights
 
 
 class WeightsOnDisk(ModelHook):
-    """Loads a model's weights when it is called, and first releases those of the `others`; its forward is for one thread at a time."""
+    """Loads a model's weights when it is called, and first releases those of the `others`; not for several threads."""
 
     def __init__(self, model: torch.nn.Module, weights: MappedWeights, others: list["WeightsOnDisk"]):
         self.model, self.weights, self.others = model, weights, others
