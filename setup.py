@@ -73,7 +73,7 @@ if __name__ == "__main__":
         cmdclass={"build_py": BuildPy},
         install_requires=[
             "torch>=2.6",
-            "diffusers>=0.42",
+            ABOUT["DIFFUSERS"],
             "transformers>=5.0",
             "huggingface_hub>=1.0",
             "safetensors>=0.5",

@@ -1,12 +1,19 @@
 """The package as a plugin: plain diffusers finds our classes. Each case runs in a process with imports of its own."""
 
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 
 import pytest
-from conftest import tiny_pipeline
+import torch
+from conftest import TINY_UNET, tiny_components, tiny_pipeline, tiny_unet
+
+from paella_diffusers import PaellaUNet
+from paella_diffusers.about import DIFFUSERS
+from paella_diffusers.registration import library_names
 
 
 @pytest.fixture(scope="module")
@@ -17,9 +24,13 @@ def saved(tmp_path_factory):
 
 
 def run(code: str, *arguments: str) -> str:
+    return run_with_errors(code, *arguments)[0]
+
+
+def run_with_errors(code: str, *arguments: str) -> tuple[str, str]:
     process = subprocess.run([sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True)
     assert process.returncode == 0, process.stderr
-    return process.stdout.strip()
+    return process.stdout.strip(), process.stderr
 
 
 @pytest.mark.parametrize("imports", ["import paella_diffusers, diffusers", "import diffusers, paella_diffusers"])
@@ -80,17 +91,124 @@ def test_asking_for_diffusers_is_not_importing_it():
     assert run(code) == "PaellaPipeline"
 
 
-@pytest.mark.parametrize(
-    ("module", "table"),
-    [
-        ("diffusers", "_class_to_module"),
-        ("diffusers.pipelines", "_class_to_module"),
-        ("diffusers.pipelines.auto_pipeline", "AUTO_IMAGE2IMAGE_PIPELINES_MAPPING"),
-    ],
-)
-def test_moved_tables_are_explained(module, table):
+def test_automatic_pipelines_of_an_inversion(saved, tmp_path):
+    """It is image to image: its folder gives it back, and the other tasks take its components."""
     code = (
-        f"import sys, {module}; del {module}.{table}\n"
-        "try:\n    import paella_diffusers\nexcept ImportError as error:\n    print(error)"
+        "import sys, paella_diffusers; from diffusers import AutoPipelineForText2Image as T, "
+        "AutoPipelineForImage2Image as I, AutoPipelineForInpainting as P; "
+        "inversion = paella_diffusers.PaellaInversionPipeline.from_pretrained(sys.argv[1]); "
+        "text = T.from_pipe(inversion); inversion.save_pretrained(sys.argv[2]); "
+        "print(*[type(A.from_pipe(inversion)).__name__ for A in (T, I, P)], text.unet is inversion.unet, "
+        "type(I.from_pipe(text)).__name__, *[type(A.from_pretrained(sys.argv[2])).__name__ for A in (T, I, P)])"
     )
-    assert f"has no {module}.{table}, which paella-diffusers extends: install diffusers" in run(code)
+    three = "PaellaPipeline PaellaInversionPipeline PaellaInpaintPipeline"
+    assert run(code, saved, tmp_path) == f"{three} True PaellaImg2ImgPipeline {three}"
+
+
+def test_library_names_are_those_of_public_classes():
+    """A subclass of a user's is not of this library, whatever its name is."""
+    unet = tiny_unet()
+    theirs = type("PaellaUNet", (PaellaUNet,), {})(**TINY_UNET)
+    components = {"ours": unet, "compiled": torch.compile(unet, backend="eager"), "theirs": theirs, "none": None}
+    ours = ("paella_diffusers", "PaellaUNet")
+    assert library_names(components) == {"ours": ours, "compiled": ours}
+    named = library_names({"processor": tiny_components()["feature_extractor"]})  # its class depends on torchvision
+    assert named in ({}, {"processor": ("transformers", "CLIPImageProcessor")})
+
+
+GUIDED = """
+import json, sys
+import diffusers, paella_diffusers
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+
+class GuidanceMixin(ConfigMixin):
+    config_name = "guider_config.json"
+
+    @classmethod
+    def from_pretrained(cls, path, **kwargs):
+        return cls.from_config(cls.load_config(path, **kwargs))
+
+    def save_pretrained(self, path, **kwargs):
+        self.save_config(path)
+
+class Guidance(GuidanceMixin):
+    @register_to_config
+    def __init__(self, scale: float = 1.5):
+        pass
+
+class Guided(diffusers.DiffusionPipeline):
+    _optional_components = ["guider"]
+
+    def __init__(self, unet, guider=None):
+        super().__init__()
+        self.register_modules(unet=unet, guider=guider)
+
+Guidance.__module__ = "paella_diffusers.sampling.guidance.one"
+paella_diffusers.Guidance, paella_diffusers.GuidanceMixin, diffusers.Guided = Guidance, GuidanceMixin, Guided
+unet = paella_diffusers.PaellaUNet.from_pretrained(sys.argv[1], subfolder="unet")
+loaded = []
+for number, guider in enumerate((Guidance(3.0), diffusers.ClassifierFreeGuidance(guidance_scale=3.0))):
+    folder = f"{sys.argv[2]}/{number}"
+    Guided(unet, guider).save_pretrained(folder)
+    again = diffusers.DiffusionPipeline.from_pretrained(folder)
+    again.save_pretrained(folder + "/again")
+    loaded += [json.load(open(folder + "/again/model_index.json"))["guider"], dict(again.guider.config)]
+print(json.dumps(loaded))
+"""
+
+
+def test_guiders_are_saved_and_loaded_by_plain_diffusers(saved, tmp_path):
+    ours, config, theirs, their_config = json.loads(run(GUIDED, saved, tmp_path))
+    assert ours == ["paella_diffusers", "Guidance"] and config["scale"] == 3.0
+    assert theirs == ["diffusers", "ClassifierFreeGuidance"] and their_config["guidance_scale"] == 3.0
+
+
+TABLES = {
+    "diffusers": "_class_to_module",
+    "diffusers.pipelines": "_class_to_module",
+    "diffusers.pipelines.pipeline_loading_utils": "LOADABLE_CLASSES",
+    "diffusers.pipelines.auto_pipeline": "AUTO_IMAGE2IMAGE_PIPELINES_MAPPING",
+}
+IMPORTS = "import " + ", ".join(TABLES)
+
+
+def test_each_table_that_is_gone_is_named():
+    """diffusers was imported first."""
+    code = (
+        f"import sys; {IMPORTS}; import paella_diffusers\n"
+        f"for name, table in {TABLES}.items():\n"
+        "    kept = vars(sys.modules[name]).pop(table)\n"
+        "    paella_diffusers.registration._warned = False\n"
+        "    paella_diffusers.registration.install()\n"
+        "    vars(sys.modules[name])[table] = kept\n"
+    )
+    errors = run_with_errors(code)[1]
+    reasons = re.findall(r"cannot extend this version of diffusers \(it has no (\S+)\)", errors)
+    assert reasons == [f"{module}.{table}" for module, table in TABLES.items()]
+
+
+def test_importing_diffusers_goes_on_without_its_tables(saved):
+    """They are made otherwise within its own import: one warning, and the rest works."""
+    code = (
+        "import sys, types; from importlib.machinery import PathFinder; from paella_diffusers import registration\n"
+        f"for name, table in {TABLES}.items():\n"
+        "    freeze = lambda m, table=table: vars(m).update({table: types.MappingProxyType(vars(m)[table])})\n"
+        "    registration._after_import(name, freeze)\n"
+        "    sooner = sys.meta_path.pop(0)\n"
+        "    sys.meta_path.insert(sys.meta_path.index(PathFinder), sooner)\n"
+        f"{IMPORTS}\n"
+        "from paella_diffusers import PaellaPipeline; print(type(PaellaPipeline.from_pretrained(sys.argv[1]).unet).__name__)"
+    )
+    printed, errors = run_with_errors(code, saved)
+    assert printed == "PaellaUNet"
+    assert errors.count("cannot extend this version of diffusers") == 1 and f"install `{DIFFUSERS}`" in errors
+    assert "(it has no diffusers._class_to_module). `DiffusionPipeline`, `AutoModel` and automatic pipelines" in errors
+
+
+def test_importing_diffusers_goes_on_when_this_package_cannot_be_imported():
+    code = (
+        "import paella_diffusers; paella_diffusers._MODULES['PaellaInpaintPipeline'] = 'pipelines.moved'; "
+        f"{IMPORTS}; print('imported')"
+    )
+    printed, errors = run_with_errors(code)
+    assert printed == "imported" and "(No module named 'paella_diffusers.pipelines.moved')" in errors

@@ -1,21 +1,19 @@
 """
-Making diffusers know our classes, as soon as it is imported and without importing anything ourselves: the one place that
-touches its private tables.
+Makes diffusers find our classes, as soon as it is imported and without importing anything here: the one place that touches
+its private tables. Where a table has moved, diffusers works on without that entry, and one warning says what it would do.
 """
 
 import importlib
 import importlib.abc
 import importlib.util
+import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+
+from .about import DIFFUSERS
 
 LIBRARY = "paella_diffusers"
-PIPELINES = {  # and the table of their task, if diffusers has one
-    "PaellaPipeline": "AUTO_TEXT2IMAGE_PIPELINES_MAPPING",
-    "PaellaImg2ImgPipeline": "AUTO_IMAGE2IMAGE_PIPELINES_MAPPING",
-    "PaellaInpaintPipeline": "AUTO_INPAINT_PIPELINES_MAPPING",
-    "PaellaInversionPipeline": None,
-}
+PIPELINES = ["PaellaPipeline", "PaellaImg2ImgPipeline", "PaellaInpaintPipeline", "PaellaInversionPipeline"]
 COMPONENTS = [
     "PaellaVQModel",
     "PaellaUNet",
@@ -25,67 +23,103 @@ COMPONENTS = [
     "PaellaFlowMatchEulerScheduler",
     "DDIMWuerstchenScheduler",
 ]
+# Base classes of components of kinds that diffusers does not know, and their methods to save and to load.
+COMPONENT_BASES = {"GuidanceMixin": ["save_pretrained", "from_pretrained"]}
+# What the automatic pipelines of each task give for a model; the first model with a pipeline's class is that pipeline's.
+TASKS = {
+    "AUTO_TEXT2IMAGE_PIPELINES_MAPPING": {"paella": "PaellaPipeline", "paella-inversion": "PaellaPipeline"},
+    "AUTO_IMAGE2IMAGE_PIPELINES_MAPPING": {
+        "paella": "PaellaImg2ImgPipeline",
+        "paella-inversion": "PaellaInversionPipeline",
+    },
+    "AUTO_INPAINT_PIPELINES_MAPPING": {"paella": "PaellaInpaintPipeline", "paella-inversion": "PaellaInpaintPipeline"},
+}
+
+logger = logging.getLogger(__name__)
+_warned = False
 
 
 def install():
     """
     Let diffusers find our pipelines and components by name, `paella_diffusers` as the library of a `model_index.json`, and
-    `"paella"` in the automatic pipelines; now, or when the module concerned is imported.
+    our models in the automatic pipelines; now, or when the module concerned is imported.
     """
     _after_import("diffusers", lambda module: _add_names(module, "pipelines.", [*PIPELINES, *COMPONENTS]))
     _after_import("diffusers.pipelines", lambda module: _add_names(module, "", PIPELINES))
+    _after_import("diffusers.pipelines.pipeline_loading_utils", _add_component_bases)
     _after_import("diffusers.pipelines.auto_pipeline", _add_tasks)
 
 
 def library_names(components: dict) -> dict[str, tuple[str, str]]:
     """
     What `model_index.json` should say of components where diffusers would record a module path that it then refuses to load
-    from the Hub: our classes are of the library `paella_diffusers`, and transformers' PIL image processor goes by its
-    documented name.
+    from the Hub: our public classes are of the library `paella_diffusers`, and transformers' PIL image processor goes by
+    its documented name.
     """
     names = {}
+    pil = sys.modules.get("transformers.models.clip.image_processing_pil_clip")  # no component is of it before its import
     for name, component in components.items():
-        cls = type(getattr(component, "_orig_mod", component))  # compiled modules wrap the original
-        if cls.__module__.split(".")[0] == LIBRARY:
+        component = getattr(component, "_orig_mod", component)  # compiled modules wrap the original
+        cls = type(component)
+        if getattr(sys.modules[LIBRARY], cls.__name__, None) is cls:
             names[name] = (LIBRARY, cls.__name__)
-        elif cls.__name__ == "CLIPImageProcessorPil":
+        elif isinstance(component, getattr(pil, "CLIPImageProcessorPil", ())):
             names[name] = ("transformers", "CLIPImageProcessor")
     return names
 
 
-def _add_names(module, prefix: str, names):
+def _add_names(module, prefix: str, names: Iterable[str]):
     """Add names to a lazy module of diffusers: they resolve to this package, which loads them when they are used."""
-    table = vars(module).get("_class_to_module")
-    if not isinstance(table, dict):
-        raise ImportError(_moved(f"{module.__name__}._class_to_module"))
     package = sys.modules[LIBRARY]
     sys.modules[f"diffusers.pipelines.{LIBRARY}"] = package
-    table.update(dict.fromkeys(names, prefix + LIBRARY))
     if module.__name__ == "diffusers.pipelines":
         setattr(module, LIBRARY, package)
+    _update(module, "_class_to_module", dict.fromkeys(names, prefix + LIBRARY))
+
+
+def _add_component_bases(module):
+    """Add the base classes that `DiffusionPipeline.save_pretrained` looks for; by name, and so without importing them."""
+    _update(module, "LOADABLE_CLASSES", {LIBRARY: COMPONENT_BASES})
 
 
 def _add_tasks(module):
-    package = sys.modules[LIBRARY]
-    for name, table in PIPELINES.items():
-        if table is None:
-            continue
-        if not isinstance(vars(module).get(table), dict):
-            raise ImportError(_moved(f"{module.__name__}.{table}"))
-        vars(module)[table]["paella"] = getattr(package, name)
+    for task, models in TASKS.items():
+        _update(module, task, {model: getattr(sys.modules[LIBRARY], name) for model, name in models.items()})
 
 
-def _moved(what: str) -> str:
-    return (
-        f"This version of diffusers has no {what}, which paella-diffusers extends: install diffusers 0.42, or a newer "
-        "paella-diffusers."
-    )
+def _update(module, table: str, entries: dict):
+    if isinstance(vars(module).get(table), dict):
+        vars(module)[table].update(entries)
+    else:
+        _warn(f"it has no {module.__name__}.{table}")
+
+
+def _warn(reason: str | Exception):
+    """Once in a process."""
+    global _warned
+    if not _warned:
+        logger.warning(
+            "paella-diffusers cannot extend this version of diffusers (%s). `DiffusionPipeline`, `AutoModel` and automatic "
+            "pipelines such as `AutoPipelineForText2Image` may not find, load or save Paella's classes by name. Load with "
+            "Paella's own, such as `PaellaPipeline.from_pretrained`, or install `%s` or a newer paella-diffusers.",
+            reason,
+            DIFFUSERS,
+        )
+    _warned = True
+
+
+def _call(action: Callable, module):
+    """Extend a module of diffusers, which works on whatever goes wrong."""
+    try:
+        action(module)
+    except Exception as error:
+        _warn(error)
 
 
 def _after_import(name: str, action: Callable):
     """Call `action` with a module once it has been imported."""
     if name in sys.modules:
-        action(sys.modules[name])
+        _call(action, sys.modules[name])
     else:
         sys.meta_path.insert(0, _AfterImport(name, action))
 
@@ -109,7 +143,7 @@ class _AfterImport(importlib.abc.MetaPathFinder):
         def exec_module(module):
             sys.meta_path.remove(self)  # only now: a spec may be asked for without an import
             execute(module)
-            self.action(sys.modules[fullname])  # diffusers puts a lazy module in the place of this one
+            _call(self.action, sys.modules[fullname])  # diffusers puts a lazy module in the place of this one
 
         spec.loader.exec_module = exec_module
         return spec

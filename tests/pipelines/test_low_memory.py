@@ -46,7 +46,7 @@ def test_same_tokens_and_one_model_at_a_time(saved):
         assert torch.equal(tokens(low), expected)
         assert not in_memory(low)
     assert low.unet.dtype == torch.float32
-    tokens(low, output_type="pil")
+    assert torch.equal(tokens(low, output_type="pt"), tokens(pipe, output_type="pt"))
     assert set(seen) == {("text_encoder",), ("text_encoder_2",), ("prior",), ("unet",), ("vqgan",)}
 
 

@@ -389,7 +389,7 @@ class PaellaPipelineBase(LoadingMixin, EncodingMixin, CallStateMixin, DiffusionP
         """
         if output_type == "latent":
             return latents
-        images = self.vqgan.decode_indices(latents.to(self.vqgan.device)).sample.clamp(0, 1)
+        images = self.vqgan.decode_indices(latents.to(self._execution_device)).sample.clamp(0, 1)
         if source is not None:
             images = source.restore(images)
         return self.image_processor.postprocess(images, output_type, do_denormalize=[False] * len(images))
