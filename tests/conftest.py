@@ -186,6 +186,15 @@ def pipe() -> PaellaPipeline:
 
 
 @pytest.fixture
+def float64(pipe):
+    """
+    `pipe` in float64, for tests that compute the same tokens in two ways, such as alone and in a batch. Processors round
+    each way differently; in float32 that decides a draw once in a few thousand tests, in float64 never.
+    """
+    pipe.to(torch.float64)
+
+
+@pytest.fixture
 def published(hub, tmp_path):
     """The three repositories in miniature; the keyword arguments that load from them into a cache of the test's own."""
     from transformers import ByT5Tokenizer, CLIPConfig, CLIPImageProcessor, CLIPModel, T5Config, T5ForConditionalGeneration

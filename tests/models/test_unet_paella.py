@@ -9,9 +9,9 @@ from paella_diffusers.models.attention import chunked_attention
 from paella_diffusers.models.unet_paella import GlobalResponseNorm, sinusoidal_embedding
 
 
-def inputs(batch_size=2, length=5, seed=0, **kwargs):
+def inputs(batch_size=2, length=5, seed=0, dtype=torch.float32, **kwargs):
     generator = torch.Generator().manual_seed(seed)
-    random = lambda *shape: torch.randn(shape, generator=generator)
+    random = lambda *shape: torch.randn(shape, generator=generator, dtype=dtype)
     return {
         "sample": torch.randint(32, (batch_size, 8, 8), generator=generator),
         "timestep": torch.rand(batch_size, generator=generator),
@@ -103,11 +103,11 @@ def test_conditioning_weights_end_at_the_last_attended_token():
 
 
 def test_images_in_a_batch_do_not_meet():
-    unet, kwargs = tiny_unet(), inputs()
+    unet, kwargs = tiny_unet().double(), inputs(dtype=torch.float64)
     both = unet(**kwargs).sample
     for row in range(2):
         alone = unet(**{name: value[row : row + 1] for name, value in kwargs.items()}).sample
-        torch.testing.assert_close(both[row : row + 1], alone, atol=1e-5, rtol=0)
+        torch.testing.assert_close(both[row : row + 1], alone, atol=1e-12, rtol=0)
 
 
 def test_scalar_timestep():

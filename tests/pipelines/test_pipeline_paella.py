@@ -146,6 +146,7 @@ def test_golden_prior_noise(golden):
 # -------------------------------------------------------------------------------------------------------- conditioning
 
 
+@pytest.mark.usefixtures("float64")
 def test_prompts_of_different_lengths_do_not_meet(pipe):
     prompts = ["a", "a much longer prompt than that", ""]
     together = tokens(pipe, prompts, generator=[seeded(i) for i in range(3)])
@@ -153,10 +154,11 @@ def test_prompts_of_different_lengths_do_not_meet(pipe):
         assert torch.equal(together[i : i + 1], tokens(pipe, prompt, generator=[seeded(i)]))
 
 
+@pytest.mark.usefixtures("float64")
 def test_branches_in_one_batch_are_as_if_alone(pipe):
     """With different lengths, CLIP text and images in some of them only, and weights."""
     generator = seeded()
-    random = lambda *shape: torch.randn(shape, generator=generator)
+    random = lambda *shape: torch.randn(shape, generator=generator, dtype=torch.float64)
     branches = [
         Conditioning(
             2,
@@ -174,7 +176,7 @@ def test_branches_in_one_batch_are_as_if_alone(pipe):
         together = pipe.unet(latents.repeat(3, 1, 1), 0.7, **branches[0].cat(*branches[1:]).arguments()).sample
         for branch, expected in zip(branches, together.chunk(3)):
             alone = pipe.unet(latents, 0.7, **branch.arguments()).sample
-            torch.testing.assert_close(alone, expected, atol=1e-5, rtol=0)
+            torch.testing.assert_close(alone, expected, atol=1e-12, rtol=0)
 
 
 def test_no_mask_where_nothing_is_padded():
@@ -215,6 +217,7 @@ def test_text_is_encoded_once_per_distinct_prompt(pipe):
     assert torch.equal(embeds[0], embeds[1]) and torch.equal(embeds[0], embeds[4])
 
 
+@pytest.mark.usefixtures("float64")
 def test_condition_images(pipe):
     one = tokens(pipe, condition_image=picture())
     assert torch.equal(one, tokens(pipe, condition_image=[picture()]))
@@ -305,6 +308,7 @@ def test_other_sizes(pipe):
     assert tokens(pipe, height=16, width=48).shape == (1, 4, 12)
 
 
+@pytest.mark.usefixtures("float64")
 def test_several_images_per_prompt_are_independent(pipe):
     generators = [seeded(i) for i in range(4)]
     images = tokens(pipe, ["a", "bb"], num_images_per_prompt=2, generator=generators)
@@ -456,6 +460,7 @@ def test_components_saved_as_none_reload(tmp_path):
     assert PaellaPipeline.from_pretrained(tmp_path).prior is None
 
 
+@pytest.mark.usefixtures("float64")
 def test_images_from_diffusers_discrete_schedulers(pipe):
     from diffusers import DiscreteDDIMScheduler, EntropyBoundScheduler
 
@@ -479,6 +484,7 @@ def test_images_from_diffusers_discrete_schedulers(pipe):
 # ------------------------------------------------------------------------------------------------ prompts for regions
 
 
+@pytest.mark.usefixtures("float64")
 def test_one_region_is_the_plain_pipeline(pipe):
     for mask in (torch.ones(32, 32), torch.full((8, 8), 0.3), np.ones((8, 8)), np.ones((32, 32), dtype=bool)):
         assert torch.equal(tokens(pipe, ["ab"], region_masks=[mask]), tokens(pipe, "ab"))
@@ -499,6 +505,7 @@ def test_each_prompt_governs_its_region(pipe, monkeypatch):
     torch.testing.assert_close(seen[0], expected)
 
 
+@pytest.mark.usefixtures("float64")
 def test_regions_with_guidance_negative_prompts_and_several_images(pipe):
     left = torch.zeros(32, 32)
     left[:, :16] = 1
@@ -534,6 +541,7 @@ def frames(pipe, a, b, num_images=5, **kwargs):
     return pipe.interpolate(a, b, num_images, **call | kwargs).images
 
 
+@pytest.mark.usefixtures("float64")
 def test_interpolation_begins_and_ends_with_its_prompts(pipe):
     grids = frames(pipe, "a cat", "dogs and dogs", guidance_scale=(6, 2))
     assert grids.shape == (5, 8, 8)
@@ -542,6 +550,7 @@ def test_interpolation_begins_and_ends_with_its_prompts(pipe):
     assert not torch.equal(grids[2], grids[0]) and not torch.equal(grids[2], grids[4])
 
 
+@pytest.mark.usefixtures("float64")
 def test_interpolation_between_images_and_prompts(pipe):
     two = frames(pipe, picture(0), picture(1), num_images=2, use_prior=None)
     expected = tokens(pipe, "", condition_image=picture(1), generator=seeded(3))

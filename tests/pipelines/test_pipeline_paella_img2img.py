@@ -80,6 +80,7 @@ def test_images_are_resized_when_a_size_is_given(pipe):
     assert pipe("a", image=picture(50, 30), height=32, width=64, num_inference_steps=1).images[0].size == (64, 32)
 
 
+@pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("output_type", ["pil", "np", "pt", "latent"])
 def test_batches_and_output_types(pipe, output_type):
     """Two prompts with an image each, two pictures a prompt, a generator each: every one is as if it were alone."""

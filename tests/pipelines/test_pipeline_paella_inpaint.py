@@ -169,6 +169,7 @@ def test_outpainting_and_a_mask_together(pipe):
     assert not torch.equal(result[:, 2:4, :8], tokens[:, 2:4])
 
 
+@pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("output_type", ["pil", "np", "pt", "latent"])
 def test_batches_and_output_types(pipe, output_type):
     """Two prompts with an image and a mask each, two pictures a prompt: every one is as if it were alone."""

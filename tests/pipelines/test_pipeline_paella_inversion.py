@@ -50,6 +50,7 @@ def test_without_residual_the_target_decides(pipe):
     assert not torch.equal(results[0], edit(pipe, "cd", grid(), source_prompt="a", residual_scale=0))
 
 
+@pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("output_type", ["pil", "np", "pt", "latent"])
 def test_batches_and_output_types(pipe, output_type):
     pictures = [
@@ -104,6 +105,7 @@ def test_bad_input_is_refused(pipe, arguments, message):
         edit(pipe, **{"prompt": "a", "image": grid()} | arguments)
 
 
+@pytest.mark.usefixtures("float64")
 def test_a_negative_prompt_for_each_image(pipe):
     call = {"negative_prompt": ["c", "dd"], "source_prompt": ["a", "bb"]}
     both = edit(pipe, ["d", "e"], grid(batch=2), generator=[seeded(0), seeded(1)], **call)
