@@ -1,0 +1,312 @@
+"""The commands and their options."""
+
+import argparse
+from pathlib import Path
+
+from .. import EMOJI_MODEL, __version__
+from ..about import pip_install
+from .convert import convert
+from .draw import draw
+from .examples import copy_examples
+from .output import FILMS
+from .values import SCHEDULERS, Scheduler, Temperature, device, number, size
+
+DTYPES = ("float32", "bfloat16", "float16")
+OPTIONAL_COMPONENTS = (
+    "text_encoder",
+    "tokenizer",
+    "text_encoder_2",
+    "tokenizer_2",
+    "image_encoder",
+    "feature_extractor",
+    "prior",
+    "prior_scheduler",
+)
+MOST = 10_000  # steps, pictures or frames
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser; each command sets `run` to the function that runs it."""
+    parser = argparse.ArgumentParser(
+        prog="paella-diffusers",
+        description="Pictures with Paella. Unless --model names another, a small model draws that comes with the package "
+        "and knows emoji.",
+        epilog='A first example: paella-diffusers generate "red heart" --out heart.png',
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    parser.add_argument("--traceback", action="store_true", help="show where an error is raised, to report it")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for add in (
+        _add_generate,
+        _add_edit,
+        _add_inpaint,
+        _add_outpaint,
+        _add_vary,
+        _add_interpolate,
+        _add_convert,
+        _add_examples,
+    ):
+        add(commands)
+    return parser
+
+
+# --------------------------------------------------------------------------------------------------------------- commands
+
+
+def _add_generate(commands):
+    parser = _add_command(commands, "generate", "PROMPT [PROMPT ...]", "draw pictures", "Draw a picture for each prompt.")
+    parser.add_argument("prompt", nargs="+", metavar="PROMPT", help="what to draw; quote it")
+    parser.add_argument(
+        "--region-masks",
+        type=Path,
+        nargs="+",
+        metavar="PICTURE",
+        help="a mask for each prompt: all prompts are drawn in one picture, each where its mask is white",
+    )
+    _add_drawing(parser)
+
+
+def _add_edit(commands):
+    parser = _add_command(
+        commands,
+        "edit",
+        "PROMPT [PROMPT ...] --image PICTURE",
+        "change a picture",
+        "Change a picture towards a prompt. With --source-prompt, its composition is kept, by discrete inversion.",
+    )
+    parser.add_argument("prompt", nargs="+", metavar="PROMPT", help="what the result shall show")
+    _add_image(parser)
+    parser.add_argument("--source-prompt", metavar="TEXT", help="what the picture shows now")
+    _add_strength(parser, 0.75, "share of the picture that is drawn anew, above 0 and up to 1")
+    parser.add_argument(
+        "--residual-scale",
+        type=number(float, at_least=0),
+        metavar="L",
+        help="with --source-prompt: how much of the picture's own is put back (default: 0.9)",
+    )
+    _add_drawing(parser)
+
+
+def _add_inpaint(commands):
+    parser = _add_command(
+        commands,
+        "inpaint",
+        "PROMPT [PROMPT ...] --image PICTURE --mask PICTURE",
+        "redraw a part of a picture",
+        "Redraw the part of a picture that is white in a mask.",
+    )
+    parser.add_argument("prompt", nargs="+", metavar="PROMPT", help="what the whole result shall show")
+    _add_image(parser)
+    parser.add_argument("--mask", type=Path, required=True, metavar="PICTURE", help="white where to draw")
+    _add_strength(parser, 1.0, "below 1, what is under the mask is changed rather than replaced")
+    parser.add_argument(
+        "--padding-mask-crop",
+        type=number(int, at_least=0),
+        metavar="N",
+        help="draw at full size only what is under the mask, and N pixels around it",
+    )
+    _add_drawing(parser)
+
+
+def _add_outpaint(commands):
+    parser = _add_command(
+        commands,
+        "outpaint",
+        "PROMPT [PROMPT ...] --image PICTURE --padding LEFT TOP RIGHT BOTTOM",
+        "continue a picture",
+        "Continue a picture beyond its edges.",
+    )
+    parser.add_argument("prompt", nargs="+", metavar="PROMPT", help="what the whole result shall show")
+    _add_image(parser)
+    parser.add_argument(
+        "--padding",
+        type=number(int, at_least=0),
+        nargs=4,
+        required=True,
+        metavar=("LEFT", "TOP", "RIGHT", "BOTTOM"),
+        help="new pixels at each side",
+    )
+    _add_drawing(parser)
+
+
+def _add_vary(commands):
+    parser = _add_command(
+        commands,
+        "vary",
+        "[PROMPT ...] --image PICTURE [PICTURE ...]",
+        "draw variations of pictures",
+        "Draw pictures like others, by their CLIP embeddings. Several pictures are mixed.",
+    )
+    parser.add_argument("prompt", nargs="*", default=[""], metavar="PROMPT", help="what to draw, besides")
+    parser.add_argument("--image", type=Path, nargs="+", required=True, metavar="PICTURE", help="of any size")
+    weight = number(float, at_least=0)
+    parser.add_argument("--weights", type=weight, nargs="+", metavar="W", help="a factor on the attention to each picture")
+    _add_drawing(parser)
+
+
+def _add_interpolate(commands):
+    parser = _add_command(
+        commands,
+        "interpolate",
+        "FROM TO",
+        "draw a film from one prompt or picture to another",
+        "Draw a film that goes from one prompt or picture to another, and back.",
+    )
+    parser.add_argument("a", metavar="FROM", help="a prompt, or a picture's file")
+    parser.add_argument("b", metavar="TO", help="likewise")
+    _add_drawing(parser, is_film=True)
+
+
+def _add_convert(commands):
+    parser = commands.add_parser(
+        "convert",
+        help="convert between the published layout and diffusers'",
+        description="Convert the published checkpoints to a folder in diffusers' layout, or back.",
+    )
+    parser.set_defaults(run=convert)
+    parser.add_argument("source", metavar="SOURCE", help="a folder or a Hub id, such as dome272/Paella")
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="a new one, for the result")
+    parser.add_argument("--to-original", action="store_true", help="from diffusers' layout to the published one")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights (default: %(default)s)")
+    parser.add_argument(
+        "--leave-out",
+        nargs="+",
+        choices=OPTIONAL_COMPONENTS,
+        default=[],
+        metavar="NAME",
+        help=f"optional components: of {', '.join(OPTIONAL_COMPONENTS)}",
+    )
+    _add_hub(parser)
+
+
+def _add_examples(commands):
+    parser = commands.add_parser(
+        "examples",
+        help="copy the example scripts to a folder",
+        description=f"Copy the examples and the training scripts, which need `{pip_install('train')}`.",
+    )
+    parser.set_defaults(run=copy_examples)
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="a new one, for the copies")
+
+
+# ---------------------------------------------------------------------------------------------------------------- options
+
+
+def _add_command(commands, name: str, usage: str, summary: str, description: str) -> argparse.ArgumentParser:
+    """A command that draws. Its usage names prompts first: after an option with several values they would be these."""
+    parser = commands.add_parser(
+        name, usage=f"paella-diffusers {name} {usage} [OPTION ...]", help=summary, description=description
+    )
+    parser.set_defaults(run=draw)
+    return parser
+
+
+def _add_image(parser):
+    parser.add_argument("--image", type=Path, required=True, metavar="PICTURE", help="of any size")
+    parser.add_argument(
+        "--resize-mode",
+        choices=("default", "fill", "crop"),
+        help="how the picture gets other proportions: stretched (default), with its edges repeated, or its middle alone",
+    )
+
+
+def _add_strength(parser, default: float, help: str):
+    kind = number(float, above=0, at_most=1)
+    parser.add_argument("--strength", type=kind, default=default, metavar="S", help=f"{help} (default: %(default)s)")
+
+
+def _add_drawing(parser, is_film: bool = False):
+    """What all commands that draw have."""
+    _add_output(parser.add_argument_group("output"), is_film)
+    _add_sampling(parser.add_argument_group("sampling"))
+    _add_model(parser.add_argument_group("model"))
+
+
+def _add_output(group, is_film: bool):
+    many = number(int, at_least=1, at_most=MOST)
+    if is_film:
+        endings = ", ".join(FILMS)
+        group.add_argument(
+            "--out", type=Path, default=Path("paella.gif"), help=f"the film: {endings} (default: %(default)s)"
+        )
+        frames = number(int, at_least=2, at_most=MOST)
+        group.add_argument(
+            "--frames", type=frames, default=16, metavar="N", help="from one end to the other (default: %(default)s)"
+        )
+        duration = number(int, at_least=10, at_most=60_000)
+        group.add_argument(
+            "--frame-ms", type=duration, default=120, metavar="MS", help="how long each is shown (default: %(default)s)"
+        )
+    else:
+        group.add_argument(
+            "--out",
+            type=Path,
+            default=Path("paella.png"),
+            help="the picture; of several, a contact sheet, with OUT-1, OUT-2, … beside it (default: %(default)s)",
+        )
+        group.add_argument("--num-images", type=many, default=1, metavar="N", help="pictures for each prompt (default: 1)")
+        group.add_argument(
+            "--batch-size", type=many, default=4, metavar="N", help="pictures drawn at a time (default: %(default)s)"
+        )
+    group.add_argument(
+        "--size", type=size, metavar="N or WxH", help="in pixels (default: the picture's, or the model's own)"
+    )
+
+
+def _add_sampling(group):
+    seed = number(int, at_least=0, at_most=2**63 - 1)
+    group.add_argument(
+        "--seed", type=seed, default=0, metavar="N", help="of the first picture; each other takes the next (default: 0)"
+    )
+    steps = number(int, at_least=1, at_most=MOST)
+    group.add_argument("--steps", type=steps, metavar="N", help="sampling steps (default: 12, or 32 with --source-prompt)")
+    group.add_argument(
+        "--guidance-scale",
+        type=number(float),
+        metavar="W",
+        help="how strictly to follow the prompt; 1 is without guidance (default: the model's own)",
+    )
+    group.add_argument("--negative-prompt", metavar="TEXT", help="what to keep away from")
+    group.add_argument(
+        "--temperature",
+        action=Temperature,
+        nargs="+",
+        metavar="T",
+        help="of sampling: one number, or the first step's and the last's (default: the scheduler's own)",
+    )
+    group.add_argument(
+        "--scheduler",
+        action=Scheduler,
+        nargs="+",
+        metavar=("NAME", "SETTING=VALUE"),
+        help=f"the sampler, and its settings: {', '.join(SCHEDULERS)} (default: the model's own)",
+    )
+
+
+def _add_model(group):
+    group.add_argument(
+        "--model",
+        default=EMOJI_MODEL,
+        help="a folder or Hub id, in diffusers' or the published layout (default: the model in the package)",
+    )
+    _add_hub(group)
+    group.add_argument("--variant", metavar="NAME", help="of the files, such as bf16")
+    group.add_argument(
+        "--lora",
+        action="append",
+        default=[],
+        metavar="SOURCE",
+        help="an adapter: a file, a folder or a Hub id; may be given several times",
+    )
+    group.add_argument(
+        "--lora-scale", action="append", default=[], type=number(float), metavar="S", help="of each --lora (default: 1)"
+    )
+    group.add_argument("--no-prior", action="store_true", help="neither load nor use the prior")
+    group.add_argument("--low-memory", action="store_true", help="only the model at work has its weights in memory")
+    group.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights (default: %(default)s)")
+    group.add_argument("--device", type=device, help="such as cpu or cuda (default: an accelerator, if there is one)")
+
+
+def _add_hub(parser):
+    parser.add_argument("--revision", metavar="NAME", help="branch, tag or commit of the Hub repository")
+    parser.add_argument("--cache-dir", type=Path, metavar="FOLDER", help="where downloads are kept")
