@@ -397,6 +397,7 @@ def test_token_grids_are_taken_as_they_are():
         ({"mask_image": torch.zeros(64)}, "`mask_image` must be a PIL image"),
         ({"padding": (8, 0, 0)}, "must be \\(left, top, right, bottom\\)"),
         ({"padding": (-16, 0, 0, 0)}, "at least 0"),
+        ({"padding": (10**9, 0, 0, 0)}, "`padding` makes the image 1000000064×64, more than"),
         ({"height": 100}, "multiples of 16, got 100 and"),
         ({"height": 0}, "`height` must be a number of pixels, got 0"),
         ({"width": "64"}, "`width` must be a number of pixels, got '64'"),

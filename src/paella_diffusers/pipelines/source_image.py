@@ -200,8 +200,9 @@ def prepare_source(
 
     # 1. outpainting: what is new counts as masked
     left, top, right, bottom = padding
-    padded = (-left, -top, image_size[1] + right, image_size[0] + bottom)
     if any(padding):
+        padded = (-left, -top, image_size[1] + right, image_size[0] + bottom)
+        _check_pixels(padded)
         images = [_take(pixels, padded) for pixels in images]
         masks = [_take(mask, padded, beyond=1.0) for mask in masks]
 
@@ -461,6 +462,16 @@ def _check_options(mask_image, padding, resize_mode, padding_mask_crop, feather_
         raise ValueError("`padding_mask_crop` needs `mask_image`: it is the margin around the mask.")
     if resize_mode != "default":
         raise ValueError("`padding_mask_crop` chooses the part of the image itself: leave `resize_mode` out.")
+
+
+def _check_pixels(padded: Box):
+    width, height = padded[2] - padded[0], padded[3] - padded[1]
+    most = PIL.Image.MAX_IMAGE_PIXELS
+    if most and width * height > most:
+        raise ValueError(
+            f"`padding` makes the image {width}×{height}, more than {most} pixels: pass less, or raise "
+            "`PIL.Image.MAX_IMAGE_PIXELS`."
+        )
 
 
 def _check_one_size(images: list[torch.Tensor], height, width, padding, padding_mask_crop):
