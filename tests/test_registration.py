@@ -116,51 +116,25 @@ def test_library_names_are_those_of_public_classes():
     assert named in ({}, {"processor": ("transformers", "CLIPImageProcessor")})
 
 
-GUIDED = """
-import json, sys
-import diffusers, paella_diffusers
-from diffusers.configuration_utils import ConfigMixin, register_to_config
-
-class GuidanceMixin(ConfigMixin):
-    config_name = "guider_config.json"
-
-    @classmethod
-    def from_pretrained(cls, path, **kwargs):
-        return cls.from_config(cls.load_config(path, **kwargs))
-
-    def save_pretrained(self, path, **kwargs):
-        self.save_config(path)
-
-class Guidance(GuidanceMixin):
-    @register_to_config
-    def __init__(self, scale: float = 1.5):
-        pass
-
-class Guided(diffusers.DiffusionPipeline):
-    _optional_components = ["guider"]
-
-    def __init__(self, unet, guider=None):
-        super().__init__()
-        self.register_modules(unet=unet, guider=guider)
-
-Guidance.__module__ = "paella_diffusers.sampling.guidance.one"
-paella_diffusers.Guidance, paella_diffusers.GuidanceMixin, diffusers.Guided = Guidance, GuidanceMixin, Guided
-unet = paella_diffusers.PaellaUNet.from_pretrained(sys.argv[1], subfolder="unet")
-loaded = []
-for number, guider in enumerate((Guidance(3.0), diffusers.ClassifierFreeGuidance(guidance_scale=3.0))):
-    folder = f"{sys.argv[2]}/{number}"
-    Guided(unet, guider).save_pretrained(folder)
-    again = diffusers.DiffusionPipeline.from_pretrained(folder)
-    again.save_pretrained(folder + "/again")
-    loaded += [json.load(open(folder + "/again/model_index.json"))["guider"], dict(again.guider.config)]
-print(json.dumps(loaded))
-"""
-
-
 def test_guiders_are_saved_and_loaded_by_plain_diffusers(saved, tmp_path):
-    ours, config, theirs, their_config = json.loads(run(GUIDED, saved, tmp_path))
-    assert ours == ["paella_diffusers", "Guidance"] and config["scale"] == 3.0
-    assert theirs == ["diffusers", "ClassifierFreeGuidance"] and their_config["guidance_scale"] == 3.0
+    """Ours and theirs, alone and in a pipeline; without importing this package's guidance until it is used."""
+    code = (
+        "import json, sys, diffusers, paella_diffusers; from diffusers import DiffusionPipeline; loaded = []\n"
+        "assert 'paella_diffusers.sampling' not in sys.modules\n"
+        "pipe = DiffusionPipeline.from_pretrained(sys.argv[1])\n"
+        "for cls in (diffusers.PaellaClassifierFreeGuidance, diffusers.ClassifierFreeGuidance):\n"
+        "    pipe.guider = cls(guidance_scale=3.0)\n"
+        "    folder = f'{sys.argv[2]}/{cls.__name__}'\n"
+        "    pipe.save_pretrained(folder)\n"
+        "    again = DiffusionPipeline.from_pretrained(folder)\n"
+        "    DiffusionPipeline.save_pretrained(again, folder + '/again')\n"
+        "    index = json.load(open(folder + '/again/model_index.json'))\n"
+        "    alone = cls.from_pretrained(folder + '/again', subfolder='guider')\n"
+        "    loaded.append([*index['guider'], again.guider.config.guidance_scale, alone.config.guidance_scale])\n"
+        "print(json.dumps(loaded))"
+    )
+    expected = [["paella_diffusers", "PaellaClassifierFreeGuidance"], ["diffusers", "ClassifierFreeGuidance"]]
+    assert json.loads(run(code, saved, tmp_path)) == [[*names, 3.0, 3.0] for names in expected]
 
 
 TABLES = {

@@ -22,6 +22,7 @@ COMPONENTS = [
     "PaellaConfidenceScheduler",
     "PaellaFlowMatchEulerScheduler",
     "DDIMWuerstchenScheduler",
+    "PaellaClassifierFreeGuidance",
 ]
 # Base classes of components of kinds that diffusers does not know, and their methods to save and to load.
 COMPONENT_BASES = {"GuidanceMixin": ["save_pretrained", "from_pretrained"]}
