@@ -15,6 +15,7 @@ from transformers import (
 
 from .atomic import check_not_interrupted
 from .hub_files import HUB_OPTIONS, download, find_file, read_json
+from .quiet import ignore_message
 
 CHECKPOINT = "paella_v3.pt"  # what tells the layout
 
@@ -92,4 +93,6 @@ def load_encoder(name: str, dtype: torch.dtype, options: dict):
         "image_encoder": (CLIPVisionModelWithProjection, config.vision_config),
     }[name]
     part.projection_dim = config.projection_dim  # the parts' own is a default that nobody set
-    return cls.from_pretrained(CLIP_REPO, config=part, dtype=dtype, **options)
+    # transformers lists the weights of the other half; what it says of missing ones is heard
+    with ignore_message("transformers.modeling_utils", "UNEXPECTED", unless=("MISSING", "MISMATCH", "CONVERSION")):
+        return cls.from_pretrained(CLIP_REPO, config=part, dtype=dtype, **options)

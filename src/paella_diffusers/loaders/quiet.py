@@ -7,10 +7,14 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def ignore_message(logger_name: str, text: str) -> Iterator[None]:
-    """Leave out one logger's messages that contain a text."""
+def ignore_message(logger_name: str, text: str, unless: tuple[str, ...] = ()) -> Iterator[None]:
+    """Leave out one logger's messages that contain a text, unless they contain one of others."""
     thread = threading.get_ident()
-    keep = lambda record: record.thread != thread or text not in record.getMessage()
+
+    def keep(record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        return record.thread != thread or text not in message or any(word in message for word in unless)
+
     logger = logging.getLogger(logger_name)
     logger.addFilter(keep)
     try:
