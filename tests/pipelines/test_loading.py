@@ -187,7 +187,7 @@ def test_shards_are_in_their_folder(saved, tmp_path):
         index = {"metadata": {}, "weight_map": dict.fromkeys(weights, name)}
         (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
         for low_memory in (True, False):
-            with pytest.raises((ValueError, OSError), match="outside its folder|contains a path separator|does not appear to have a file"):
+            with pytest.raises((ValueError, OSError), match="outside its folder|path separator|not appear to have"):
                 PaellaPipeline.from_pretrained(saved, low_memory=low_memory)
     for index in ("[]", "{}", '{"weight_map": {"a": 5}}', "{", '{"weight_map": []}'):
         (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(index)
