@@ -78,6 +78,12 @@ def test_size_must_be_divisible():
         VQModel(bottleneck_blocks=1, embed_dim=8).encode(torch.rand(1, 3, 32, 34))
 
 
+@pytest.mark.parametrize("scale_factor", [float("nan"), float("inf"), 0.0, -1.0, 1e-40, True, None, "0.3764"])
+def test_bad_scale_factors_are_refused(scale_factor):
+    with pytest.raises(ValueError, match=r"`scale_factor` must be a number in \[1e-06, 1e\+06\], got "):
+        VQModel(bottleneck_blocks=1, embed_dim=16, num_vq_embeddings=32, scale_factor=scale_factor)
+
+
 def test_save_and_load(tmp_path):
     vqgan = randomise(VQModel(bottleneck_blocks=1, embed_dim=8, num_vq_embeddings=16))
     vqgan.save_pretrained(tmp_path)

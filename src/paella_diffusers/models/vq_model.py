@@ -11,6 +11,7 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 
+from ..checks import check_number
 from ..loaders.hub import PaellaHubMixin
 from ..loaders.original_checkpoint import OriginalCheckpointMixin
 from ..loaders.saving import AtomicSaveMixin
@@ -128,7 +129,11 @@ class PaellaVQModel(PaellaHubMixin, AtomicSaveMixin, ModelMixin, AutoencoderMixi
         embed_dim (`int`, defaults to 384): Channels at the lowest resolution, halving upwards.
         latent_channels (`int`, defaults to 4): Channels of a codebook entry.
         num_vq_embeddings (`int`, defaults to 8192): Codebook entries, that is, different tokens.
-        scale_factor (`float`, defaults to 0.3764): `encode` divides latents by it, `decode` multiplies.
+        scale_factor (`float`, defaults to 0.3764):
+            `encode` divides latents by it, `decode` multiplies; from 1e-6 to 1e6.
+
+    Raises:
+        ValueError: If `scale_factor` is not a number in its range.
     """
 
     _original_checkpoint = "vqgan_f4.pt"
@@ -153,6 +158,8 @@ class PaellaVQModel(PaellaHubMixin, AtomicSaveMixin, ModelMixin, AutoencoderMixi
         scale_factor: float = 0.3764,
     ):
         super().__init__()
+        check_number("scale_factor", scale_factor, at_least=1e-6, at_most=1e6)
+        self.register_to_config(scale_factor=float(scale_factor))  # NumPy's numbers cannot be saved
         channels = [embed_dim // 2**level for level in reversed(range(levels))]  # from pixels to latents
 
         self.in_block = nn.Sequential(
