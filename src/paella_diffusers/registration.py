@@ -36,19 +36,28 @@ TASKS = {
     "AUTO_INPAINT_PIPELINES_MAPPING": {"paella": "PaellaInpaintPipeline", "paella-inversion": "PaellaInpaintPipeline"},
 }
 
+# diffusers' schedulers that take the configurations of ours, and their modules.
+DISCRETE_SCHEDULERS = {
+    "DiscreteDDIMScheduler": "diffusers.schedulers.scheduling_discrete_ddim",
+    "EntropyBoundScheduler": "diffusers.schedulers.scheduling_entropy_bound",
+}
+
 logger = logging.getLogger(__name__)
 _warned = False
 
 
 def install():
     """
-    Let diffusers find our pipelines and components by name, `paella_diffusers` as the library of a `model_index.json`, and
-    our models in the automatic pipelines; now, or when the module concerned is imported.
+    Let diffusers find our pipelines and components by name, `paella_diffusers` as the library of a `model_index.json`, our
+    models in the automatic pipelines, and our schedulers among those that swap with its discrete ones; now, or when the
+    module concerned is imported.
     """
     _after_import("diffusers", lambda module: _add_names(module, "pipelines.", [*PIPELINES, *COMPONENTS]))
     _after_import("diffusers.pipelines", lambda module: _add_names(module, "", PIPELINES))
     _after_import("diffusers.pipelines.pipeline_loading_utils", _add_component_bases)
     _after_import("diffusers.pipelines.auto_pipeline", _add_tasks)
+    for name, module in DISCRETE_SCHEDULERS.items():
+        _after_import(module, lambda module, name=name: _add_compatibles(getattr(module, name)))
 
 
 def library_names(components: dict) -> dict[str, tuple[str, str]]:
@@ -86,6 +95,12 @@ def _add_component_bases(module):
 def _add_tasks(module):
     for task, models in TASKS.items():
         _update(module, task, {model: getattr(sys.modules[LIBRARY], name) for model, name in models.items()})
+
+
+def _add_compatibles(scheduler: type):
+    """Let a discrete scheduler of diffusers be made from the configuration of any other without a warning."""
+    ours = [name for name in COMPONENTS if name.startswith("Paella") and name.endswith("Scheduler")]
+    scheduler._compatibles = [*scheduler._compatibles, *ours, *DISCRETE_SCHEDULERS]
 
 
 def _update(module, table: str, entries: dict):
