@@ -1,7 +1,10 @@
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 
+from paella_diffusers import PaellaConfidenceScheduler, PaellaFlowMatchEulerScheduler, PaellaScheduler
 from paella_diffusers.schedulers.categorical import add_uniform_noise, sample_tokens
+from paella_diffusers.schedulers.scheduling_utils import MAX_TEMPERATURE, MIN_TEMPERATURE
 
 
 def seeded(seed=0):
@@ -19,6 +22,42 @@ def test_tokens_are_drawn_from_the_softmax(dtype, num_tokens):
     share = torch.bincount(tokens.flatten(), minlength=num_tokens) / tokens.numel()
     assert share[3] == 0 and len(share) == num_tokens
     assert (share - probabilities).abs().sum() < 0.03
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_extreme_temperatures(dtype):
+    """The lowest that schedulers take gives the most likely token, the highest uniform tokens."""
+    logits = (torch.randn(1, 20_000, 8, generator=seeded(1)) * 10_000).to(dtype)
+    most_likely = logits == logits.amax(-1, keepdim=True)
+    for return_log_probs in (False, True):
+        low, high = (sample_tokens(logits, t, seeded(), return_log_probs) for t in (MIN_TEMPERATURE, MAX_TEMPERATURE))
+        low, high = (low[0], high[0]) if return_log_probs else (low, high)
+        assert most_likely.gather(-1, low[..., None]).all()
+        assert (torch.bincount(high.flatten(), minlength=8) / 20_000 - 1 / 8).abs().max() < 0.02
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 2.5])
+def test_log_probs_are_those_at_temperature_one(dtype, temperature, monkeypatch):
+    monkeypatch.setattr("paella_diffusers.schedulers.categorical._rows_per_chunk", lambda size, device: 7)
+    logits = (torch.randn(2, 6, 5, 300, generator=seeded(1)) * 3).to(dtype)
+    logits[..., 7] = -torch.inf
+    tokens, log_probs = sample_tokens(logits, temperature, [seeded(2), seeded(3)], return_log_probs=True)
+    expected = logits.double().log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
+    torch.testing.assert_close(log_probs.double(), expected, atol=1e-5, rtol=1e-5)
+    if dtype in (torch.float32, torch.float64):
+        assert torch.equal(tokens, sample_tokens(logits, temperature, [seeded(2), seeded(3)]))
+
+
+@pytest.mark.parametrize("scheduler", [PaellaScheduler, PaellaConfidenceScheduler, PaellaFlowMatchEulerScheduler])
+def test_half_precision_logits_are_never_float32_all_at_once(scheduler):
+    logits, tokens = torch.randn(1, 4096, 32, 32, generator=seeded()).bfloat16(), torch.zeros(1, 32, 32, dtype=torch.long)
+    logits = logits.contiguous(memory_format=torch.channels_last)  # as the U-Net returns them
+    noise = {} if scheduler is PaellaFlowMatchEulerScheduler else {"noise": tokens}
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        scheduler().step(logits, 1.0, tokens, **noise)
+    largest = max(event.cpu_memory_usage for event in profiler.events())
+    assert 0 < largest <= 4 * logits.numel() / 8
 
 
 @pytest.mark.parametrize("chance", [0.0, 1 - 2**-24])
@@ -52,7 +91,7 @@ def test_float32_draws_are_those_of_multinomial(monkeypatch, shape):
     assert torch.equal(generator.get_state(), ours.get_state())
     torch.manual_seed(5)
     expected = torch.multinomial(rows, 1).view(shape[:-1])
-    monkeypatch.setattr("paella_diffusers.schedulers.categorical._rows_per_chunk", lambda size: 3)
+    monkeypatch.setattr("paella_diffusers.schedulers.categorical._rows_per_chunk", lambda size, device: 3)
     torch.manual_seed(5)
     assert torch.equal(sample_tokens(logits, 0.7, None), expected)
 

@@ -180,34 +180,6 @@ def test_save_and_load(tmp_path):
     assert changed.temperatures == [0.5] * 32 and changed.renoise_steps == 26
 
 
-@pytest.mark.parametrize(
-    ("config", "message"),
-    [
-        ({"t_start": 0.0}, "t_end < t_start"),
-        ({"t_start": 1.5}, "t_start <= 1"),
-        ({"noise_source": "old"}, "noise_source.*'old'"),
-        ({"sampling_rule": "greedy"}, "sampling_rule.*'greedy'"),
-        ({"temperature": (0.7, 0.0)}, "temperature.*above 0"),
-        ({"temperature": float("nan")}, "temperature.*above 0"),
-        ({"temperature": (1.0, 0.5, 0.2)}, "temperature.*one number or"),
-        ({"typical_mass": 0.0}, "typical_mass"),
-        ({"typical_min_tokens": 0}, "typical_min_tokens.*at least 1"),
-        ({"quantized_steps": -1}, "quantized_steps.*at least 0"),
-        ({"num_inference_steps": 0}, "num_inference_steps.*at least 1"),
-        ({"renoise_steps": -1}, "renoise_steps.*at least 0"),
-    ],
-)
-def test_bad_configuration_is_refused(config, message):
-    with pytest.raises(ValueError, match=message):
-        PaellaScheduler(**config)
-
-
-@pytest.mark.parametrize("timesteps", [[0.5, 0.9], [1.1, 0.5], [0.5, 0.0], [0.5, 0.5], []])
-def test_bad_timesteps_are_refused(timesteps):
-    with pytest.raises(ValueError, match="timesteps"):
-        PaellaScheduler().set_timesteps(timesteps=timesteps)
-
-
 def test_bad_step_is_refused():
     scheduler, (logits, tokens) = PaellaScheduler(), logits_and_tokens()
     with pytest.raises(ValueError, match="one of `timesteps`"):

@@ -62,8 +62,15 @@ def test_halton_keeps_the_first_positions():
     scheduler = PaellaConfidenceScheduler(ranking="halton")
     output = step(scheduler, 1, grid_size=(4, 5))
     assert torch.equal(output.prev_sample[0].view(4, 5) == 3, halton_order(4, 5) < 10)
-    with pytest.raises(ValueError, match="`grid_size` for 20 tokens, got None"):
-        step(scheduler, 1)
+    for grid_size, message in (
+        (None, r"needs `grid_size`, \(height, width\) of the 20 tokens, got None"),
+        ("ab", "got 'ab'"),
+        ((4, 4), "`grid_size` must have 20 tokens"),
+        (("a", 5), "`grid_size` must be an integer of at least 1, got 'a'"),
+        ((-4, -5), "`grid_size` must be an integer of at least 1, got -4"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            step(scheduler, 1, grid_size=grid_size)
 
 
 def test_it_swaps_with_the_published_sampler_and_draws_in_every_ranking():
@@ -76,18 +83,3 @@ def test_it_swaps_with_the_published_sampler_and_draws_in_every_ranking():
         call = {"num_inference_steps": 3, "height": 16, "width": 48, "output_type": "latent"}
         both = pipe(["a", "b"], generator=[seeded(0), seeded(1)], **call).images
         assert torch.equal(both[1:], pipe("b", generator=[seeded(1)], **call).images)
-
-
-@pytest.mark.parametrize(
-    ("config", "message"),
-    [
-        ({"ranking": "random"}, "`ranking` must be 'confidence' or 'halton', got 'random'"),
-        ({"choice_temperature": -1}, "`choice_temperature` must be at least 0, got -1"),
-        ({"t_start": 0}, "`t_start` and `t_end`"),
-        ({"noise_source": "new"}, "`noise_source`"),
-        ({"temperature": 0}, "`temperature` must be above 0"),
-    ],
-)
-def test_bad_configurations_are_refused(config, message):
-    with pytest.raises(ValueError, match=message):
-        PaellaConfidenceScheduler(**config)

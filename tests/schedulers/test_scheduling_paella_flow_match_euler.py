@@ -69,20 +69,6 @@ def test_known_tokens_stay():
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"time_grid": "quadratic"}, "`time_grid` must be 'linear', 'cosine' or 'polynomial', got 'quadratic'"),
-        ({"time_power": 0.0}, "`time_power` must be above 0, got 0.0"),
-        ({"corrector_rate": -1.0}, "`corrector_rate` must be at least 0, got -1.0"),
-        ({"t_start": 0.0}, "`t_start` and `t_end` must satisfy"),
-    ],
-)
-def test_bad_settings(settings, message):
-    with pytest.raises(ValueError, match=message):
-        PaellaFlowMatchEulerScheduler(**settings)
-
-
-@pytest.mark.parametrize(
     ("scheduler", "settings"),
     [
         (PaellaFlowMatchEulerScheduler, {}),

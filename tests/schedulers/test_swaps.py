@@ -223,7 +223,7 @@ def test_time_grids_hold_for_image_to_image(pipe):
 
 def test_too_many_steps_for_a_flat_descent():
     scheduler = PaellaFlowMatchEulerScheduler(time_grid="polynomial", time_power=4.0)
-    with pytest.raises(ValueError, match="100 steps are too many for this descent"):
+    with pytest.raises(ValueError, match="`num_inference_steps`=100 is too many for this descent"):
         scheduler.set_timesteps(100)
 
 

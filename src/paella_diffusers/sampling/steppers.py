@@ -178,7 +178,7 @@ class DiscreteStepper:
         Finite logits as a sequence, certain of known tokens, which the scheduler would otherwise spend its choice on; and a
         generator on their device.
         """
-        check_logits(logits)
+        check_logits(logits, dim=1)
         if mask is not None:
             certain = F.one_hot(tokens, logits.shape[1]).movedim(-1, 1) * 50.0
             logits = torch.where(mask[:, None], logits, certain.to(logits))
@@ -240,7 +240,7 @@ class InversionStepper:
         return torch.where(replaced, noise, edited), edited
 
     def _log_probabilities(self, logits):
-        check_logits(logits)
+        check_logits(logits, dim=1)
         return self._smoothed(logits.float().softmax(1).movedim(1, -1))
 
     def _smoothed(self, probabilities):

@@ -1,10 +1,11 @@
-"""Paella's sampler: predict all tokens, then re-noise fewer and fewer of them."""
+"""Paella's sampler: predict all tokens, then re-noise a shrinking share of them."""
 
 import torch
 from diffusers.configuration_utils import register_to_config
 
-from .categorical import add_uniform_noise, sample_tokens
-from .scheduling_utils import PaellaSchedulerOutput, RenoisingSchedulerBase
+from ..checks import check_choice, check_integer, check_number
+from .categorical import add_uniform_noise, check_finite, sample_tokens
+from .scheduling_utils import PaellaSchedulerOutput, RenoisingSchedulerBase, check_codebook
 
 __all__ = ["PaellaScheduler", "PaellaSchedulerOutput", "typical_filter"]
 
@@ -13,29 +14,34 @@ class PaellaScheduler(RenoisingSchedulerBase):
     r"""
     The renoising sampler of Paella (https://huggingface.co/papers/2211.07292, algorithm 2).
 
-    The noise level t, the fraction of tokens that are noise, descends linearly. Each step draws a clean token for every
-    position from `softmax(logits / temperature)`, independently, and then makes noise again of each with probability
-    t_next.
+    The noise level t, the fraction of tokens that are noise, descends linearly from t_start to t_end: t₀, t₁, ... In step i
+
+    1. the logits are divided by the temperature, and every position's clean token is sampled from their softmax,
+       independently;
+    2. if i < `renoise_steps`, each token is replaced with probability t_{i+1} by the initial noise at its place.
 
     Args:
-        num_inference_steps (`int`, defaults to 12): Steps, unless `set_timesteps` says otherwise.
+        num_inference_steps (`int`, defaults to 12): Number of steps if `set_timesteps` is not given one, up to 10,000.
         t_start (`float`, defaults to 1.0): First noise level, in (0, 1].
         t_end (`float`, defaults to 0.0): Noise level after the last step, in [0, t_start).
         temperature (`float` or `tuple[float, float]`, defaults to `(0.7, 0.3)`):
-            Sampling temperature, above 0: from the first step to the last, linearly.
-        renoise_steps (`int`, *optional*): Only the first so many steps re-noise; all but the last unless given.
+            Sampling temperature, from 1e-6 to 1e6. A pair is a linear ramp from the first step to the last.
+        renoise_steps (`int`, *optional*): Number of steps, from the first, that re-noise. By default all but the last.
         noise_source (`str`, defaults to `"initial"`):
-            What re-noised tokens become: `"initial"`, the noise that sampling began with (the `noise` of `step`); `"fresh"`,
-            uniformly random tokens; `"previous"`, the tokens that entered the step.
+            What replaces re-noised tokens: `"initial"`, the noise that sampling began with (the `noise` of `step`);
+            `"fresh"`, uniformly random tokens; `"previous"`, the tokens that entered the step.
         sampling_rule (`str`, defaults to `"multinomial"`):
-            `"multinomial"`, a draw; `"argmax"`, the most likely token; `"quantized"`, the token whose code is nearest to the
-            probability-weighted mean of the codebook. The latter two draw nothing.
-        quantized_steps (`int`, defaults to 0): The last so many steps use `"quantized"`, whatever `sampling_rule` is.
+            `"multinomial"`: sample from the softmax. `"argmax"`: take the most likely token. `"quantized"`: take the token
+            whose code is nearest to the probability-weighted mean of the codebook. The latter two use no random numbers.
+        quantized_steps (`int`, defaults to 0): How many of the last steps use `"quantized"` in any case.
         typical_mass (`float`, *optional*):
-            Turns on typical filtering (the paper's first release; https://huggingface.co/papers/2202.00666): before the
-            temperature, only tokens whose surprisal is nearest to the entropy stay, until they have this probability.
-        typical_min_tokens (`int`, defaults to 1): So many tokens stay at least.
+            Typical filtering (the paper's first release; https://huggingface.co/papers/2202.00666), in (0, 1]: before the
+            temperature, only the tokens stay whose surprisal is nearest to the entropy, until their probability is this.
+        typical_min_tokens (`int`, defaults to 1): Minimum number of tokens that typical filtering keeps.
         num_vq_embeddings (`int`, defaults to 8192): Number of different tokens, for `add_noise` to draw from.
+
+    Raises:
+        ValueError: If a value is not in its range, or not a number where it must be one.
     """
 
     @register_to_config
@@ -54,14 +60,11 @@ class PaellaScheduler(RenoisingSchedulerBase):
         num_vq_embeddings: int = 8192,
     ):
         self._check_config()
-        if sampling_rule not in ("multinomial", "argmax", "quantized"):
-            raise ValueError(f"`sampling_rule` must be 'multinomial', 'argmax' or 'quantized', got {sampling_rule!r}.")
-        if quantized_steps < 0:
-            raise ValueError(f"`quantized_steps` must be at least 0, got {quantized_steps}.")
-        if typical_mass is not None and not 0 < typical_mass <= 1:
-            raise ValueError(f"`typical_mass` must be in (0, 1], or None for no typical filtering, got {typical_mass}.")
-        if typical_min_tokens < 1:
-            raise ValueError(f"`typical_min_tokens` must be at least 1, got {typical_min_tokens}.")
+        check_choice("sampling_rule", sampling_rule, ("multinomial", "argmax", "quantized"))
+        check_integer("quantized_steps", quantized_steps, 0)
+        if typical_mass is not None:
+            check_number("typical_mass", typical_mass, above=0, at_most=1, remedy="None turns typical filtering off.")
+        check_integer("typical_min_tokens", typical_min_tokens, 1)
         self.set_timesteps(num_inference_steps)
 
     def step(
@@ -76,36 +79,45 @@ class PaellaScheduler(RenoisingSchedulerBase):
         return_dict: bool = True,
     ) -> PaellaSchedulerOutput | tuple[torch.LongTensor, torch.LongTensor]:
         """
-        Sample every token, then re-noise each with the probability that the next noise level says.
+        Sample every token, then replace each by noise with probability t_{i+1}.
 
         Args:
             model_output (`torch.Tensor`):
-                Logits of the clean tokens, `(batch_size, length, num_tokens)` or `(batch_size, num_tokens, height, width)`.
-            timestep (`float` or `torch.Tensor`): The noise level of this step, one of `timesteps`.
+                Logits of the clean tokens, `(batch_size, length, num_tokens)` or `(batch_size, num_tokens, height, width)`,
+                in float32, float64, bfloat16 or float16. -inf excludes a token.
+            timestep (`float` or `torch.Tensor`): The noise level t_i of this step, one of `timesteps`.
             sample (`torch.LongTensor` of shape `(batch_size, length)` or `(batch_size, height, width)`):
                 The tokens that the model was given.
             noise (`torch.LongTensor` of the shape of `sample`, *optional*):
-                The tokens that sampling began with, which re-noised tokens become again if `noise_source` is `"initial"`.
+                The tokens that sampling began with: the replacements if `noise_source` is `"initial"`.
             mask (`torch.Tensor` of the shape of `sample`, *optional*):
-                1 where tokens are generated; elsewhere `sample` is known and stays.
+                1 where tokens are generated. Where it is 0, the tokens of `sample` are known and stay.
             codebook (`torch.Tensor` of shape `(num_tokens, channels)`, *optional*): For `"quantized"` sampling.
             generator (`torch.Generator` or a list with one for each image, *optional*): The source of randomness.
 
+        Returns:
+            [`PaellaSchedulerOutput`], or a tuple of its two tensors if `return_dict` is `False`.
+
         Raises:
-            ValueError: If `timestep` is none of `timesteps`, or `noise` or `codebook` is missing where it is needed.
+            ValueError: If `timestep` is none of `timesteps`, shapes do not fit, logits are NaN or +inf, the batch is empty,
+                or `noise` or `codebook` is missing where it is needed.
+            TypeError: If a dtype is wrong.
         """
         index = self._index(timestep)
-        logits = self._logits(model_output, sample)
+        logits, mask = self._check_step(model_output, sample, noise, mask)
+
+        # 1. sample every position; known tokens are put back
         sampled_tokens = self._sample(logits, index, codebook, generator)
         if mask is not None:
-            sampled_tokens = torch.where(mask.bool(), sampled_tokens, sample)
+            sampled_tokens = torch.where(mask, sampled_tokens, sample)
 
+        # 2. re-noise
         prev_sample = sampled_tokens
         if index < self.renoise_steps:
             noise = self._noise(sample, noise)
             prev_sample, _ = add_uniform_noise(sampled_tokens, self._levels[index + 1], logits.shape[-1], noise, generator)
             if mask is not None:
-                prev_sample = torch.where(mask.bool(), prev_sample, sample)
+                prev_sample = torch.where(mask, prev_sample, sample)
 
         if not return_dict:
             return (prev_sample, sampled_tokens)
@@ -119,11 +131,13 @@ class PaellaScheduler(RenoisingSchedulerBase):
             logits = logits.masked_fill(removed, -torch.inf)
         quantized = index >= self.num_inference_steps - self.config.quantized_steps
         if self.config.sampling_rule == "argmax" and not quantized:
-            return logits.argmax(-1)
+            tokens = logits.argmax(-1)
+            check_finite(logits.gather(-1, tokens[..., None]))
+            return tokens
         if self.config.sampling_rule == "quantized" or quantized:
-            if codebook is None:
-                raise ValueError("Quantized sampling needs `codebook`, which `vqgan.codebook(device)` gives.")
+            check_codebook(codebook, logits.shape[-1])
             probabilities = (logits.float() / self.temperatures[index]).softmax(-1)
+            check_finite(probabilities[..., 0])
             codebook = codebook.to(probabilities)
             return torch.cdist(probabilities.flatten(1, -2) @ codebook, codebook).argmin(-1).view(logits.shape[:-1])
         return sample_tokens(logits, self.temperatures[index], generator)
@@ -131,13 +145,16 @@ class PaellaScheduler(RenoisingSchedulerBase):
 
 def typical_filter(logits: torch.Tensor, mass: float, min_tokens: int = 1) -> torch.BoolTensor:
     """
-    Which tokens typical filtering removes (https://huggingface.co/papers/2202.00666, section 3): it keeps those whose
+    Which tokens typical filtering removes (https://huggingface.co/papers/2202.00666, section 3). It keeps the tokens whose
     surprisal is nearest to the entropy of the distribution, until their probability passes `mass`, and ties with the last.
 
     Args:
-        logits (`torch.Tensor` of shape `(..., num_tokens)`): Unnormalised.
+        logits (`torch.Tensor` of shape `(..., num_tokens)`): Unnormalised log-probabilities.
         mass (`float`): In (0, 1].
-        min_tokens (`int`): So many stay at least.
+        min_tokens (`int`): Minimum number of tokens that it keeps, at least 1.
+
+    Returns:
+        `torch.BoolTensor` of the shape of `logits`: True where a token is removed.
     """
     log_probabilities = logits.log_softmax(-1)
     probabilities = log_probabilities.exp()

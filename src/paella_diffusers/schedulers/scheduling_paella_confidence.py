@@ -1,36 +1,45 @@
-"""Re-noising the least confident tokens first, or in an order that covers the picture evenly."""
+"""Re-noise the least confident tokens first, or in an order that covers the picture evenly."""
 
 from functools import lru_cache
 
 import torch
 from diffusers.configuration_utils import register_to_config
 
+from ..checks import check_choice, check_integer, check_number
 from .categorical import rand_tensor, random_tokens, sample_tokens
 from .scheduling_utils import PaellaSchedulerOutput, RenoisingSchedulerBase
 
 
 class PaellaConfidenceScheduler(RenoisingSchedulerBase):
     r"""
-    The renoising sampler, but the tokens to re-noise are not drawn. Each step draws a clean token x̂ᵢ for every position from
-    `softmax(logits / temperature)`, ranks the L positions by
+    The sampler of [`PaellaScheduler`], except that the tokens to re-noise are ranked rather than chosen independently
+    (MaskGIT, https://huggingface.co/papers/2202.04200, section 3.2, where they are masked). In step i
 
-        log p(x̂ᵢ) + c · t_next · gᵢ,    gᵢ ~ Gumbel(0, 1),
+    1. every position's clean token x̂ is sampled from `softmax(logits / temperature)`;
+    2. if i < `renoise_steps`, the L positions are ranked by
 
-    where c is the choice temperature, and makes noise again of the round(t_next · L) lowest (MaskGIT,
-    https://huggingface.co/papers/2202.04200, section 3.2, where these are masked). With `ranking="halton"`, of those that
-    come last in a Halton sequence over the grid (https://huggingface.co/papers/2503.17076), whatever the model says of them.
+           log p(x̂) + c · t_{i+1} · g,    g ~ Gumbel(0, 1),
+
+       where p is the softmax at temperature 1 and c the choice temperature, and noise replaces the round(t_{i+1} · L)
+       lowest.
+
+    With `ranking="halton"` noise replaces those that come last in a Halton sequence over the grid
+    (https://huggingface.co/papers/2503.17076), regardless of the logits.
 
     Args:
-        num_inference_steps (`int`, defaults to 12): Steps, unless `set_timesteps` says otherwise.
+        num_inference_steps (`int`, defaults to 12): Number of steps if `set_timesteps` is not given one, up to 10,000.
         t_start (`float`, defaults to 1.0): First noise level, in (0, 1].
         t_end (`float`, defaults to 0.0): Noise level after the last step, in [0, t_start).
         temperature (`float` or `tuple[float, float]`, defaults to `(0.7, 0.3)`):
-            Sampling temperature, above 0: from the first step to the last, linearly.
-        renoise_steps (`int`, *optional*): Only the first so many steps re-noise; all but the last unless given.
+            Sampling temperature, from 1e-6 to 1e6. A pair is a linear ramp from the first step to the last.
+        renoise_steps (`int`, *optional*): Number of steps, from the first, that re-noise. By default all but the last.
         noise_source (`str`, defaults to `"initial"`): As in [`PaellaScheduler`].
         ranking (`str`, defaults to `"confidence"`): `"confidence"` or `"halton"`.
-        choice_temperature (`float`, defaults to 1.0): c, at least 0: how much chance there is in the ranking.
+        choice_temperature (`float`, defaults to 1.0): c, from 0, a ranking by confidence alone, to 1e6, a random one.
         num_vq_embeddings (`int`, defaults to 8192): Number of different tokens, for `add_noise` to draw from.
+
+    Raises:
+        ValueError: If a value is not in its range, or not a number where it must be one.
     """
 
     @register_to_config
@@ -47,10 +56,8 @@ class PaellaConfidenceScheduler(RenoisingSchedulerBase):
         num_vq_embeddings: int = 8192,
     ):
         self._check_config()
-        if ranking not in ("confidence", "halton"):
-            raise ValueError(f"`ranking` must be 'confidence' or 'halton', got {ranking!r}.")
-        if not choice_temperature >= 0:
-            raise ValueError(f"`choice_temperature` must be at least 0, got {choice_temperature}.")
+        check_choice("ranking", ranking, ("confidence", "halton"))
+        check_number("choice_temperature", choice_temperature, at_least=0, at_most=1e6)
         self.set_timesteps(num_inference_steps)
 
     def step(
@@ -65,29 +72,39 @@ class PaellaConfidenceScheduler(RenoisingSchedulerBase):
         return_dict: bool = True,
     ) -> PaellaSchedulerOutput | tuple[torch.LongTensor, torch.LongTensor]:
         """
-        Sample every token, then re-noise those that rank lowest.
+        Sample every token, then replace those that rank lowest by noise.
 
         Args:
             model_output, timestep, sample, noise, mask, generator: As in [`PaellaScheduler.step`].
-            grid_size (`tuple[int, int]`, *optional*): Height and width of a grid given as a sequence, for Halton's order.
+            grid_size (`tuple[int, int]`, *optional*):
+                Height and width of the grid, for `ranking="halton"` if `sample` is a sequence.
+
+        Returns:
+            [`PaellaSchedulerOutput`], or a tuple of its two tensors if `return_dict` is `False`.
 
         Raises:
-            ValueError: If `timestep` is none of `timesteps`, or `noise` or `grid_size` is missing where it is needed.
+            ValueError, TypeError: As [`PaellaScheduler.step`], or if `grid_size` is missing where it is needed.
         """
         index = self._index(timestep)
-        logits = self._logits(model_output, sample)
-        sampled_tokens = sample_tokens(logits, self.temperatures[index], generator)
-        if mask is not None:
-            sampled_tokens = torch.where(mask.bool(), sampled_tokens, sample)
+        logits, mask = self._check_step(model_output, sample, noise, mask)
+        renoises = index < self.renoise_steps
 
+        # 1. sample every position; known tokens are put back
+        by_confidence = renoises and self.config.ranking == "confidence"
+        drawn = sample_tokens(logits, self.temperatures[index], generator, return_log_probs=by_confidence)
+        sampled_tokens, log_probs = drawn if by_confidence else (drawn, None)
+        if mask is not None:
+            sampled_tokens = torch.where(mask, sampled_tokens, sample)
+
+        # 2. re-noise the lowest of those that are generated
         prev_sample = sampled_tokens
-        if index < self.renoise_steps:
-            level = self._levels[index + 1]
-            rank = self._rank(logits, sampled_tokens, level, grid_size, generator).flatten(1)
-            free = torch.ones_like(rank, dtype=torch.bool) if mask is None else mask.bool().flatten(1)
-            count = (level * free.sum(1, keepdim=True)).round()
-            place = rank.masked_fill(~free, torch.inf).argsort(1).argsort(1)
-            renoise = (place < count).view_as(sample)
+        if renoises:
+            next_level = self._levels[index + 1]
+            rank = self._rank(sample, log_probs, next_level, grid_size, generator).flatten(1)
+            generated = torch.ones_like(rank, dtype=torch.bool) if mask is None else mask.flatten(1)
+            count = (next_level * generated.sum(1, keepdim=True)).round()
+            place = rank.masked_fill(~generated, torch.inf).argsort(1).argsort(1)
+            renoise = ((place < count) & generated).view_as(sample)
             noise = self._noise(sample, noise)
             if noise is None:
                 noise = random_tokens(logits.shape[-1], sample.shape, generator, sample.device)
@@ -97,23 +114,33 @@ class PaellaConfidenceScheduler(RenoisingSchedulerBase):
             return (prev_sample, sampled_tokens)
         return PaellaSchedulerOutput(prev_sample=prev_sample, sampled_tokens=sampled_tokens)
 
-    def _rank(self, logits, tokens, level, grid_size, generator) -> torch.Tensor:
-        """What positions are ordered by, of the shape of `tokens`: the lowest are re-noised."""
+    def _rank(self, sample, log_probs, next_level, grid_size, generator) -> torch.Tensor:
+        """The values, of the shape of `sample`, by which positions are ranked: the lowest are re-noised."""
         if self.config.ranking == "halton":
-            grid_size = tuple(tokens.shape[1:]) if tokens.ndim == 3 else grid_size
-            if grid_size is None or grid_size[0] * grid_size[1] != tokens[0].numel():
-                raise ValueError(f"Halton's order needs `grid_size` for {tokens[0].numel()} tokens, got {grid_size}.")
-            first = -halton_order(*grid_size).to(tokens.device, torch.float32)
-            return first.view(tokens.shape[1:]).expand_as(tokens)
-        logits = logits.float()
-        confidence = logits.gather(-1, tokens[..., None])[..., 0] - logits.logsumexp(-1)
-        uniform = rand_tensor(tokens.shape, generator, tokens.device).clamp(1e-9, 1 - 1e-7)
-        return confidence - self.config.choice_temperature * level * (-uniform.log()).log()
+            order = halton_order(*check_grid_size(grid_size, sample)).to(sample.device, torch.float32)
+            return -order.view(sample.shape[1:]).expand_as(sample)
+        uniform = rand_tensor(sample.shape, generator, sample.device).clamp(1e-9, 1 - 1e-7)
+        gumbel = -(-uniform.log()).log()
+        return log_probs + self.config.choice_temperature * next_level * gumbel
+
+
+def check_grid_size(grid_size: tuple[int, int] | None, sample: torch.LongTensor) -> tuple[int, int]:
+    """Height and width of the sample, which a sequence does not show."""
+    if sample.ndim == 3:
+        return tuple(sample.shape[1:])
+    length = sample.shape[1]
+    if not isinstance(grid_size, tuple | list) or len(grid_size) != 2:
+        raise ValueError(f"Halton's order needs `grid_size`, (height, width) of the {length} tokens, got {grid_size!r}.")
+    for side in grid_size:
+        check_integer("grid_size", side, 1)
+    if grid_size[0] * grid_size[1] != length:
+        raise ValueError(f"`grid_size` must have {length} tokens, as `sample` has, got {grid_size}.")
+    return tuple(map(int, grid_size))
 
 
 @lru_cache(maxsize=16)
 def halton_order(height: int, width: int) -> torch.LongTensor:
-    """The place of every position in the Halton sequence of bases 2 and 3, `(height, width)`: early ones cover the grid."""
+    """The rank of each position in the Halton sequence of bases 2 and 3, `(height, width)`: the first cover the grid."""
 
     def radical_inverse(number: int, base: int) -> float:
         value, digit = 0.0, 1 / base

@@ -1,10 +1,11 @@
-"""Discrete flow matching: tokens jump from noise to the prediction, each at its own time."""
+"""Discrete flow matching: each token jumps from noise to the prediction at a random time of its own."""
 
 import math
 
 import torch
 from diffusers.configuration_utils import register_to_config
 
+from ..checks import check_choice, check_number
 from .categorical import add_uniform_noise, rand_tensor, sample_tokens
 from .scheduling_utils import PaellaSchedulerBase, PaellaSchedulerOutput
 
@@ -12,32 +13,35 @@ from .scheduling_utils import PaellaSchedulerBase, PaellaSchedulerOutput
 class PaellaFlowMatchEulerScheduler(PaellaSchedulerBase):
     r"""
     Discrete flow matching (https://huggingface.co/papers/2407.15595, section 3; https://huggingface.co/papers/2402.04997) on
-    the path that mixes data with uniform noise, of which t is the share:
+    the path that mixes data with uniform noise in the proportion t:
 
         p_t(x | x̂) = (1 - t) δ(x, x̂) + t / V.
 
     Its continuous-time Markov chain makes a token jump to x̂ ~ `softmax(logits / temperature)` at the rate -dt / t. A step
-    from t to t_next holds x̂ and integrates that exactly:
+    from t to t_next keeps x̂ fixed, for which this is the exact solution:
 
-        xᵢ' = x̂ᵢ with probability 1 - t_next / t, else xᵢ.
+        x' = x̂ with probability 1 - t_next / t, else x.
 
-    Tokens that have jumped may jump again, so errors of early steps are mended. The corrector, whose rate leaves p_t as it
-    is, does more of this: with probability 1 - exp(-η (t - t_next)) a token is drawn anew from p_{t_next}(x | x̂ᵢ).
+    Tokens that have jumped may jump again, which corrects errors of early steps. The corrector, whose rate leaves p_t
+    unchanged, does more of this: with probability 1 - exp(-η (t - t_next)) a token is sampled anew from p_{t_next}(x | x̂).
 
     With temperature 1 and many steps this samples from the model's distribution.
 
     Args:
-        num_inference_steps (`int`, defaults to 12): Steps, unless `set_timesteps` says otherwise.
+        num_inference_steps (`int`, defaults to 12): Number of steps if `set_timesteps` is not given one, up to 10,000.
         t_start (`float`, defaults to 1.0): First noise level, in (0, 1].
-        t_end (`float`, defaults to 0.0): Where the noise level descends to, in [0, t_start); the last step ends at 0.
+        t_end (`float`, defaults to 0.0): Where the noise level descends to, in [0, t_start). The last step ends at 0.
         temperature (`float` or `tuple[float, float]`, defaults to 1.0):
-            Sampling temperature, above 0: from the first step to the last, linearly.
+            Sampling temperature, from 1e-6 to 1e6. A pair is a linear ramp from the first step to the last.
         time_grid (`str`, defaults to `"linear"`):
-            How t descends with the share u of steps done: `"linear"`, 1 - u; `"cosine"`, cos(πu / 2), whose steps begin
-            small; `"polynomial"`, 1 - uⁿ.
+            How t descends with u, the fraction of steps done: `"linear"`, 1 - u; `"cosine"`, cos(πu / 2), whose first steps
+            are small; `"polynomial"`, 1 - uⁿ.
         time_power (`float`, defaults to 2.0): n, above 0.
         corrector_rate (`float`, defaults to 0.0): η, at least 0.
         num_vq_embeddings (`int`, defaults to 8192): Number of different tokens, for `add_noise` to draw from.
+
+    Raises:
+        ValueError: If a value is not in its range, or not a number where it must be one.
     """
 
     @register_to_config
@@ -53,12 +57,9 @@ class PaellaFlowMatchEulerScheduler(PaellaSchedulerBase):
         num_vq_embeddings: int = 8192,
     ):
         self._check_config()
-        if time_grid not in ("linear", "cosine", "polynomial"):
-            raise ValueError(f"`time_grid` must be 'linear', 'cosine' or 'polynomial', got {time_grid!r}.")
-        if not time_power > 0:
-            raise ValueError(f"`time_power` must be above 0, got {time_power}.")
-        if not corrector_rate >= 0:
-            raise ValueError(f"`corrector_rate` must be at least 0, got {corrector_rate}.")
+        check_choice("time_grid", time_grid, ("linear", "cosine", "polynomial"))
+        check_number("time_power", time_power, above=0)
+        check_number("corrector_rate", corrector_rate, at_least=0)
         self.set_timesteps(num_inference_steps)
 
     def _descent(self, steps: int, t_start: float, t_end: float) -> torch.Tensor:
@@ -78,21 +79,24 @@ class PaellaFlowMatchEulerScheduler(PaellaSchedulerBase):
         return_dict: bool = True,
     ) -> PaellaSchedulerOutput | tuple[torch.LongTensor, torch.LongTensor]:
         """
-        Draw a prediction for every token, to which some jump.
+        Sample a prediction for every token; each token jumps to its own with probability 1 - t_next / t.
 
         Args:
             model_output, timestep, sample, mask, generator: As in [`PaellaScheduler.step`].
 
+        Returns:
+            [`PaellaSchedulerOutput`], or a tuple of its two tensors if `return_dict` is `False`.
+
         Raises:
-            ValueError: If `timestep` is none of `timesteps`, or the logits are not finite.
+            ValueError, TypeError: As [`PaellaScheduler.step`].
         """
         index = self._index(timestep)
+        logits, mask = self._check_step(model_output, sample, mask=mask)
         level, next_level = self._levels[index], self._levels[index + 1]
-        logits = self._logits(model_output, sample)
-        sampled_tokens = sample_tokens(logits, self.temperatures[index], generator)
-
         if index + 1 == self.num_inference_steps:  # the picture is the prediction, whatever `t_end` is
             next_level = 0.0
+
+        sampled_tokens = sample_tokens(logits, self.temperatures[index], generator)
         jump = rand_tensor(sample.shape, generator, sample.device) < 1 - next_level / level
         prev_sample = torch.where(jump, sampled_tokens, sample)
         if self.config.corrector_rate > 0:
@@ -101,7 +105,7 @@ class PaellaFlowMatchEulerScheduler(PaellaSchedulerBase):
             noised, _ = add_uniform_noise(sampled_tokens, next_level, logits.shape[-1], generator=generator)
             prev_sample = torch.where(correct, noised, prev_sample)
         if mask is not None:
-            prev_sample, sampled_tokens = (torch.where(mask.bool(), x, sample) for x in (prev_sample, sampled_tokens))
+            prev_sample, sampled_tokens = (torch.where(mask, x, sample) for x in (prev_sample, sampled_tokens))
 
         if not return_dict:
             return (prev_sample, sampled_tokens)
