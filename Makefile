@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := "red heart" "grinning face" "pizza" "dog face" "rocket" "sunflower" "green apple" "soccer ball" "guitar"
 
-.PHONY: demo test test-oldest lint clean
+.PHONY: demo test test-golden test-oldest lint clean
 
 demo: $(VENV)/installed
 	$(BIN)/paella-diffusers generate $(DEMO) --out demo.png
@@ -14,7 +14,14 @@ demo: $(VENV)/installed
 test: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(TESTS)
 
-# the same with the oldest diffusers that is supported
+# what the published code computed, with the kernels of other processors: without vector units, and with AVX2 and two threads
+PLAIN := OMP_NUM_THREADS=1 ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_ENABLE_INSTRUCTIONS=SSE4_2 MKL_CBWR=COMPATIBLE
+AVX2 := OMP_NUM_THREADS=2 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 MKL_CBWR=AVX2
+test-golden: $(VENV)/installed
+	$(PLAIN) $(BIN)/python -m pytest -k test_golden
+	$(AVX2) $(BIN)/python -m pytest -k test_golden
+
+# all tests with the oldest diffusers that is supported
 test-oldest:
 	$(MAKE) test VENV=.venv-oldest DIFFUSERS=0.42.0
 
