@@ -1,7 +1,11 @@
+import json
+
 import peft
 import pytest
 import torch
 from conftest import tiny_pipeline
+from kills import contents, killed_before, leftovers
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from paella_diffusers import PaellaImg2ImgPipeline
@@ -90,6 +94,51 @@ def test_scale_for_one_call(pipe, tmp_path):
     assert torch.equal(tokens(pipe, cross_attention_kwargs={"scale": 0.0}), plain)
     assert torch.equal(tokens(pipe, cross_attention_kwargs={"scale": 1.0}), adapted)
     assert torch.equal(tokens(pipe), adapted)  # the scale was that call's alone
+
+
+def scales(pipe, name: str) -> dict[str, float]:
+    """Each adapted layer's scale, relative to alpha / rank."""
+    layers = {key: layer for key, layer in pipe.unet.named_modules() if hasattr(layer, "set_scale")}
+    return {key: layer.scaling[name] * layer.r[name] / layer.lora_alpha[name] for key, layer in layers.items()}
+
+
+def test_a_scale_for_each_block(pipe, tmp_path):
+    """With the layers that `examples/train_paella_lora.py` adapts."""
+    unet = tiny_pipeline().unet
+    modules = ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out"]
+    unet.add_adapter(peft.LoraConfig(r=2, target_modules=modules, init_lora_weights=False))
+    metadata = unet.peft_config["default"].to_dict()
+    pipe.save_lora_weights(tmp_path, peft.get_peft_model_state_dict(unet), unet_lora_adapter_metadata=metadata)
+    for name in ("a", "b"):
+        pipe.load_lora_weights(tmp_path, adapter_name=name)
+    pipe.set_adapters("a", {"unet": {"down": 0.5}})
+    by_layer = scales(pipe, "a")
+    assert {scale for key, scale in by_layer.items() if key.startswith("down_blocks.")} == {0.5}
+    assert {scale for key, scale in by_layer.items() if not key.startswith("down_blocks.")} == {1.0}
+    half = logits(pipe)
+    pipe.set_adapters("a")
+    assert set(scales(pipe, "a").values()) == {1.0} and not torch.allclose(logits(pipe), half)
+    nested = {"down": 0.5, "up": {"block_0": 0.25}, "up_blocks.0.layers.2.attention.to_q": 0.0}
+    pipe.set_adapters(["a", "b"], [{"unet": nested}, None])
+    by_layer = scales(pipe, "a")
+    first = {scale for key, scale in by_layer.items() if key.startswith("up_blocks.0.")}
+    assert first == {0.25, 0.0} and by_layer["up_blocks.0.layers.2.attention.to_q"] == 0.0
+    assert set(scales(pipe, "b").values()) == {1.0}
+    pipe.unet.set_adapters("b", {"up_blocks": 0.0, "down_blocks": 0.0, "proj_in": 0.0, "proj_out": 0.0})
+    assert torch.equal(logits(pipe), logits(tiny_pipeline(prior=None, prior_scheduler=None)))
+    before = scales(pipe, "b")
+    for wrong, message in (
+        ({"down": {"block_99": 1.0}}, r"no layers in 'down_blocks.99', but in \['down_blocks.0'"),
+        ({"mid": 1.0}, "no layers in 'mid'"),
+        ({"down": "half"}, "scale of down_blocks must be a finite number, got 'half'"),
+        ({"down": float("nan")}, "must be a finite number"),
+        (True, "must be a finite number"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            pipe.unet.set_adapters("b", wrong)
+    with pytest.raises(ValueError, match="Length of adapter names"):
+        pipe.unet.set_adapters(["a", "b"], [1.0])
+    assert scales(pipe, "b") == before
 
 
 def test_fuse_and_unfuse(pipe, tmp_path):
@@ -216,3 +265,98 @@ def test_which_file_is_the_adapter(pipe, tmp_path):
         pipe.load_lora_weights(folder, weight_name="nothing.safetensors")
     with pytest.raises(FileNotFoundError, match="has neither pytorch_lora_weights.safetensors nor"):
         pipe.load_lora_weights(folder, subfolder="sub")
+
+
+def test_hostile_metadata_are_refused_or_not_evaluated(pipe, tmp_path):
+    folder, expected = saved_adapter(tmp_path)
+    path = folder / "pytorch_lora_weights.safetensors"
+    weights = load_file(path)
+    with safe_open(path, "pt") as file:
+        metadata = json.loads(file.metadata()["lora_adapter_metadata"])
+
+    def save_with(**entries):
+        own = json.dumps(metadata | {f"unet.{key}": value for key, value in entries.items()})
+        save_file(weights, path, {"format": "pt", "lora_adapter_metadata": own})
+
+    for entries in (
+        {"target_modules": "(" + "a?" * 40 + ")*b" + "(x+x+)+y" * 5},  # which would take for ever
+        {"target_modules": ["(x+x+)+y"], "layers_pattern": "(x+x+)+y", "exclude_modules": "(x+x+)+y"},
+        {"init_lora_weights": "pissa", "loftq_config": {"loftq_bits": 4}, "modules_to_save": ["head"], "unknown": 1},
+    ):
+        save_with(**entries)
+        pipe.load_lora_weights(folder)
+        torch.testing.assert_close(logits(pipe), expected)
+        pipe.unload_lora_weights()
+    for entries, message in (
+        ({"r": 10**9}, r"rank in the adapter's metadata must be in \[1, 65536\], got 1000000000"),
+        ({"r": "2"}, "rank in the adapter's metadata must be"),
+        ({"rank_pattern": {"to_q": 10**9}}, "rank in the adapter's metadata must be"),
+        ({"rank_pattern": {"(x+x+)+y": 2}}, "`rank_pattern` in the adapter's metadata must have names of layers"),
+        ({"alpha_pattern": {"(x+x+)+y": 2}}, "`alpha_pattern` in the adapter's metadata must have names of layers"),
+        ({"alpha_pattern": {"to_q": float("nan")}}, "`lora_alpha` in the adapter's metadata must be a finite number"),
+        ({"lora_alpha": float("inf")}, "`lora_alpha` in the adapter's metadata must be a finite number"),
+        ({"lora_dropout": 7}, "`lora_dropout` in the adapter's metadata must be"),
+        ({"peft_type": "LOKR"}, "must be a LoRA, got 'LOKR'"),
+    ):
+        save_with(**entries)
+        with pytest.raises(ValueError, match=message):
+            pipe.load_lora_weights(folder)
+    for text in ("[1]", "{", "[" * 100000, "7"):
+        save_file(weights, path, {"format": "pt", "lora_adapter_metadata": text})
+        with pytest.raises(ValueError, match="has metadata that are"):
+            pipe.load_lora_weights(folder)
+    assert not getattr(pipe.unet, "peft_config", None)
+
+
+def test_ranks_and_alphas_of_single_layers(pipe, tmp_path):
+    config = peft.LoraConfig(
+        r=2,
+        lora_alpha=4,
+        target_modules=["to_q", "proj_in", "token_embedding"],
+        rank_pattern={"to_q": 3},
+        alpha_pattern={"to_q": 9},
+        init_lora_weights=False,
+    )
+    trained = tiny_pipeline(prior=None, prior_scheduler=None)
+    trained.unet.add_adapter(config)
+    weights = peft.get_peft_model_state_dict(trained.unet)
+    metadata = trained.unet.peft_config["default"].to_dict()
+    pipe.save_lora_weights(tmp_path, weights, unet_lora_adapter_metadata=metadata)
+    pipe.load_lora_weights(tmp_path)
+    torch.testing.assert_close(logits(pipe), logits(trained))
+    again = tmp_path / "again"
+    weights = peft.get_peft_model_state_dict(pipe.unet, adapter_name="default_0")
+    metadata = pipe.unet.peft_config["default_0"].to_dict()
+    pipe.save_lora_weights(again, weights, unet_lora_adapter_metadata=metadata)
+    other = tiny_pipeline(prior=None, prior_scheduler=None)
+    other.load_lora_weights(again)
+    torch.testing.assert_close(logits(other), logits(trained))
+
+
+@pytest.mark.parametrize("options", [{"use_dora": True}, {"use_rslora": True}, {"lora_bias": True}])
+def test_kinds_of_lora(pipe, tmp_path, options):
+    trained = tiny_pipeline(prior=None, prior_scheduler=None)
+    modules = ["to_q", "proj_in", "depthwise"] if "use_rslora" in options else ["to_q", "proj_in"]
+    trained.unet.add_adapter(peft.LoraConfig(r=16, target_modules=modules, init_lora_weights=False, **options))
+    metadata = trained.unet.peft_config["default"].to_dict()
+    pipe.save_lora_weights(tmp_path, peft.get_peft_model_state_dict(trained.unet), unet_lora_adapter_metadata=metadata)
+    pipe.load_lora_weights(tmp_path)
+    torch.testing.assert_close(logits(pipe), logits(trained))
+
+
+def test_an_adapter_is_saved_whole_or_not_at_all(pipe, tmp_path):
+    folder, expected = saved_adapter(tmp_path / "folder")
+    weights = pipe.lora_state_dict(folder)
+    before = contents(folder)
+    other = {key.removeprefix("unet."): tensor + 1 for key, tensor in weights.items()}
+    operation = 0
+    while killed_before(operation, folder, lambda: pipe.save_lora_weights(folder, other)):
+        operation += 1
+        if contents(folder) != before:
+            break
+        pipe.load_lora_weights(folder)
+        torch.testing.assert_close(logits(pipe), expected)
+        pipe.unload_lora_weights()
+    assert operation > 2
+    pipe.save_lora_weights(folder, other)
+    assert contents(folder).keys() == before.keys() and contents(folder) != before and not leftovers(tmp_path)

@@ -1,4 +1,5 @@
 import pickle
+import random
 import shutil
 
 import pytest
@@ -130,6 +131,46 @@ def test_what_is_no_state_dict_is_refused(tmp_path):
         PaellaPrior.from_single_file(tmp_path / "file.safetensors")
     with pytest.raises(FileNotFoundError, match=r"neither a file nor an address like"):
         PaellaPrior.from_single_file(tmp_path / "nothing.pt")
+
+
+def test_tensors_without_values_and_other_formats_are_refused(golden_a, tmp_path):
+    state_dict = torch.load(golden_a.folder / "prior.pt", weights_only=True)
+    name = next(iter(state_dict))
+    file = tmp_path / "prior.pt"
+    for odd in (state_dict[name].to("meta"), state_dict[name].to_sparse(), state_dict[name].to_sparse_csr()):
+        torch.save(state_dict | {name: odd}, file)
+        with pytest.raises(ValueError, match=f"prior.pt has sparse tensors or tensors without values: {name}"):
+            PaellaPrior.from_single_file(file, golden_a.config["prior"])
+    for name in ("model.gguf", "model.pt", "model.safetensors"):
+        (tmp_path / name).write_bytes(b"GGUF" + bytes(100))
+        with pytest.raises(ValueError, match=f"{name} is a GGUF file, which cannot be read here: pass a `.safetensors`"):
+            PaellaPrior.from_single_file(tmp_path / name)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_damaged_files_load_or_are_refused_in_our_words(golden_a, tmp_path, zipped):
+    """Flipped bits outside the values, and files that end early."""
+    file = tmp_path / "prior.pt"
+    torch.save(torch.load(golden_a.folder / "prior.pt", weights_only=True), file, _use_new_zipfile_serialization=zipped)
+    whole, rng = file.read_bytes(), random.Random(0)
+    places = [*range(0, 4000, 37), *range(len(whole) - 4000, len(whole), 37)]
+    refused = 0
+    for place in places:
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << rng.randrange(8)
+        damaged = bytes(damaged[:place] if place % 5 == 0 else damaged)
+        file.write_bytes(damaged)
+        try:
+            PaellaPrior.from_single_file(file, golden_a.config["prior"])
+        except ValueError as error:
+            refused += 1
+            assert type(error) is ValueError and "prior.pt" in str(error), repr(error)
+    assert refused > len(places) / 4
+
+
+def test_hostile_sizes_are_refused(golden_a):
+    with pytest.raises(ValueError, match="PaellaPrior has num_layers=1000000, more than 1000"):
+        PaellaPrior.from_single_file(golden_a.folder / "prior.pt", golden_a.config["prior"] | {"num_blocks": 10**6})
 
 
 def test_published_initial_sizes_need_no_configuration(tmp_path):

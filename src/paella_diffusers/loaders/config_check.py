@@ -2,6 +2,7 @@
 
 import inspect
 import math
+from numbers import Integral, Real
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
@@ -49,7 +50,7 @@ def check_sizes(class_name: str, config: Any, name: str = "", layers_only: bool 
     limit = None
     if layers_only and not layers:
         return
-    if isinstance(config, int) and not isinstance(config, bool):
+    if isinstance(config, Integral) and not isinstance(config, bool):
         limit = MAX_LAYERS if layers else MAX_INTEGER
         limit = limit if abs(config) > limit else None
     elif isinstance(config, list | tuple | str) and len(config) > MAX_LENGTH:
@@ -82,7 +83,7 @@ def _is_of_type(value, hint) -> bool:
     if hint is bool or hint is str or hint is NoneType:
         return isinstance(value, hint)
     if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
+        return isinstance(value, Integral) and not isinstance(value, bool)
     if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
     return True

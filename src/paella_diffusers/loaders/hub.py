@@ -1,6 +1,7 @@
 """Pushing pipelines, models, schedulers and adapters to the Hub: with a model card, and with what loads them elsewhere."""
 
 import inspect
+import os
 import tempfile
 from pathlib import Path
 
@@ -8,7 +9,7 @@ from huggingface_hub import create_repo, upload_folder
 from PIL import Image
 
 from ..about import pip_install
-from .atomic import check_not_interrupted
+from .atomic import atomic_file, check_not_interrupted
 from .config_check import check_config
 from .hub_files import connection_errors, download, loading_errors
 from .model_card import earlier_details, is_unedited, model_card, save_samples
@@ -23,7 +24,7 @@ except ImportError as error:
 
 
 class PaellaHubMixin:
-    """Loading, saving and `push_to_hub` of the configurations of pipelines, models and schedulers."""
+    """Configurations in and out, and `push_to_hub`, of pipelines, models, schedulers and guidance methods."""
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
@@ -36,10 +37,18 @@ class PaellaHubMixin:
 
     @classmethod
     def extract_init_dict(cls, config_dict, **kwargs):
-        """What `from_config` calls: values of other types than `__init__` declares are refused, and sizes no model has."""
+        """What `from_config` reads; values of other types than declared, and sizes that no model has, are refused."""
         init_dict, unused, hidden = super().extract_init_dict(config_dict, **kwargs)
         check_config(cls, init_dict)
         return init_dict, unused, hidden
+
+    def save_config(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs):
+        """As diffusers' `ConfigMixin.save_config`, but whole or not at all."""
+        Path(save_directory).mkdir(parents=True, exist_ok=True)
+        with atomic_file(Path(save_directory, self.config_name)) as unfinished:
+            self.to_json_file(unfinished)
+        if push_to_hub:
+            self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).resolve().name), **kwargs)
 
     def push_to_hub(
         self,
@@ -55,7 +64,7 @@ class PaellaHubMixin:
         **card,
     ) -> str:
         """
-        Upload to a Hub repository, which is made if it is not there, in diffusers' layout.
+        Upload to a Hub repository, in diffusers' layout. The repository is created if it does not exist.
 
         Args:
             repo_id (`str`): `owner/name`.
@@ -66,8 +75,8 @@ class PaellaHubMixin:
             safe_serialization (`bool`, defaults to `True`): Write safetensors.
             variant (`str`, *optional*): Part of the weights' file names, such as `"bf16"`.
             subfolder (`str`, *optional*): Where in the repository; then no model card is written.
-            max_shard_size (`int` or `str`, *optional*): Split weights into files of at most so many bytes, or `"2GB"`.
-            card: For the model card, which is made anew unless someone has edited it: see [`model_card`].
+            max_shard_size (`int` or `str`, *optional*): The largest file of weights, in bytes or such as `"2GB"`.
+            card: Details for the model card, see [`model_card`]. A card that someone has edited is kept as it is.
 
         Returns:
             `str`: The address of the commit.

@@ -79,7 +79,7 @@ class AtomicSaveMixin:
         with atomic_update(save_directory, self.config_name, superseded_weights(variant)) as unfinished:
             super().save_pretrained(unfinished, **options)
         if push_to_hub:
-            repo_id = kwargs.pop("repo_id", Path(save_directory).name)
+            repo_id = kwargs.pop("repo_id", Path(save_directory).resolve().name)
             self.push_to_hub(repo_id, **options, **kwargs)
 
 

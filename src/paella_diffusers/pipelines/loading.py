@@ -206,7 +206,7 @@ class LoadingMixin(PaellaHubMixin):
             for name in component_names(type(self)):
                 load_in_float32(unfinished / name)
         if push_to_hub:
-            repo_id = kwargs.pop("repo_id", Path(save_directory).name)
+            repo_id = kwargs.pop("repo_id", Path(save_directory).resolve().name)
             self.push_to_hub(repo_id, **options, **kwargs)
 
 

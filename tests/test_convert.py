@@ -3,6 +3,7 @@ import json
 import pytest
 import torch
 from conftest import GOLDEN, load_golden, load_golden_models
+from kills import killed_before, leftovers
 from safetensors.torch import load_file, save_file
 
 from paella_diffusers import PaellaPipeline, PaellaUNet
@@ -80,6 +81,26 @@ def test_whole_or_nothing(published, hub, tmp_path):
     assert not (tmp_path / "new").exists() and not list(tmp_path.glob(".*unfinished*"))
     with pytest.raises(ValueError, match="Only optional components can be left out.*unet"):
         convert_to_diffusers("dome272/Paella", tmp_path / "new", leave_out=("unet",), **published)
+
+
+def test_a_killed_conversion_leaves_nothing_that_the_next_does_not_remove(published, hub, tmp_path):
+    source = hub.root / "dome272/Paella"
+    options = {
+        "leave_out": tuple(name for name in PaellaPipeline._optional_components if not name.startswith("prior")),
+        "original_config": published["original_config"],
+    }
+    folder = tmp_path / "result" / "converted"
+    folder.parent.mkdir()
+    left, operation = [], 0
+    while killed_before(operation, folder.parent, lambda: convert_to_diffusers(source, folder, **options)):
+        left.append(len(list(folder.parent.glob(".*"))))
+        if folder.exists():
+            break
+        operation += 7
+    assert max(left) == 1 and len(left) > 3  # of one run; the next has removed those before
+    if not folder.exists():
+        convert_to_diffusers(source, folder, **options)
+    assert PaellaPipeline.from_pretrained(folder).prior is not None and not leftovers(folder.parent)
 
 
 def test_commands(published, hub, tmp_path, monkeypatch, capsys):
