@@ -32,6 +32,14 @@ def picture(tmp_path_factory) -> str:
     return str(path)
 
 
+@pytest.fixture
+def float64(monkeypatch):
+    """As `float64` in conftest.py: for pictures that are drawn in batches of several sizes."""
+    load = PaellaPipeline.from_pretrained
+    in_float64 = lambda path, dtype=None, **options: load(path, dtype=torch.float64, **options)
+    monkeypatch.setattr(PaellaPipeline, "from_pretrained", in_float64)
+
+
 def run(model, *arguments):
     return main([*arguments, "--model", model, "--steps", "2", "--device", "cpu"])
 
@@ -76,6 +84,7 @@ def test_a_row_for_each_prompt(model, tmp_path):
     assert Image.open(tmp_path / "s.png").size == (96, 64)
 
 
+@pytest.mark.usefixtures("float64")
 def test_seeds_count_up_whatever_the_batches(model, tmp_path):
     for size in ("1", "2", "8"):
         arguments = ["--num-images", "2", "--seed", "7", "--batch-size", size, "--out", str(tmp_path / f"{size}.png")]
