@@ -35,7 +35,7 @@ def pipeline(scheduler, levels):
 
 
 def test_descending_timesteps(levels):
-    pipe = pipeline(DescendingDDIMScheduler(temperature=1.0), levels)
+    pipe = pipeline(DescendingDDIMScheduler(temperature=1.0), levels).to(torch.float64)
     both = tokens(pipe, ["a", "bb"], generator=[seeded(0), seeded(1)])
     assert levels == [1.0, 0.75, 0.5, 0.25]
     assert torch.equal(both[1:], tokens(pipe, "bb", generator=[seeded(1)]))

@@ -74,7 +74,7 @@ def test_halton_keeps_the_first_positions():
 
 
 def test_it_swaps_with_the_published_sampler_and_draws_in_every_ranking():
-    pipe = tiny_pipeline(prior=None, prior_scheduler=None)
+    pipe = tiny_pipeline(prior=None, prior_scheduler=None).to(torch.float64)
     pipe.scheduler = PaellaScheduler(num_vq_embeddings=32, temperature=(1.2, 0.2), noise_source="fresh")
     pipe.scheduler = PaellaConfidenceScheduler.from_config(pipe.scheduler.config)
     assert tuple(pipe.scheduler.config.temperature) == (1.2, 0.2) and pipe.scheduler.config.noise_source == "fresh"
