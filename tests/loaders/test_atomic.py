@@ -110,6 +110,22 @@ def test_without_an_exchange_what_was_interrupted_is_restored(folder, monkeypatc
     assert contents(folder) == NEW | LINK and not leftovers(folder.parent)
 
 
+def test_what_another_host_left_is_restored_when_asked_for(folder, monkeypatch, no_sync):
+    """Its process may live, as far as is known here: containers often have a new host name each time."""
+    monkeypatch.setattr(atomic, "_exchange", lambda *names: False)
+    monkeypatch.setattr(socket, "gethostname", lambda: "elsewhere")
+    operation = 0
+    while killed_before(operation, folder.parent, lambda: save(folder)) and "marker.json" in contents(folder):
+        operation += 1
+    monkeypatch.setattr(socket, "gethostname", lambda: "here")
+    with pytest.raises(OSError, match="was interrupted. Restore what was there before with `from .* import restore_folder"):
+        save(folder)
+    restore_folder(folder)
+    assert contents(folder) == OLD | LINK
+    save(folder)
+    assert contents(folder) == NEW | LINK
+
+
 @pytest.mark.parametrize("exchange", [True, False])
 def test_a_full_disk_at_any_moment_changes_nothing(folder, monkeypatch, exchange):
     if not exchange:

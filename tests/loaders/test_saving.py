@@ -61,7 +61,7 @@ def test_killed_at_any_file_operation_a_folder_is_old_or_new(tmp_path, monkeypat
         state = contents(folder)
         if state not in (old, new):
             assert not exchange and f"{first.config_name}" not in state
-            with pytest.raises(OSError, match="was interrupted. Save again; or restore what was there before"):
+            with pytest.raises(OSError, match="was interrupted. Restore what was there before"):
                 type(first).from_pretrained(folder)
             restore_folder(folder)
             assert contents(folder) == old

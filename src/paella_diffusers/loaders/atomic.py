@@ -103,6 +103,7 @@ def atomic_update(
     Raises:
         NotADirectoryError: If `folder` is a file.
         PermissionError: If it cannot be written to.
+        OSError: If a process of another host was interrupted, or is about to end: see `check_not_interrupted`.
     """
     folder = Path(os.path.realpath(folder))
     if folder.exists() and not folder.is_dir():
@@ -111,7 +112,11 @@ def atomic_update(
     for path in (folder, folder / marker):
         remove_abandoned(path)
     if folder.is_dir():
-        restore_folder(folder)
+        for replaced in _replaced(folder):
+            if _is_abandoned(replaced):
+                _finish(folder, replaced, marker)
+        if not (folder / marker).is_file():
+            check_not_interrupted(folder)
         if not os.access(folder, os.W_OK):
             raise PermissionError(f"{folder} cannot be written to.")
     unfinished = unfinished_path(folder / marker if folder.is_dir() and _must_stay(folder) else folder)
@@ -170,23 +175,27 @@ def remove_abandoned(path: str | os.PathLike):
 
 def interrupted_update(folder: str | os.PathLike) -> bool:
     """Whether an `atomic_update` of the folder stopped halfway, so that `restore_folder` is needed."""
-    return any(_OWNED.fullmatch(path.name) for path in Path(folder).glob(".*-replaced-*"))
+    return bool(_replaced(Path(folder)))
 
 
 def check_not_interrupted(folder: str | os.PathLike):
     """Raise an `OSError` that says how to restore a folder, if an `atomic_update` of it stopped halfway."""
     if interrupted_update(folder):
         raise OSError(
-            f"Saving to {folder} was interrupted. Save again; or restore what was there before with "
-            f"`from {__name__} import restore_folder; restore_folder({str(folder)!r})`."
+            f"Saving to {folder} was interrupted. Restore what was there before with "
+            f"`from {__name__} import restore_folder; restore_folder({str(folder)!r})`, or, on the same machine, save "
+            "again."
         )
 
 
 def restore_folder(folder: str | os.PathLike):
-    """Restore the files that a folder had before an `atomic_update` that stopped halfway; without one, do nothing."""
-    for replaced in Path(folder).glob(".*-replaced-*"):
-        if _is_abandoned(replaced):
-            _restore(Path(folder), replaced)
+    """
+    Restore the files that a folder had before an `atomic_update` that stopped halfway, on whatever host; without one, or if
+    its process lives, do nothing.
+    """
+    for replaced in _replaced(Path(folder)):
+        if _is_abandoned(replaced) or not _is_of_this_host(replaced):
+            _finish(Path(folder), replaced, _OWNED.fullmatch(replaced.name)["name"])
 
 
 def _move_in(folder: Path, unfinished: Path, marker: str, superseded: set[Path]):
@@ -203,20 +212,33 @@ def _move_in(folder: Path, unfinished: Path, marker: str, superseded: set[Path])
             for path in paths:
                 (target / path).parent.mkdir(parents=True, exist_ok=True)
                 os.replace(source / path, target / path)
-        _sync_folders(folder)
+        for changed in {(folder / path).parent for path in (*old, *new)}:
+            if changed.is_dir():
+                _sync(changed)
         done = unfinished_path(folder / marker)
         os.replace(replaced, done)  # in one step: half of the old files shall not be restored
     except BaseException:
-        _restore(folder, replaced)
+        _restore(folder, replaced, marker)
         raise
     finally:
         _live.discard(str(replaced))
     _discard(done)
 
 
-def _restore(folder: Path, replaced: Path):
+def _replaced(folder: Path) -> list[Path]:
+    return [path for path in folder.glob(".*-replaced-*") if _OWNED.fullmatch(path.name)]
+
+
+def _finish(folder: Path, replaced: Path, marker: str):
+    """End a `_move_in` that was stopped. With the marker, the folder is all old or all new; else the old files return."""
+    if (folder / marker).is_file():
+        _remove(replaced)
+    else:
+        _restore(folder, replaced, marker)
+
+
+def _restore(folder: Path, replaced: Path, marker: str):
     """Undo a `_move_in` that stopped anywhere; this may itself be stopped and repeated."""
-    marker = _OWNED.fullmatch(replaced.name)["name"]
     added = replaced / ADDED
     old = [path.relative_to(replaced) for path in replaced.rglob("*") if not path.is_dir() and path != added]
     if Path(marker) in old:
@@ -327,12 +349,16 @@ def _owner() -> str:
     return f"{re.sub(r'[^a-zA-Z0-9.]', '_', socket.gethostname())[:60] or 'host'}-{os.getpid()}"
 
 
+def _is_of_this_host(path: Path) -> bool:
+    name = _OWNED.fullmatch(path.name)
+    return name is not None and name["host"] == _owner().rpartition("-")[0]
+
+
 def _is_abandoned(path: Path) -> bool:
     """Whether it is an unfinished file or folder, or replaced files, of a dead process of this host."""
-    name = _OWNED.fullmatch(path.name)
-    if name is None or name["host"] != _owner().rpartition("-")[0]:
+    if not _is_of_this_host(path):
         return False
-    pid = int(name["pid"])
+    pid = int(_OWNED.fullmatch(path.name)["pid"])
     if pid == os.getpid():  # perhaps of an earlier process of this number, as in containers that start anew
         return path.name not in {os.path.basename(live) for live in _live}
     if os.name == "nt":

@@ -82,9 +82,7 @@ def load_encoder(name: str, dtype: torch.dtype, options: dict):
     if name in ("tokenizer", "tokenizer_2"):
         return AutoTokenizer.from_pretrained(BYT5_REPO if name == "tokenizer" else CLIP_REPO, **options)
     if name == "feature_extractor":
-        from transformers import (
-            CLIPImageProcessor,
-        )  # not before: without torchvision, transformers says what it takes instead
+        from transformers import CLIPImageProcessor  # of which transformers speaks when it is imported
 
         return CLIPImageProcessor.from_pretrained(CLIP_REPO, **options)
     config = CLIPConfig.from_pretrained(CLIP_REPO, **options)
