@@ -76,6 +76,8 @@ def test_numpy_numbers_are_taken(tmp_path):
     assert (len(scheduler), scheduler.temperatures, scheduler.renoise_steps) == (4, [0.5] * 4, 1)
     scheduler.set_timesteps(timesteps=np.linspace(1, 0, 5)[:-1])
     assert scheduler.timesteps.tolist() == [1.0, 0.75, 0.5, 0.25]
+    changed = PaellaScheduler.from_config(scheduler.config, temperature=np.float32(0.5), renoise_steps=np.int64(1))
+    assert (changed.config.temperature, changed.renoise_steps) == (0.5, 1)
     first = step(scheduler, codebook=torch.randn(16, 2)).prev_sample
     assert torch.equal(step(scheduler, timestep=np.float64(1), codebook=torch.randn(16, 2)).prev_sample, first)
     noised = scheduler.add_noise(torch.zeros(2, 9, dtype=torch.long), None, np.array([0.0, 1.0]), seeded())
