@@ -139,3 +139,16 @@ def test_weights_that_do_not_fit_are_refused_by_name(published, tmp_path):
     with pytest.raises(ValueError, match="damaged"):
         convert_to_original(tmp_path / "there", tmp_path / "back")
     assert not (tmp_path / "back").exists()
+
+
+def test_shards_are_in_their_folder(tmp_path):
+    models = vars(load_golden_models(load_golden("a")))
+    PaellaPipeline(models["vqgan"], models["unet"], None).save_pretrained(tmp_path / "diffusers")
+    folder = tmp_path / "diffusers" / "unet"
+    weights = folder / "diffusion_pytorch_model.safetensors"
+    names = load_file(weights)
+    weights.rename(tmp_path / "outside.safetensors")
+    for name in ("../../outside.safetensors", str(tmp_path / "outside.safetensors")):
+        (folder / f"{weights.name}.index.json").write_text(json.dumps({"weight_map": dict.fromkeys(names, name)}))
+        with pytest.raises(ValueError, match="names files outside its folder, which are not read: .*outside.safetensors"):
+            convert_to_original(tmp_path / "diffusers", tmp_path / "original")

@@ -91,8 +91,8 @@ def printed(code: str, hub_bars: bool = True) -> dict[str, list[str]]:
         if line.startswith("MARK "):
             lines = parts.setdefault(line.removeprefix("MARK "), [])
             continue
-        bar = re.match(r"(.*?):?\s*\d+%\|", line)
-        line = f"bar {bar[1]}".strip() if bar else line
+        bar = re.match(r"(.*?):?\s*\d+%\|.*\| \d+/(\d+) \[", line)
+        line = f"bar to {bar[2]}: {bar[1]}".strip() if bar else line
         if line not in lines:
             lines.append(line)
     return parts
@@ -105,7 +105,7 @@ from paella_diffusers import PaellaPipeline
 mark("load")
 pipe = PaellaPipeline.from_pretrained({str(saved)!r})
 mark("call")
-pipe("red heart", num_inference_steps=2, prior_num_inference_steps=2)
+pipe("red heart", num_inference_steps=2, prior_num_inference_steps=3)
 mark("bfloat16")
 pipe.to(torch.bfloat16)
 pipe.unet.to(torch.float32)
@@ -121,18 +121,18 @@ mark("user")
 from transformers import T5EncoderModel  # what is not ours is as it was
 T5EncoderModel.from_pretrained({str(saved / "text_encoder")!r})
 """)
-    load = "bar Loading pipeline components..."
+    load = "bar to 11: Loading pipeline components..."
     names = "vqgan, unet, text_encoder, text_encoder_2, image_encoder, prior"
     warning = f"{names}: float16 is slow on most CPUs. `to(torch.bfloat16)` needs as little memory."
     assert parts == {
         "load": [load],
-        "call": ["bar"],
+        "call": ["bar to 2:"],
         "bfloat16": [],
         "save": [],
-        "low memory": [load],
+        "low memory": [load.replace("11", "8")],  # the models of this package are there already
         "float16": [load, warning],
         "silent": [],
-        "user": ["bar Loading weights"],
+        "user": [f"bar to {len(load_file(saved / 'text_encoder' / 'model.safetensors'))}: Loading weights"],
     }
 
 
@@ -146,7 +146,7 @@ PaellaPipeline.from_pretrained("dome272/Paella", **{options!r})
 """,
         hub_bars=False,
     )
-    assert parts == {"load": ["bar Loading pipeline components..."]}
+    assert parts == {"load": ["bar to 12: Loading pipeline components..."]}
 
 
 # ------------------------------------------------------------------------------------------------- folders that deceive
