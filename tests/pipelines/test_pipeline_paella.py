@@ -10,7 +10,7 @@ import torch
 from conftest import load_golden, load_golden_models, tiny_pipeline
 
 from paella_diffusers import PaellaPipeline, PaellaScheduler
-from paella_diffusers.pipelines.conditioning import Conditioning
+from paella_diffusers.pipelines.conditioning import Conditioning, PromptEmbeds
 from paella_diffusers.pipelines.pipeline_paella import slerp
 
 
@@ -241,9 +241,25 @@ def test_images_alone_and_their_weights(pipe):
     assert rows.shape == (2, 8, 8)
 
 
+def test_a_weight_of_zero_leaves_an_image_out(pipe):
+    images = [picture(0), picture(1), picture(2)]
+    alone = tokens(pipe, "a", condition_image=[images[0], images[2]], condition_image_weights=[0.7, 1.2])
+    assert torch.equal(tokens(pipe, "a", condition_image=images, condition_image_weights=[0.7, 0, 1.2]), alone)
+    assert torch.equal(tokens(pipe, "a", condition_image=images, condition_image_weights=np.zeros(3)), tokens(pipe, "a"))
+    # of one prompt's images only: masked
+    call = {"condition_image": [images[:2]] * 2, "generator": [seeded(0), seeded(1)]}
+    rows = tokens(pipe, ["a", "b"], condition_image_weights=[[0.5, 0.0], [0.0, 2.0]], num_inference_steps=1, **call)
+    for i, (prompt, weight) in enumerate((("a", 0.5), ("b", 2.0))):
+        call = {"condition_image": images[i], "condition_image_weights": [weight], "generator": [seeded(i)]}
+        own = tokens(pipe, prompt, num_inference_steps=1, **call)
+        assert (rows[i] == own[0]).float().mean() > 0.9  # but for rounding
+
+
 @pytest.mark.parametrize(
     ("weights", "message"),
     [
+        ([1.0, -1.0], "`condition_image_weights` must be finite and at least 0"),
+        ([1.0, float("nan")], "`condition_image_weights` must be finite and at least 0"),
         ([1.0], r"`condition_image_weights` must be numbers of shape \(2,\) or \(1, 2\), got \(1,\)"),
         ([[1.0, 2.0]] * 3, r"got \(3, 2\)"),
     ],
@@ -302,6 +318,45 @@ def test_default_size_and_output_types(pipe):
         "a", num_inference_steps=3, generator=seeded(), output_type="latent", use_prior=False, return_dict=False
     )
     assert torch.equal(images, outputs["latent"])
+
+
+def test_steps_of_the_call_by_themselves_keep_no_gradients(pipe):
+    latents = tokens(pipe)
+    assert pipe.decode(latents, "pil")[0].size == (32, 32)
+    assert not pipe.decode(latents, "pt").requires_grad
+    assert not any(part.requires_grad for part in pipe.encode_prompt("a") if part is not None)
+    assert not pipe.encode_image(picture()).requires_grad
+
+
+def test_arrays_and_numbers_of_numpy(pipe):
+    embeds = PromptEmbeds(*pipe.encode_prompt("ab"))
+    arrays = {name: value.numpy() for name, value in embeds._asdict().items() if value is not None}
+    call = {"guidance_scale": np.float32(3), "num_inference_steps": np.int64(3), "temperature": np.float64(0.5)}
+    latents = torch.randint(32, (1, 8, 8), generator=seeded())
+    by_tensors = tokens(pipe, None, **embeds._asdict(), **call, latents=latents)
+    assert torch.equal(tokens(pipe, None, **arrays, **call, latents=latents.numpy()), by_tensors)
+
+
+def test_a_misspelt_argument_names_the_nearest(pipe):
+    with pytest.raises(
+        TypeError, match=r"PaellaPipeline.__call__ takes no argument `guidance_scal`: did you mean `guidance_sc"
+    ):
+        pipe("a", guidance_scal=3.0)
+    with pytest.raises(TypeError, match="takes no argument `promt`: did you mean `prompt`"):
+        pipe.interpolate("a", "b", 2, promt="c")
+    with pytest.raises(ValueError, match=r"`interpolate` makes \['clip_text_embeds'\] from `a` and `b`"):
+        pipe.interpolate("a", "b", 2, clip_text_embeds=torch.zeros(2, 12))
+
+
+def test_the_folder_says_whether_the_prior_is_used(pipe, tmp_path):
+    call = {"use_prior": None, "prior_num_inference_steps": 2}
+    with_prior, without = tokens(pipe, **call), tokens(pipe, use_prior=False)
+    pipe.register_to_config(use_prior=False)
+    assert torch.equal(tokens(pipe, **call), without)
+    assert torch.equal(tokens(pipe, **call | {"use_prior": True}), with_prior)
+    pipe.save_pretrained(tmp_path)
+    loaded = PaellaPipeline.from_pretrained(tmp_path)
+    assert loaded.config.use_prior is False and torch.equal(tokens(loaded, **call), without)
 
 
 def test_other_sizes(pipe):
@@ -593,6 +648,23 @@ def test_bad_interpolations_are_refused(pipe, arguments, message):
     ("call", "message"),
     [
         ({"prompt": None}, "either `prompt` or `prompt_embeds`"),
+        ({"prompt": "\ud800"}, "`prompt` must be Unicode text, but .* has a lone surrogate"),
+        ({"prompt": None, "prompt_embeds": 5}, "`prompt_embeds` must be a tensor, got int"),
+        ({"prompt": None, "prompt_embeds": torch.full((1, 2, 16), float("nan"))}, "`prompt_embeds` must be finite"),
+        ({"prompt_attention_mask": [[1]]}, "`prompt_attention_mask` must be a tensor, got list"),
+        ({"guidance_scale": float("nan")}, "`guidance_scale` must be a finite number, got nan"),
+        ({"guidance_scale": (float("inf"), 2.0)}, "`guidance_scale` must be a finite number, got inf"),
+        ({"renoise_steps": 1.5}, "`renoise_steps` must be an integer of at least 0, got 1.5"),
+        ({"renoise_steps": True}, "`renoise_steps` must be an integer of at least 0, got True"),
+        ({"temperature": "hot"}, "`temperature` must be a finite number"),
+        ({"num_inference_steps": 10**9}, "`num_inference_steps` must be an integer of at most 10000"),
+        ({"prior_guidance_scale": None}, "`prior_guidance_scale` must be a finite number, got None"),
+        ({"use_prior": "no"}, "`use_prior` must be True, False or None"),
+        ({"cross_attention_kwargs": "x"}, "`cross_attention_kwargs` must be"),
+        ({"cross_attention_kwargs": {"scales": 1}}, "`cross_attention_kwargs` must be"),
+        ({"callback_on_step_end_tensor_inputs": 0.5}, "`callback_on_step_end_tensor_inputs` must be a list"),
+        ({"conditioning_weights": np.full(2, np.nan)}, "`conditioning_weights` must be finite"),
+        ({"height": 0}, "multiples of 16, got 0 and 32"),
         ({"prompt": []}, "`prompt` must be a string or a list of at least one"),
         ({"prompt": 3}, "`prompt` must be a string.*got 3"),
         ({"prompt": ["a", None]}, "`prompt` must be a string"),

@@ -1,10 +1,13 @@
+import inspect
+
 import numpy as np
 import PIL.Image
 import pytest
 import torch
 from conftest import tiny_components
 
-from paella_diffusers import PaellaInversionPipeline
+from paella_diffusers import PaellaInversionPipeline, PaellaPipeline
+from paella_diffusers.pipelines.conditioning import PromptEmbeds
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -72,6 +75,47 @@ def test_batches_and_output_types(pipe, output_type):
     assert len(batch) == 4
     alone = edit(pipe, "b", pictures[1], source_prompt="d", generator=[seeded(3)], negative_prompt="yy", **call)
     np.testing.assert_allclose(np.asarray(batch[3]), np.asarray(alone[0]), atol=1e-4)
+
+
+def test_one_generator_or_a_list_of_one(pipe):
+    one, listed = (edit(pipe, "b", grid(), source_prompt="a", generator=g) for g in (seeded(4), [seeded(4)]))
+    assert torch.equal(one, listed)
+    torch.manual_seed(3)
+    without = edit(pipe, "b", grid(), source_prompt="a", generator=None)
+    torch.manual_seed(3)
+    assert torch.equal(edit(pipe, "b", grid(), source_prompt="a", generator=None), without)
+
+
+def test_embeddings_in_place_of_both_prompts(pipe):
+    target, source = (PromptEmbeds(*pipe.encode_prompt(prompt, "x")) for prompt in ("bcd", "a"))
+    given = target._asdict() | {
+        "source_prompt_embeds": source.prompt_embeds,
+        "source_clip_text_embeds": source.clip_text_embeds,
+    }
+    expected = edit(pipe, "bcd", grid(), source_prompt="a", negative_prompt="x")
+    assert torch.equal(edit(pipe, None, grid(), **given), expected)
+
+
+def test_the_arguments_of_the_other_tasks(pipe):
+    names = inspect.signature(PaellaPipeline.__call__).parameters.keys()
+    assert names <= inspect.signature(PaellaInversionPipeline.__call__).parameters.keys()
+    call = {"source_prompt": "a", "guidance_scale": 2.0}
+    plain = edit(pipe, "b", grid(), **call)
+    assert torch.equal(edit(pipe, "b", grid(), **call, cross_attention_kwargs={"scale": 1.0}), plain)
+    assert torch.equal(edit(pipe, ["b"], grid(), **call, region_masks=[torch.ones(8, 8)]), plain)
+    conditioned = edit(pipe, "b", grid(), **call, clip_image_embeds=torch.ones(1, 12), residual_scale=0.1)
+    assert not torch.equal(conditioned, edit(pipe, "b", grid(), **call, residual_scale=0.1))
+    noise = torch.zeros(1, 8, 8, dtype=torch.long)
+    assert not torch.equal(edit(pipe, "b", grid(), **call, latents=noise, residual_scale=0.1), conditioned)
+    first = edit(pipe, "b", grid(), **call, renoise_steps=0, residual_scale=0.1, num_inference_steps=1)
+    assert first.shape == (1, 8, 8)
+
+
+def test_with_the_prior_the_source_prompt_reconstructs(tmp_path):
+    pipe = PaellaInversionPipeline(**tiny_components())
+    pipe.set_progress_bar_config(disable=True)
+    call = {"residual_scale": 1, "prior_num_inference_steps": 2, "use_prior": True}
+    assert torch.equal(edit(pipe, "a", grid(), source_prompt="a", **call), grid())
 
 
 def test_callbacks_see_the_edited_image(pipe):

@@ -1,10 +1,24 @@
-"""Attention of Paella's U-Net, from image tokens to image and conditioning tokens."""
+"""Attention of Paella's U-Net, from image tokens to image and conditioning tokens: its block "A"."""
 
 import torch
 import torch.nn.functional as F
 from diffusers.models.attention import AttentionModuleMixin
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import nn
+
+
+def tile_batch(hidden_states: torch.Tensor, batch_size: int) -> torch.Tensor:
+    """Tile the whole batch to `batch_size` rows, which must be a multiple of its own: row i repeats as i + n, i + 2n, …"""
+    if hidden_states.shape[0] == batch_size:
+        return hidden_states
+    return hidden_states.repeat(batch_size // hidden_states.shape[0], *[1] * (hidden_states.ndim - 1))
+
+
+class LayerNorm(nn.LayerNorm):
+    """Every norm of the U-Net: over channels, not affine, eps 1e-6."""
+
+    def __init__(self, channels: int):
+        super().__init__(channels, eps=1e-6, elementwise_affine=False)
 
 
 @torch.library.custom_op("paella_diffusers::chunked_attention", mutates_args=())  # compiled code calls it as it is
@@ -103,3 +117,37 @@ class PaellaAttention(nn.Module, AttentionModuleMixin):
 
     def forward(self, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor | None, **kwargs) -> torch.Tensor:
         return self.processor(self, hidden_states, encoder_hidden_states, **kwargs)
+
+
+class PaellaAttnBlock(nn.Module):
+    """Block "A": attention to the conditioning and, with `self_attention`, to the image itself."""
+
+    def __init__(self, channels: int, cross_attention_dim: int, heads: int, dropout: float, self_attention: bool):
+        super().__init__()
+        self.norm = LayerNorm(channels)
+        self.cond_proj = nn.Linear(cross_attention_dim, channels)
+        self.attention = PaellaAttention(channels, heads, dropout, self_attention)
+
+    def key_value(self, encoder_hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of the conditioning, which no image and no time changes."""
+        conditioning = self.cond_proj(F.silu(encoder_hidden_states))
+        return self.attention.to_k(conditioning), self.attention.to_v(conditioning)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        conditioning_weights: torch.Tensor | None = None,
+        key_value: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        # before the first attention, rows that differ in their conditioning only are equal
+        hidden_states = tile_batch(hidden_states, encoder_hidden_states.shape[0])
+        attended = self.attention(
+            self.norm(hidden_states).flatten(1, 2),
+            self.cond_proj(F.silu(encoder_hidden_states)) if key_value is None else None,
+            attention_mask=attention_mask,
+            conditioning_weights=conditioning_weights,
+            key_value=key_value,
+        )
+        return hidden_states + attended.view_as(hidden_states)

@@ -16,7 +16,7 @@ from ..loaders.hub import PaellaHubMixin
 from ..loaders.lora import PaellaPeftAdapterMixin
 from ..loaders.original_checkpoint import OriginalCheckpointMixin
 from ..loaders.saving import AtomicSaveMixin
-from .attention import PaellaAttention
+from .attention import LayerNorm, PaellaAttention, PaellaAttnBlock, tile_batch
 
 
 @dataclass
@@ -58,13 +58,6 @@ def sinusoidal_embedding(timestep: torch.Tensor, dim: int) -> torch.Tensor:
     return F.pad(torch.cat([angles.sin(), angles.cos()], dim=1), (0, dim % 2))
 
 
-def tile_batch(hidden_states: torch.Tensor, batch_size: int) -> torch.Tensor:
-    """Tile the whole batch to `batch_size` rows, which must be a multiple of its own: row i repeats as i + n, i + 2n, …"""
-    if hidden_states.shape[0] == batch_size:
-        return hidden_states
-    return hidden_states.repeat(batch_size // hidden_states.shape[0], *[1] * (hidden_states.ndim - 1))
-
-
 def mix(branches: tuple[torch.Tensor, ...], weights: tuple[float, ...]) -> torch.Tensor:
     """The weighted sum of tensors."""
     mixed = weights[0] * branches[0]
@@ -75,13 +68,6 @@ def mix(branches: tuple[torch.Tensor, ...], weights: tuple[float, ...]) -> torch
 
 # Inside the U-Net, hidden states are (batch, height, width, channels): norms, linears and attention then need no
 # permutes, and the (batch, channels, height, width) views given to convolutions are what they call channels-last.
-
-
-class LayerNorm(nn.LayerNorm):
-    """Every norm of the U-Net: over channels, not affine, eps 1e-6."""
-
-    def __init__(self, channels: int):
-        super().__init__(channels, eps=1e-6, elementwise_affine=False)
 
 
 class GlobalResponseNorm(nn.Module):
@@ -148,40 +134,6 @@ class PaellaTimestepBlock(nn.Module):
     def forward(self, hidden_states: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
         scale, shift = self.proj(temb[: hidden_states.shape[0]])[:, None, None].chunk(2, dim=-1)
         return torch.addcmul(shift, hidden_states, 1 + scale)
-
-
-class PaellaAttnBlock(nn.Module):
-    """Block "A": attention to the conditioning and, with `self_attention`, to the image itself."""
-
-    def __init__(self, channels: int, cross_attention_dim: int, heads: int, dropout: float, self_attention: bool):
-        super().__init__()
-        self.norm = LayerNorm(channels)
-        self.cond_proj = nn.Linear(cross_attention_dim, channels)
-        self.attention = PaellaAttention(channels, heads, dropout, self_attention)
-
-    def key_value(self, encoder_hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of the conditioning, which no image and no time changes."""
-        conditioning = self.cond_proj(F.silu(encoder_hidden_states))
-        return self.attention.to_k(conditioning), self.attention.to_v(conditioning)
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        encoder_hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        conditioning_weights: torch.Tensor | None = None,
-        key_value: tuple[torch.Tensor, torch.Tensor] | None = None,
-    ) -> torch.Tensor:
-        # before the first attention, rows that differ in their conditioning only are equal
-        hidden_states = tile_batch(hidden_states, encoder_hidden_states.shape[0])
-        attended = self.attention(
-            self.norm(hidden_states).flatten(1, 2),
-            self.cond_proj(F.silu(encoder_hidden_states)) if key_value is None else None,
-            attention_mask=attention_mask,
-            conditioning_weights=conditioning_weights,
-            key_value=key_value,
-        )
-        return hidden_states + attended.view_as(hidden_states)
 
 
 class PaellaBlock(nn.Module):
