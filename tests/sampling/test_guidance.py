@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from conftest import tiny_pipeline
+from diffusers import DiffusionPipeline
 from diffusers.guiders import (
     AdaptiveProjectedGuidance,
     ClassifierFreeGuidance,
@@ -13,7 +14,7 @@ from diffusers.guiders import (
     SkipLayerGuidance,
 )
 
-from paella_diffusers import PaellaClassifierFreeGuidance
+from paella_diffusers import PaellaClassifierFreeGuidance, PaellaPipeline
 from paella_diffusers.sampling.guidance.base import GuidanceMixin, identity
 
 
@@ -93,6 +94,28 @@ def test_what_the_call_leaves_out_the_guider_says():
 def test_bad_settings_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         PaellaClassifierFreeGuidance(**settings)
+
+
+@pytest.mark.parametrize("load", [PaellaPipeline.from_pretrained, DiffusionPipeline.from_pretrained])
+@pytest.mark.parametrize(
+    "guider",
+    [
+        PaellaClassifierFreeGuidance(guidance_scale=(2.0, 4.0), plausibility_threshold=0.3),
+        ClassifierFreeGuidance(guidance_scale=3.0),
+        None,
+    ],
+    ids=["ours", "diffusers'", "none"],
+)
+def test_saved_and_loaded_with_the_pipeline(guider, load, tmp_path):
+    pipe = tiny_pipeline()
+    pipe.guider = guider  # swapped by assignment
+    pipe.save_pretrained(tmp_path)
+    assert (tmp_path / "guider" / "guider_config.json").is_file() == (guider is not None)
+    loaded = load(tmp_path)
+    assert type(loaded.guider) is type(guider)
+    if guider is not None:
+        assert loaded.guider.config.guidance_scale in (guider.config.guidance_scale, [2.0, 4.0])
+    assert torch.equal(tokens(loaded), tokens(pipe))
 
 
 class NoUnconditional(GuidanceMixin):

@@ -48,9 +48,14 @@ class LoadingMixin(PaellaHubMixin):
 
     def __setattr__(self, name: str, value):
         super().__setattr__(name, value)
-        # diffusers would record the module path of our classes, here and when a component is swapped
-        if name in getattr(self, "config", ()):
-            self.register_to_config(**registration.library_names({name: value}))
+        recorded = getattr(self, "config", {})
+        if name in recorded:
+            # diffusers would record the module path of our classes, here and when a component is swapped
+            names = registration.library_names({name: value})
+            if not names and value is not None and recorded[name] in ([None, None], (None, None)):
+                # and nothing of what takes the place of a component that was None
+                names = {name: (type(value).__module__.split(".")[0], type(value).__name__)}
+            self.register_to_config(**names)
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs):
