@@ -357,6 +357,7 @@ def test_the_folder_says_whether_the_prior_is_used(pipe, tmp_path):
     pipe.save_pretrained(tmp_path)
     loaded = PaellaPipeline.from_pretrained(tmp_path)
     assert loaded.config.use_prior is False and torch.equal(tokens(loaded, **call), without)
+    assert PaellaPipeline.from_pipe(loaded).config.use_prior is False
 
 
 def test_other_sizes(pipe):
