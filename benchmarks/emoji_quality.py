@@ -56,8 +56,8 @@ def main():
     parser.add_argument("--model", default=EMOJI_MODEL)
     parser.add_argument("--work-dir", type=Path, default=Path("emoji-training"), help="where the icons are, or go")
     parser.add_argument("--steps", type=int, nargs="+", default=[4, 8, 12, 24])
-    parser.add_argument("--guidance-scale", type=float, default=1.5, help="1.5 suits the embedded model")
-    parser.add_argument("--no-prior", action="store_true", help="draw from the text alone")
+    parser.add_argument("--guidance-scale", type=float, help="the model's own unless given")
+    parser.add_argument("--prior", action=argparse.BooleanOptionalAction, help="the model's own choice unless given")
     parser.add_argument("--sheet", type=Path, help="write the first 100 pictures at 12 steps there")
     args = parser.parse_args()
 
@@ -80,10 +80,11 @@ def main():
     rows = torch.stack([images[names.index(name)] for name in captions])
     icons = pipe.image_processor.postprocess(rows, do_denormalize=[False] * len(rows))
     print(f"right, of {len(captions)} captions, {len(paraphrases)} paraphrases and {len(icons)} variations:")
-    print("| steps | captions | paraphrases | variations |\n|---|---|---|---|")
+    print("| steps | captions | their PSNR | paraphrases | variations |\n|---|---|---|---|---|")
     for steps in args.steps:
-        call = {"num_inference_steps": steps, "guidance_scale": args.guidance_scale}
-        call["use_prior"] = False if args.no_prior else None
+        call = {"num_inference_steps": steps, "use_prior": args.prior}
+        if args.guidance_scale is not None:
+            call["guidance_scale"] = args.guidance_scale
         pictures = draw(pipe, captions, **call)
         right = sum(names[i] == caption for i, caption in zip(nearest(pictures, images), captions))
         found = nearest(draw(pipe, list(paraphrases), **call), images)
@@ -91,7 +92,9 @@ def main():
         found = nearest(draw(pipe, [""] * len(icons), icons, **call), images)
         same = sum(names[i] == caption for i, caption in zip(found, captions))
         shares = (right / len(captions), understood / len(paraphrases), same / len(icons))
-        print(f"| {steps} |", *(f"{share:.1%} |" for share in shares), flush=True)
+        psnr = -10 * (pictures - rows).square().mean((1, 2, 3)).log10().mean().item()
+        cells = [f"{steps}", f"{shares[0]:.1%}", f"{psnr:.1f} dB", *(f"{share:.1%}" for share in shares[1:])]
+        print("|", " | ".join(cells), "|", flush=True)
         if args.sheet and steps == 12:
             sheet = pipe.image_processor.postprocess(pictures[:100], do_denormalize=[False] * 100)
             make_image_grid(sheet, 10, 10).save(args.sheet)

@@ -8,7 +8,6 @@ Each function below is one task, its docstring the page's text, and its source i
 
 import argparse
 import inspect
-import json
 import textwrap
 from pathlib import Path
 
@@ -24,8 +23,6 @@ from paella_diffusers import (
     PaellaPipeline,
 )
 
-GUIDANCE = {"guidance_scale": 1.5}  # suits the embedded model
-
 
 def seeds(count: int, first: int = 0) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(first + i) for i in range(count)]
@@ -34,53 +31,53 @@ def seeds(count: int, first: int = 0) -> list[torch.Generator]:
 def text_to_image(pipe):
     """Text to image: a picture for each prompt."""
     prompts = ["red heart", "pizza", "dog face", "sunflower", "rocket", "green apple"]
-    return pipe(prompts, generator=seeds(6), **GUIDANCE).images
+    return pipe(prompts, generator=seeds(6)).images
 
 
 def image_to_image(pipe):
     """Image to image: the first picture, changed towards "orange heart" with strength 0.2, 0.4, 0.6, 0.8 and 1."""
-    heart = pipe("red heart", generator=seeds(1), **GUIDANCE).images[0]
+    heart = pipe("red heart", generator=seeds(1)).images[0]
     edit = PaellaImg2ImgPipeline.from_pipe(pipe)
     strengths = [0.2, 0.4, 0.6, 0.8, 1.0]
-    results = [edit("orange heart", image=heart, strength=s, generator=seeds(1), **GUIDANCE).images[0] for s in strengths]
+    results = [edit("orange heart", image=heart, strength=s, generator=seeds(1)).images[0] for s in strengths]
     return [heart, *results]
 
 
 def inversion(pipe):
     """Editing by discrete inversion: what the source prompt does not explain stays. λ is 1, 0.9, 0.8, 0.6 and 0.4."""
-    heart = pipe("red heart", generator=seeds(1), **GUIDANCE).images[0]
+    heart = pipe("red heart", generator=seeds(1)).images[0]
     edit = PaellaInversionPipeline.from_pipe(pipe)
-    call = {"image": heart, "source_prompt": "red heart", "generator": seeds(1), **GUIDANCE}
+    call = {"image": heart, "source_prompt": "red heart", "generator": seeds(1)}
     return [heart, *[edit("blue heart", residual_scale=s, **call).images[0] for s in (1, 0.9, 0.8, 0.6, 0.4)]]
 
 
 def inpainting(pipe):
     """Inpainting: a picture, the mask, and what is drawn under it for three seeds."""
-    face = pipe("grinning face", generator=seeds(1), **GUIDANCE).images[0]
+    face = pipe("grinning face", generator=seeds(1)).images[0]
     mask = Image.new("L", face.size)
     ImageDraw.Draw(mask).rectangle((0, 32, 63, 63), fill=255)
     inpaint = PaellaInpaintPipeline.from_pipe(pipe)
     call = {"image": face, "mask_image": mask, "num_images_per_prompt": 3, "generator": seeds(3)}
-    return [face, mask, *inpaint("crying face", **call, **GUIDANCE).images]
+    return [face, mask, *inpaint("crying face", **call).images]
 
 
 def outpainting(pipe):
     """Outpainting: the picture in the middle, continued by 32 pixels to the left and to the right."""
-    picture = pipe("rainbow", generator=seeds(1), **GUIDANCE).images[0]
+    picture = pipe("rainbow", generator=seeds(1)).images[0]
     outpaint = PaellaInpaintPipeline.from_pipe(pipe)
-    return [picture, outpaint("rainbow", image=picture, padding=(32, 0, 32, 0), generator=seeds(1), **GUIDANCE).images[0]]
+    return [picture, outpaint("rainbow", image=picture, padding=(32, 0, 32, 0), generator=seeds(1)).images[0]]
 
 
 def variations(pipe):
     """Variations: a picture, and what is drawn from its CLIP embedding alone, for five seeds."""
-    picture = pipe("red apple", generator=seeds(1), **GUIDANCE).images[0]
+    picture = pipe("red apple", generator=seeds(1)).images[0]
     call = {"condition_image": picture, "num_images_per_prompt": 5, "generator": seeds(5)}
-    return [picture, *pipe("", **call, **GUIDANCE).images]
+    return [picture, *pipe("", **call).images]
 
 
 def interpolation(pipe):
     """Interpolation: from one prompt to another, with the same noise."""
-    return pipe.interpolate("red heart", "green apple", num_images=8, generator=seeds(1)[0], **GUIDANCE).images
+    return pipe.interpolate("red heart", "green apple", num_images=8, generator=seeds(1)[0]).images
 
 
 def regions(pipe):
@@ -89,7 +86,7 @@ def regions(pipe):
     left[:, :48] = 1
     left[:, 48:80] = torch.linspace(1, 0, 32)
     prompts = ["cat face", "dog face"]
-    return pipe(prompts, region_masks=[left, 1 - left], width=128, generator=seeds(1), **GUIDANCE).images
+    return pipe(prompts, region_masks=[left, 1 - left], width=128, generator=seeds(1)).images
 
 
 TASKS = [text_to_image, image_to_image, inversion, inpainting, outpainting, variations, interpolation, regions]
@@ -112,7 +109,7 @@ def main():
     pipe = PaellaPipeline.from_pretrained(args.model)
     pipe.set_progress_bar_config(disable=True)
     (args.output_dir / "gallery").mkdir(parents=True, exist_ok=True)
-    preamble = f"pipe = PaellaPipeline.from_pretrained(EMOJI_MODEL)\nGUIDANCE = {json.dumps(GUIDANCE)}\n\n\n"
+    preamble = "pipe = PaellaPipeline.from_pretrained(EMOJI_MODEL)\n\n\n"
     preamble += inspect.getsource(seeds)
     page = PAGE.format(preamble=preamble)
     for task in TASKS:

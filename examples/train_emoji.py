@@ -45,7 +45,7 @@ from transformers import (
 )
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from paella_diffusers import PaellaPipeline, PaellaScheduler, PaellaUNet, VQModel
+from paella_diffusers import PaellaClassifierFreeGuidance, PaellaPipeline, PaellaScheduler, PaellaUNet, VQModel
 from paella_diffusers.training import corrupt, paella_loss
 
 ICONS, KEYWORDS = "@iconify-json/fluent-emoji-flat@1.2.6", "emojilib@4.0.3"
@@ -510,7 +510,9 @@ def train_unet(vqgan, encoders, images, captions, steps: int, work_dir: Path, co
         tokens = torch.cat([vqgan.encode(p).indices for p in images.split(128)])
     scheduler = PaellaScheduler(num_vq_embeddings=512)
     tokenizer = encoders.tokenizer
-    pipe = PaellaPipeline(vqgan, unet, scheduler, encoders.byt5, tokenizer, encoders.clip, tokenizer)
+    guider = PaellaClassifierFreeGuidance(guidance_scale=3.0, plausibility_threshold=0.2)
+    parts = (vqgan, unet, scheduler, encoders.byt5, tokenizer, encoders.clip, tokenizer)
+    pipe = PaellaPipeline(*parts, guider=guider, use_prior=False)
     pipe.set_progress_bar_config(disable=True)
     forward = torch.compile(unet) if compile else unet
 

@@ -45,5 +45,5 @@ class PaellaClassifierFreeGuidance(GuidanceMixin):
         if conditional is None:
             return guided
         least = conditional.amax(1, keepdim=True) + math.log(self.config.plausibility_threshold)
-        # the lowest finite number: schedulers refuse infinite logits, which a broken model would have
+        # the lowest finite number: of -inf, diffusers' schedulers would make NaN when they take entropies
         return guided.masked_fill(conditional < least, torch.finfo(guided.dtype).min)
