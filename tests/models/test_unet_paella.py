@@ -412,7 +412,7 @@ def test_several_mixtures_of_branches():
 
 
 def test_samples_are_tiled_for_more_rows_of_conditioning():
-    unet, call = tiny_unet(), inputs(batch_size=6)
+    unet, call = tiny_unet().double(), inputs(batch_size=6, dtype=torch.float64)
     sample, call["timestep"] = call.pop("sample")[:2], 0.4
     with torch.no_grad():
         torch.testing.assert_close(unet(sample, **call).sample, unet(sample.repeat(3, 1, 1), **call).sample)
