@@ -1,8 +1,9 @@
 """The command line: `paella-diffusers generate "red heart" --out heart.png`, and one command for each other task."""
 
+import logging
 import sys
 
-from .messages import is_out_of_memory, one_line
+from .messages import Warnings, is_out_of_memory, one_line
 from .options import make_parser
 
 
@@ -14,6 +15,8 @@ def main(argv: list[str] | None = None) -> int:
         `int`: The exit status: 0; 1 after an error that was not foreseen; 2 if the input was refused; 130 after Ctrl-C.
     """
     args = make_parser().parse_args(argv)
+    logger, warnings = logging.getLogger("paella_diffusers"), Warnings(logging.WARNING)
+    logger.addHandler(warnings)
     try:
         args.run(args)
     except KeyboardInterrupt:
@@ -33,4 +36,6 @@ def main(argv: list[str] | None = None) -> int:
             hint = "`paella-diffusers --traceback …` shows where."
             print(f"{name}: {type(error).__name__}: {one_line(error)} ({hint})", file=sys.stderr)
         return 2 if refused else 1
+    finally:
+        logger.removeHandler(warnings)
     return 0

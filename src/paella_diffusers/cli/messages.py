@@ -1,6 +1,10 @@
-"""Errors of the pipelines, which name arguments, in the words of the command line."""
+"""Errors and warnings of the pipelines, which name arguments, in the words of the command line."""
 
+import logging
 import re
+import sys
+
+from tqdm import tqdm
 
 OPTIONS = {  # by argument
     "prompt": "PROMPT",
@@ -37,6 +41,7 @@ OPTIONS = {  # by argument
 PHRASES = {
     "`height` and `width`": "--size",
     "`guidance_scale=None`": "--guidance-scale 1",
+    "`to(torch.bfloat16)`": "--dtype bfloat16",
     ", or raise `PIL.Image.MAX_IMAGE_PIXELS` if you trust it": "",
 }
 
@@ -46,6 +51,13 @@ def in_options(message: str) -> str:
     for phrase, replacement in PHRASES.items():
         message = message.replace(phrase, replacement)
     return re.sub(r"`(\w+)`", lambda name: OPTIONS.get(name[1], name[0]), message)
+
+
+class Warnings(logging.Handler):
+    """Prints the package's warnings in the words of the command line, and not into a progress bar."""
+
+    def emit(self, record: logging.LogRecord):
+        tqdm.write(in_options(record.getMessage()), file=sys.stderr)
 
 
 def one_line(error: BaseException) -> str:
