@@ -39,6 +39,7 @@ OPTIONS = {  # by argument
     "local_files_only": "HF_HUB_OFFLINE",
 }
 PHRASES = {
+    "`height` and `width` set": "--size sets",
     "`height` and `width`": "--size",
     "`guidance_scale=None`": "--guidance-scale 1",
     "`to(torch.bfloat16)`": "--dtype bfloat16",
