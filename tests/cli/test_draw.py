@@ -316,7 +316,7 @@ def test_photos_of_any_size(model, tmp_path, photo, command):
         "edit": (["edit", "a"], upright),
         "invert": (["edit", "a", "--source-prompt", "b"], upright),
         "inpaint": (["inpaint", "a", "--mask", str(path)], upright),
-        "outpaint": (["outpaint", "a", "--padding", "3", "0", "3", "0"], (upright[0] + 6, upright[1])),
+        "outpaint": (["outpaint", "a", "--padding", "4", "0", "8", "0"], (upright[0] + 12, upright[1])),
         "vary": (["vary", "a"], (32, 32)),
     }[command]
     assert run(model, *arguments, "--image", str(path), "--out", str(out)) == 0

@@ -191,6 +191,8 @@ def _check_size(args, model: LocalModel | None, image: Image.Image | None):
     """Refuse a size that the model does not allow, or that neither memory nor the file could hold."""
     if args.size and model is not None:
         _check_multiple(*args.size, model.multiple)
+    if "padding" in args and model is not None:
+        _check_padding(args.padding, model.patch_size)
     side = (model or RELEASED).side
     width, height = args.size or (side, side)
     at_once = args.frames if args.command == "interpolate" else min(args.batch_size, count(args))
@@ -205,6 +207,13 @@ def _check_size(args, model: LocalModel | None, image: Image.Image | None):
         raise ValueError(
             f"--out {args.out}: pictures in this format have at most {most} pixels a side, not {width}x{height}."
         )
+
+
+def _check_padding(padding: tuple[int, ...], patch_size: int):
+    if any(side % patch_size for side in padding):
+        nearest = " ".join(str(-(-side // patch_size) * patch_size) for side in padding)
+        given = " ".join(map(str, padding))
+        raise ValueError(f"--padding takes multiples of {patch_size} with this model, not {given}. Nearest: {nearest}.")
 
 
 def _check_multiple(width: int, height: int, multiple: int):

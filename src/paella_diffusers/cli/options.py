@@ -124,7 +124,7 @@ def _add_outpaint(commands):
         nargs=4,
         required=True,
         metavar=("LEFT", "TOP", "RIGHT", "BOTTOM"),
-        help="new pixels at each side",
+        help="new pixels at each side, whole tokens: multiples of 4 with the published model",
     )
     _add_drawing(parser)
 
