@@ -97,6 +97,16 @@ def test_two_processes_train_as_one_with_twice_the_batch(options, tmp_path, pret
         torch.testing.assert_close(weight, expected[name], atol=tolerance, rtol=0, msg=lambda text: f"{name}: {text}")  # noqa: B023
 
 
+def test_two_processes_resume(options, tmp_path):
+    """As if they had not been interrupted."""
+    options = [*options, "--save-every", "2", "--clip-image-dropout", "0.5"]
+    finish(start("train_paella.py", *options, "--output-dir", tmp_path / "whole", "--max-steps", 4, processes=2))
+    resumed = [*options, "--output-dir", tmp_path / "resumed"]
+    finish(start("train_paella.py", *resumed, "--max-steps", 2, processes=2))
+    finish(start("train_paella.py", *resumed, "--max-steps", 4, "--resume", "latest", processes=2))
+    assert identical(weights(tmp_path / "resumed"), weights(tmp_path / "whole"))
+
+
 def test_fsdp(options, tmp_path):
     """Two processes with half of each weight; checkpoints are continued, and what is published is whole."""
     folder = tmp_path / "out"

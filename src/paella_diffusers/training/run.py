@@ -461,6 +461,7 @@ class TrainingRun:
         if self.sharded or self.accelerator.distributed_type == DistributedType.DEEPSPEED:
             return  # which find out by themselves
         for number, (model, *_) in enumerate(self.models):
+            model = self.accelerator.unwrap_model(model)  # under DDP its names have a prefix, but not in the checkpoint
             frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
             with safe_open(folder / f"model{f'_{number}' if number else ''}.safetensors", "pt") as file:
                 saved = set(file.keys())
