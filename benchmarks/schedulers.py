@@ -2,12 +2,13 @@
 Which scheduler samples best? Against a distribution that is known exactly, on the embedded model, and by cost of a step.
 
     pip install ".[emoji]" matplotlib
-    python benchmarks/schedulers.py truth|emoji|cost
+    python benchmarks/schedulers.py truth|bias|emoji|cost
 
 `truth`: the model is replaced by the exact posterior of a distribution over 2 × 2 grids of 3 tokens, and the total
-variation distance between it and 100,000 samples is printed by number of steps. `emoji`: the share of captions that come
-out right, by U-Net evaluations. `cost`: medians of the time of a `step` on 64 × 64 tokens out of 8192, and of its ratio to
-the `PaellaScheduler` step just before it.
+variation distance between it and 100,000 samples is printed by number of steps. `bias`: how far a token with the
+probabilities p is from p^(1/T) when it is sampled with the temperature T, plain and leave-one-out, computed without
+sampling. `emoji`: the share of captions that come out right, by U-Net evaluations. `cost`: medians of the time of a `step`
+on 64 × 64 tokens out of 8192, and of its ratio to the `PaellaScheduler` step just before it.
 """
 
 import argparse
@@ -30,7 +31,9 @@ from paella_diffusers import (
     EMOJI_MODEL,
     PaellaConfidenceScheduler,
     PaellaFlowMatchEulerScheduler,
+    PaellaFlowMatchTrapezoidalScheduler,
     PaellaPipeline,
+    PaellaPsiScheduler,
     PaellaScheduler,
     VQModel,
 )
@@ -115,6 +118,10 @@ EXACT = {
     "PaellaFlowMatchEulerScheduler, temperature 1": (PaellaFlowMatchEulerScheduler, {"temperature": 1.0}, {}),
     "… cosine grid": (PaellaFlowMatchEulerScheduler, {"temperature": 1.0, "time_grid": "cosine"}, {}),
     "… corrector rate 4": (PaellaFlowMatchEulerScheduler, {"temperature": 1.0, "corrector_rate": 4.0}, {}),
+    "PaellaFlowMatchTrapezoidalScheduler, temperature 1": (PaellaFlowMatchTrapezoidalScheduler, {"temperature": 1.0}, {}),
+    "PaellaPsiScheduler, temperature 1, κ 0.5": (PaellaPsiScheduler, {"temperature": 1.0}, {}),
+    "PaellaPsiScheduler, temperature 1, κ 0.9": (PaellaPsiScheduler, {"temperature": 1.0, "kappa": 0.9}, {}),
+    "PaellaPsiScheduler, temperature 1, κ 1": (PaellaPsiScheduler, {"temperature": 1.0, "kappa": 1.0}, {}),
     "DiscreteDDIMScheduler, temperature 1": (DiscreteDDIMScheduler, {}, {"temperature": 1.0}),
     "… 1 corrector step": (DiscreteDDIMScheduler, {"corrector_steps": 1}, {"temperature": 1.0}),
     "… at random positions": (
@@ -124,6 +131,11 @@ EXACT = {
     ),
     "EntropyBoundScheduler, temperature 1": (EntropyBoundScheduler, {"t_max": 1.0, "t_min": 1.0}, {}),
 }
+
+
+def chosen(samplers: dict, only: list[str] | None) -> list:
+    """The samplers whose names contain one of these words; all without any."""
+    return [(name, sampler) for name, sampler in samplers.items() if not only or any(word in name for word in only)]
 
 
 def table(head: list, rows):
@@ -139,7 +151,7 @@ def truth(args):
     curves = {}
 
     def rows():
-        for name, (scheduler, settings, call) in EXACT.items():
+        for name, (scheduler, settings, call) in chosen(EXACT, args.only):
             pipe.scheduler = scheduler.from_config(base, **settings)
             curves[name] = [total_variation(pipe, n, args.samples, **call) for n in steps]
             yield [name, *(f"{value:.3f}" for value in curves[name])]
@@ -151,6 +163,35 @@ def truth(args):
     print(f"\nSo many samples of the truth itself are at {floor:.3f}.")
     if args.plot:
         plot(args.plot, steps, curves, "total variation distance to the truth", log=True)
+
+
+ONE_TOKEN = torch.tensor([0.5, 0.2, 0.15, 0.1, 0.05]).double()
+
+
+def temperature_bias(steps: int, temperature: float, leave_one_out: bool) -> float:
+    """
+    The total variation distance between what flow matching makes of one token, whose probabilities p are `ONE_TOKEN`, with
+    this temperature, and p^(1/T), renormalised; computed without sampling.
+    """
+    scheduler = PaellaFlowMatchEulerScheduler(steps, temperature=temperature, leave_one_out_temperature=leave_one_out)
+    size, present = len(ONE_TOKEN), torch.arange(len(ONE_TOKEN))[None]
+    share = torch.full_like(ONE_TOKEN, 1 / size)
+    for index, (t, s) in enumerate(itertools.pairwise(scheduler._levels)):
+        likelihood = (1 - t) * torch.eye(size).double() + t / size
+        logits = scheduler._tempered((likelihood * ONE_TOKEN).log()[None], present, index)
+        share = share @ ((1 - s / t) * (logits[0] / temperature).softmax(-1) + s / t * torch.eye(size))
+    wanted = ONE_TOKEN ** (1 / temperature)
+    return 0.5 * (share - wanted / wanted.sum()).abs().sum().item()
+
+
+def bias(args):
+    steps = [1, 2, 4, 8, 16, 32, 64, 128, 256]
+    rows = [
+        [f"T = {temperature}, {name}", *(f"{temperature_bias(n, temperature, value):.3f}" for n in steps)]
+        for temperature in (0.3, 0.7, 1.5)
+        for name, value in (("plain", False), ("leave-one-out", True))
+    ]
+    table(["TV after steps", *steps], rows)
 
 
 def plot(path: Path, steps: list[int], curves: dict[str, list[float]], label: str, log: bool):
@@ -182,6 +223,9 @@ DRAWN = {
     "… Halton's order": (PaellaConfidenceScheduler, {"ranking": "halton"}, {}),
     "PaellaFlowMatchEulerScheduler": (PaellaFlowMatchEulerScheduler, {}, {}),
     "… corrector rate 4": (PaellaFlowMatchEulerScheduler, {"corrector_rate": 4.0}, {}),
+    "PaellaFlowMatchTrapezoidalScheduler": (PaellaFlowMatchTrapezoidalScheduler, {}, {}),
+    "PaellaPsiScheduler, κ 0.5": (PaellaPsiScheduler, {}, {}),
+    "PaellaPsiScheduler, κ 1": (PaellaPsiScheduler, {"kappa": 1.0}, {}),
     "DiscreteDDIMScheduler": (DiscreteDDIMScheduler, {}, {}),
     "EntropyBoundScheduler": (EntropyBoundScheduler, {}, {}),
 }
@@ -202,7 +246,7 @@ def emoji(args):
         curves = {}
 
         def rows(guidance_scale=guidance_scale, curves=curves):
-            for name, (scheduler, settings, call) in DRAWN.items():
+            for name, (scheduler, settings, call) in chosen(DRAWN, args.only):
                 pipe.scheduler = scheduler.from_config(base, **settings)
                 curves[name] = []
                 for n in steps:
@@ -227,6 +271,9 @@ def cost(args):
         "… Halton's order": PaellaConfidenceScheduler(ranking="halton"),
         "PaellaFlowMatchEulerScheduler": PaellaFlowMatchEulerScheduler(),
         "… corrector rate 4": PaellaFlowMatchEulerScheduler(corrector_rate=4.0),
+        "PaellaFlowMatchTrapezoidalScheduler, first stage": PaellaFlowMatchTrapezoidalScheduler(),
+        "… second stage": PaellaFlowMatchTrapezoidalScheduler(),
+        "PaellaPsiScheduler": PaellaPsiScheduler(),
     }
     columns = {}
     for dtype, threads in itertools.product((torch.float32, torch.bfloat16), args.threads):
@@ -236,8 +283,11 @@ def cost(args):
         for _ in range(args.repeats):
             for name, scheduler in schedulers.items():
                 extra = {"noise": tokens} if "noise" in inspect.signature(scheduler.step).parameters else {}
+                index = 2 if "first stage" in name else 3
+                if "second stage" in name:
+                    scheduler.step(logits, scheduler.timesteps[2], tokens)
                 start = time.perf_counter()
-                scheduler.step(logits, scheduler.timesteps[3], tokens, **extra)
+                scheduler.step(logits, scheduler.timesteps[index], tokens, **extra)
                 seconds[name].append(time.perf_counter() - start)
         ratios = {
             name: statistics.median(map(truediv, times, seconds["PaellaScheduler"])) for name, times in seconds.items()
@@ -250,7 +300,10 @@ def cost(args):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["truth", "emoji", "cost"])
+    parser.add_argument("what", choices=["truth", "bias", "emoji", "cost"])
+    parser.add_argument(
+        "--only", nargs="+", metavar="WORD", help="truth, emoji: the samplers with such a word in their name"
+    )
     parser.add_argument("--samples", type=int, default=100_000, help="truth: grids for each figure")
     parser.add_argument("--captions", type=int, default=100, help="emoji: how many")
     parser.add_argument("--model", default=EMOJI_MODEL)
@@ -260,7 +313,7 @@ def main():
     parser.add_argument("--plot", type=Path, help="write a plot there, such as docs/schedulers-truth.png")
     args = parser.parse_args()
     with torch.no_grad():
-        {"truth": truth, "emoji": emoji, "cost": cost}[args.what](args)
+        {"truth": truth, "bias": bias, "emoji": emoji, "cost": cost}[args.what](args)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,8 @@ _MODULES = {
     "PaellaScheduler": "schedulers.scheduling_paella",
     "PaellaConfidenceScheduler": "schedulers.scheduling_paella_confidence",
     "PaellaFlowMatchEulerScheduler": "schedulers.scheduling_paella_flow_match_euler",
+    "PaellaFlowMatchTrapezoidalScheduler": "schedulers.scheduling_paella_flow_match_trapezoidal",
+    "PaellaPsiScheduler": "schedulers.scheduling_paella_psi",
     "DDIMWuerstchenScheduler": "schedulers.scheduling_ddim_wuerstchen",
     "GuidanceMixin": "sampling.guidance.base",
     "PaellaClassifierFreeGuidance": "sampling.guidance.classifier_free_guidance",

@@ -21,6 +21,8 @@ COMPONENTS = [
     "PaellaScheduler",
     "PaellaConfidenceScheduler",
     "PaellaFlowMatchEulerScheduler",
+    "PaellaFlowMatchTrapezoidalScheduler",
+    "PaellaPsiScheduler",
     "DDIMWuerstchenScheduler",
     "PaellaClassifierFreeGuidance",
 ]

@@ -9,7 +9,7 @@ from flow_matching.solver import MixtureDiscreteEulerSolver
 from flow_matching.utils import ModelWrapper
 from scipy.stats import chi2_contingency
 
-from benchmarks.schedulers import ExactPosterior, exact_pipeline, total_variation
+from benchmarks.schedulers import ExactPosterior, exact_pipeline, temperature_bias, total_variation
 from paella_diffusers import PaellaFlowMatchEulerScheduler, PaellaScheduler
 
 
@@ -66,6 +66,14 @@ def test_known_tokens_stay():
     output = scheduler.step(torch.randn(2, 8, 6, 6), scheduler.timesteps[0], sample, mask=mask, generator=seeded())
     for tokens in (output.prev_sample, output.sampled_tokens):
         assert (tokens[:, 3:] == 5).all() and not (tokens[:, :3] == 5).all()
+
+
+@pytest.mark.parametrize("steps", [1, 3, 16])
+def test_leave_one_out_temperature_is_exact_for_a_token_alone(steps):
+    """Without sampling: from the exact posterior of a prior p, the result is p^(1/T), renormalised."""
+    assert temperature_bias(steps, 0.3, leave_one_out=True) < 1e-6
+    if steps > 1:
+        assert temperature_bias(steps, 0.3, leave_one_out=False) > 0.1
 
 
 @pytest.mark.parametrize(

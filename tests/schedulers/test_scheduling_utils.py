@@ -9,9 +9,23 @@ import numpy as np
 import pytest
 import torch
 
-from paella_diffusers import EMOJI_MODEL, PaellaConfidenceScheduler, PaellaFlowMatchEulerScheduler, PaellaScheduler
+from paella_diffusers import (
+    EMOJI_MODEL,
+    PaellaConfidenceScheduler,
+    PaellaFlowMatchEulerScheduler,
+    PaellaFlowMatchTrapezoidalScheduler,
+    PaellaPsiScheduler,
+    PaellaScheduler,
+)
+from paella_diffusers.schedulers.scheduling_utils import RenoisingSchedulerBase
 
-SCHEDULERS = [PaellaScheduler, PaellaConfidenceScheduler, PaellaFlowMatchEulerScheduler]
+SCHEDULERS = [
+    PaellaScheduler,
+    PaellaConfidenceScheduler,
+    PaellaFlowMatchEulerScheduler,
+    PaellaFlowMatchTrapezoidalScheduler,
+    PaellaPsiScheduler,
+]
 NAN, INF = math.nan, math.inf
 
 
@@ -28,7 +42,7 @@ def step(scheduler, **kwargs):
         "noise": torch.randint(16, (2, 3, 4), generator=seeded(3)),
         "generator": seeded(),
     }
-    if isinstance(scheduler, PaellaFlowMatchEulerScheduler):
+    if not isinstance(scheduler, RenoisingSchedulerBase):
         del arguments["noise"]
     return scheduler.step(**arguments | kwargs)
 
@@ -96,6 +110,8 @@ NUMBERS = {  # values to refuse, and what is expected instead
     "typical_min_tokens": ([0, 1.5, NAN, "one", True, None], "integer of at least 1"),
     "choice_temperature": ([-1, NAN, INF, 1e38, "hot", True, None], r"number in \[0, 1e\+06\]"),
     "time_power": ([0, -1, NAN, INF, "two", True, None], "finite number above 0"),
+    "kappa": ([-0.1, 1.1, NAN, "half", True, None], r"number in \[0, 1\]"),
+    "theta": ([0, 1, NAN, "half", True, None], r"number in \(0, 1\)"),
     "corrector_rate": ([-1, NAN, INF, "fast", True, None], "finite number of at least 0"),
 }
 
@@ -124,6 +140,14 @@ def test_bad_choices_are_refused_by_name(scheduler, name, value):
     if name in scheduler().config:
         with pytest.raises(ValueError, match=f"`{name}` must be one of '.*', '.*', got "):
             scheduler(**{name: value})
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+@pytest.mark.parametrize("value", [1, "yes", None])
+def test_the_leave_one_out_temperature_is_true_or_false(scheduler, value):
+    if "leave_one_out_temperature" in scheduler().config:
+        with pytest.raises(ValueError, match="`leave_one_out_temperature` must be True or False, got "):
+            scheduler(leave_one_out_temperature=value)
 
 
 @pytest.mark.parametrize(
@@ -201,7 +225,7 @@ def test_the_step_is_one_of_the_run(scheduler):
     ],
 )
 def test_bad_tensors_are_refused_by_name(scheduler, name, value, error, message):
-    if name == "noise" and scheduler is PaellaFlowMatchEulerScheduler:
+    if name == "noise" and not issubclass(scheduler, RenoisingSchedulerBase):
         return
     with pytest.raises(error, match=message):
         step(scheduler(), **{name: value})
@@ -211,7 +235,7 @@ def test_bad_tensors_are_refused_by_name(scheduler, name, value, error, message)
 @pytest.mark.parametrize("shape", [(0, 3, 4), (2, 0, 4)])
 def test_an_empty_batch_is_refused(scheduler, shape):
     tokens = torch.zeros(shape, dtype=torch.long)
-    noise = {"noise": tokens} if scheduler is not PaellaFlowMatchEulerScheduler else {}
+    noise = {"noise": tokens} if issubclass(scheduler, RenoisingSchedulerBase) else {}
     with pytest.raises(ValueError, match=r"`sample` has no tokens, its shape is \(.*\): pass a batch of at least one"):
         step(scheduler(), model_output=torch.zeros(shape[0], 16, *shape[1:]), sample=tokens, **noise)
     with pytest.raises(ValueError, match="`original_samples` has no tokens"):
@@ -239,6 +263,10 @@ PATHS = [  # each way of sampling, in full and in half precision
     (PaellaConfidenceScheduler, {}),
     (PaellaConfidenceScheduler, {"ranking": "halton"}),
     (PaellaFlowMatchEulerScheduler, {}),
+    (PaellaFlowMatchEulerScheduler, {"leave_one_out_temperature": True, "temperature": 0.5}),
+    (PaellaFlowMatchTrapezoidalScheduler, {}),
+    (PaellaPsiScheduler, {}),
+    (PaellaPsiScheduler, {"leave_one_out_temperature": True}),
 ]
 
 
@@ -249,7 +277,7 @@ def test_broken_logits_are_refused_and_minus_infinity_excludes(scheduler, settin
     logits = torch.randn(batch_size, 16, 3, 4, generator=seeded(1)).to(dtype)
     tokens = torch.zeros(batch_size, 3, 4, dtype=torch.long)
     call = {"sample": tokens}
-    if scheduler is not PaellaFlowMatchEulerScheduler:
+    if issubclass(scheduler, RenoisingSchedulerBase):
         call["noise"] = tokens
     if settings.get("sampling_rule") == "quantized":
         call["codebook"] = torch.arange(16.0)[:, None]
@@ -304,13 +332,21 @@ def test_swaps_print_nothing():
     script = f"""
 import sys
 from diffusers import DiscreteDDIMScheduler, EntropyBoundScheduler
-from paella_diffusers import PaellaConfidenceScheduler, PaellaFlowMatchEulerScheduler, PaellaScheduler
+from paella_diffusers import (
+    PaellaConfidenceScheduler,
+    PaellaFlowMatchEulerScheduler,
+    PaellaFlowMatchTrapezoidalScheduler,
+    PaellaPsiScheduler,
+    PaellaScheduler,
+)
 
 scheduler = PaellaScheduler.from_pretrained({EMOJI_MODEL!r}, subfolder="scheduler")
 print("swaps begin", file=sys.stderr)
 scheduler = PaellaScheduler.from_config(scheduler.config, temperature=(1.2, 0.2), typical_mass=0.2)
 scheduler = PaellaConfidenceScheduler.from_config(scheduler.config, ranking="halton")
 scheduler = PaellaFlowMatchEulerScheduler.from_config(scheduler.config, corrector_rate=1.0)
+scheduler = PaellaPsiScheduler.from_config(scheduler.config, kappa=0.3)
+scheduler = PaellaFlowMatchTrapezoidalScheduler.from_config(scheduler.config)
 scheduler = DiscreteDDIMScheduler.from_config(scheduler.config, corrector_steps=2)
 scheduler = EntropyBoundScheduler.from_config(scheduler.config, entropy_bound=0.2)
 scheduler = PaellaScheduler.from_config(scheduler.config)

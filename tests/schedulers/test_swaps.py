@@ -13,19 +13,30 @@ from diffusers import DiscreteDDIMScheduler, EntropyBoundScheduler
 from paella_diffusers import (
     PaellaConfidenceScheduler,
     PaellaFlowMatchEulerScheduler,
+    PaellaFlowMatchTrapezoidalScheduler,
     PaellaImg2ImgPipeline,
     PaellaInpaintPipeline,
     PaellaInversionPipeline,
     PaellaPipeline,
+    PaellaPsiScheduler,
     PaellaScheduler,
 )
+from paella_diffusers.schedulers.scheduling_utils import RenoisingSchedulerBase
 
-OURS = [PaellaScheduler, PaellaConfidenceScheduler, PaellaFlowMatchEulerScheduler]
+OURS = [
+    PaellaScheduler,
+    PaellaConfidenceScheduler,
+    PaellaFlowMatchEulerScheduler,
+    PaellaFlowMatchTrapezoidalScheduler,
+    PaellaPsiScheduler,
+]
 ALL = [*OURS, DiscreteDDIMScheduler, EntropyBoundScheduler]
 OWN = {  # what the others do not have
     PaellaScheduler: {"quantized_steps": 1},
     PaellaConfidenceScheduler: {"ranking": "halton"},
     PaellaFlowMatchEulerScheduler: {"corrector_rate": 2.0},
+    PaellaFlowMatchTrapezoidalScheduler: {"theta": 0.4},
+    PaellaPsiScheduler: {"kappa": 0.2},
     DiscreteDDIMScheduler: {},  # diffusers warns of what is not the default when it swaps one of its own for another
     EntropyBoundScheduler: {},
 }
@@ -65,7 +76,7 @@ def test_swaps_keep_what_is_common_and_warn_of_nothing(first, second, caplog, mo
     for name in settings.keys() & swapped.config.keys():
         assert swapped.config[name] == origin.config[name]
     assert all(back.config[name] == value for name, value in settings.items())
-    if first in OURS and second in OURS:
+    if {first, second} <= set(OURS) - {PaellaFlowMatchTrapezoidalScheduler}:  # which has levels of its own between
         assert torch.equal(swapped.timesteps, origin.timesteps)
 
 
@@ -102,7 +113,7 @@ def test_common_behaviour(scheduler, tmp_path):
     assert type(again) is scheduler and again.config.temperature == 1.0
 
     logits, tokens = torch.randn(2, 16, 6, 6, generator=seeded(1)) * 3, torch.randint(16, (2, 6, 6), generator=seeded(2))
-    call = {"noise": tokens.flip(1)} if scheduler is not PaellaFlowMatchEulerScheduler else {}
+    call = {"noise": tokens.flip(1)} if issubclass(scheduler, RenoisingSchedulerBase) else {}
     step = lambda **kwargs: ours.step(logits, 1.0, tokens, **call | {"generator": seeded()} | kwargs)
     first = step()
     ours.set_timesteps(3, temperature=0.1)

@@ -12,6 +12,8 @@ SCHEDULERS = {  # and the files that define them
     "PaellaScheduler": "paella_diffusers/schedulers/scheduling_paella.py",
     "PaellaConfidenceScheduler": "paella_diffusers/schedulers/scheduling_paella_confidence.py",
     "PaellaFlowMatchEulerScheduler": "paella_diffusers/schedulers/scheduling_paella_flow_match_euler.py",
+    "PaellaFlowMatchTrapezoidalScheduler": "paella_diffusers/schedulers/scheduling_paella_flow_match_trapezoidal.py",
+    "PaellaPsiScheduler": "paella_diffusers/schedulers/scheduling_paella_psi.py",
     "DiscreteDDIMScheduler": "diffusers/schedulers/scheduling_discrete_ddim.py",
     "EntropyBoundScheduler": "diffusers/schedulers/scheduling_entropy_bound.py",
 }

@@ -29,8 +29,8 @@ def make_stepper(scheduler) -> "PaellaStepper | DiscreteStepper":
     if reason is not None:
         raise ValueError(
             f"`scheduler`, a {type(scheduler).__name__}, cannot sample from Paella: {reason}. Take PaellaScheduler, "
-            "PaellaConfidenceScheduler, PaellaFlowMatchEulerScheduler, or diffusers' DiscreteDDIMScheduler or "
-            "EntropyBoundScheduler."
+            "PaellaConfidenceScheduler, PaellaFlowMatchEulerScheduler, PaellaFlowMatchTrapezoidalScheduler, "
+            "PaellaPsiScheduler, or diffusers' DiscreteDDIMScheduler or EntropyBoundScheduler."
         )
     return DiscreteStepper(scheduler)
 

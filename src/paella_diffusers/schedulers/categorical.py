@@ -123,6 +123,30 @@ def sample_tokens(
     return (tokens.view(shape), log_probs.view(shape)) if return_log_probs else tokens.view(shape)
 
 
+def leave_one_out_shift(
+    logits: torch.Tensor, tokens: torch.LongTensor, noise_level: float, temperature: float
+) -> torch.Tensor:
+    r"""
+    Logits for the leave-one-out temperature (https://huggingface.co/papers/2605.22765): it is applied to what the *other*
+    tokens say of a clean token, and not to what its own noisy token says. The posterior is the product of the two,
+
+        p(x₀ | x_t) ∝ p(x₀ | other tokens) q(own token | x₀),
+
+    where the noisy token v is favoured by q(v | v) / q(v | not v) = 1 + V (1 - t) / t = exp(δ) (equation 13). The product
+    p(x₀ | other tokens)^(1/T) q(own token | x₀) has the logits l / T, plus (1 - 1/T) δ for v. This function returns T times
+    that, so that the caller divides by T as always.
+
+    Args:
+        logits (`torch.Tensor` of shape `(batch_size, ..., num_tokens)`): l, also of guided predictions.
+        tokens (`torch.LongTensor` of shape `(batch_size, ...)`): x_t.
+        noise_level (`float`): t in (0, 1].
+        temperature (`float`): T.
+    """
+    delta = math.log1p(logits.shape[-1] * (1 - noise_level) / noise_level)
+    shift = logits.new_full((*tokens.shape, 1), (temperature - 1) * delta)
+    return logits.scatter_add(-1, tokens[..., None], shift)
+
+
 def _log_probs(logits: torch.Tensor, tokens: torch.LongTensor) -> torch.Tensor:
     """Log-probabilities, `(rows,)`, of a token of each row."""
     size = _rows_per_chunk(logits.shape[1], logits.device)

@@ -5,12 +5,29 @@ import math
 import torch
 from diffusers.configuration_utils import register_to_config
 
-from ..checks import check_choice, check_number
+from ..checks import check_boolean, check_choice, check_number
 from .categorical import add_uniform_noise, rand_tensor, sample_tokens
 from .scheduling_utils import PaellaSchedulerBase, PaellaSchedulerOutput
 
 
-class PaellaFlowMatchEulerScheduler(PaellaSchedulerBase):
+class FlowMatchSchedulerBase(PaellaSchedulerBase):
+    """Samplers that follow the path by jumps of tokens: `time_grid`, `time_power` and `leave_one_out_temperature`."""
+
+    def _check_config(self):
+        super()._check_config()
+        check_choice("time_grid", self.config.time_grid, ("linear", "cosine", "polynomial"))
+        check_number("time_power", self.config.time_power, above=0)
+        check_boolean("leave_one_out_temperature", self.config.leave_one_out_temperature)
+
+    def _descent(self, steps: int, t_start: float, t_end: float) -> torch.Tensor:
+        if self.config.time_grid == "linear":
+            return super()._descent(steps, t_start, t_end)
+        done = torch.linspace(0, 1, steps + 1)
+        descent = (done * math.pi / 2).cos() if self.config.time_grid == "cosine" else 1 - done**self.config.time_power
+        return t_end + (t_start - t_end) * descent.clamp(min=0)
+
+
+class PaellaFlowMatchEulerScheduler(FlowMatchSchedulerBase):
     r"""
     Discrete flow matching (https://huggingface.co/papers/2407.15595, section 3; https://huggingface.co/papers/2402.04997) on
     the path that mixes data with uniform noise in the proportion t:
@@ -25,7 +42,8 @@ class PaellaFlowMatchEulerScheduler(PaellaSchedulerBase):
     Tokens that have jumped may jump again, which corrects errors of early steps. The corrector, whose rate leaves p_t
     unchanged, does more of this: with probability 1 - exp(-η (t - t_next)) a token is sampled anew from p_{t_next}(x | x̂).
 
-    With temperature 1 and many steps this samples from the model's distribution.
+    With temperature 1 and many steps this samples from the model's distribution. Of a single token it does with any number
+    of steps: the mean of the predictions over p_t is the data's distribution.
 
     Args:
         num_inference_steps (`int`, defaults to 12): Number of steps if `set_timesteps` is not given one, up to 10,000.
@@ -38,6 +56,9 @@ class PaellaFlowMatchEulerScheduler(PaellaSchedulerBase):
             are small; `"polynomial"`, 1 - uⁿ.
         time_power (`float`, defaults to 2.0): n, above 0.
         corrector_rate (`float`, defaults to 0.0): η, at least 0.
+        leave_one_out_temperature (`bool`, defaults to `False`):
+            Apply the temperature to what the other tokens say of each token only, as [`leave_one_out_shift`] explains. Plain
+            temperature also sharpens the evidence of the noisy token itself, which is biased: more so with more steps.
         num_vq_embeddings (`int`, defaults to 8192): Number of different tokens, for `add_noise` to draw from.
 
     Raises:
@@ -54,20 +75,12 @@ class PaellaFlowMatchEulerScheduler(PaellaSchedulerBase):
         time_grid: str = "linear",
         time_power: float = 2.0,
         corrector_rate: float = 0.0,
+        leave_one_out_temperature: bool = False,
         num_vq_embeddings: int = 8192,
     ):
         self._check_config()
-        check_choice("time_grid", time_grid, ("linear", "cosine", "polynomial"))
-        check_number("time_power", time_power, above=0)
         check_number("corrector_rate", corrector_rate, at_least=0)
         self.set_timesteps(num_inference_steps)
-
-    def _descent(self, steps: int, t_start: float, t_end: float) -> torch.Tensor:
-        if self.config.time_grid == "linear":
-            return super()._descent(steps, t_start, t_end)
-        done = torch.linspace(0, 1, steps + 1)
-        descent = (done * math.pi / 2).cos() if self.config.time_grid == "cosine" else 1 - done**self.config.time_power
-        return t_end + (t_start - t_end) * descent.clamp(min=0)
 
     def step(
         self,
@@ -96,6 +109,7 @@ class PaellaFlowMatchEulerScheduler(PaellaSchedulerBase):
         if index + 1 == self.num_inference_steps:  # the picture is the prediction, whatever `t_end` is
             next_level = 0.0
 
+        logits = self._tempered(logits, sample, index)
         sampled_tokens = sample_tokens(logits, self.temperatures[index], generator)
         jump = rand_tensor(sample.shape, generator, sample.device) < 1 - next_level / level
         prev_sample = torch.where(jump, sampled_tokens, sample)

@@ -9,7 +9,7 @@ from diffusers.utils import BaseOutput
 
 from ..checks import check_choice, check_integer, check_number, check_ramp, is_number
 from ..loaders.hub import PaellaHubMixin
-from .categorical import add_uniform_noise
+from .categorical import add_uniform_noise, leave_one_out_shift
 
 MAX_INFERENCE_STEPS = 10_000  # no run needs more, and a configuration may ask for any number
 MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-6, 1e6  # logits divided by them stay finite in float32
@@ -41,6 +41,8 @@ class PaellaSchedulerBase(PaellaHubMixin, SchedulerMixin, ConfigMixin):
         "PaellaScheduler",
         "PaellaConfidenceScheduler",
         "PaellaFlowMatchEulerScheduler",
+        "PaellaFlowMatchTrapezoidalScheduler",
+        "PaellaPsiScheduler",
         "DiscreteDDIMScheduler",
         "EntropyBoundScheduler",
     ]
@@ -142,6 +144,12 @@ class PaellaSchedulerBase(PaellaHubMixin, SchedulerMixin, ConfigMixin):
         if mask.shape != sample.shape:
             raise ValueError(f"`mask` must have the shape of `sample`, {tuple(sample.shape)}, got {tuple(mask.shape)}.")
         return logits, mask.bool()
+
+    def _tempered(self, logits: torch.Tensor, sample: torch.LongTensor, index: int) -> torch.Tensor:
+        """Logits to be divided by the temperature: as they are, or for `leave_one_out_temperature`."""
+        if not self.config.leave_one_out_temperature:
+            return logits
+        return leave_one_out_shift(logits, sample, self._levels[index], self.temperatures[index])
 
     def add_noise(
         self,
