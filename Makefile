@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := "red heart" "grinning face" "pizza" "dog face" "rocket" "sunflower" "green apple" "soccer ball" "guitar"
 
-.PHONY: demo test test-golden test-oldest lint clean
+.PHONY: demo test test-golden test-kills test-oldest lint clean
 
 demo: $(VENV)/installed
 	$(BIN)/paella-diffusers generate $(DEMO) --out demo.png
@@ -20,6 +20,11 @@ AVX2 := OMP_NUM_THREADS=2 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_E
 test-golden: $(VENV)/installed
 	$(PLAIN) $(BIN)/python -m pytest -k test_golden
 	$(AVX2) $(BIN)/python -m pytest -k test_golden
+
+# each trainer killed five times in each way of training, 60 kills; and two nodes of which one dies
+test-kills: $(VENV)/installed
+	PAELLA_KILLS=5 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -v -m "slow or not slow" tests/examples/test_kills.py \
+	  tests/examples/test_configs.py
 
 # all tests with the oldest diffusers that is supported
 test-oldest:

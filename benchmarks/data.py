@@ -12,6 +12,7 @@ import io
 import random
 import tempfile
 import time
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -20,9 +21,10 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from webdataset import TarWriter
 
 from paella_diffusers import EMOJI_MODEL
+from paella_diffusers.training.arguments import training_arguments
 from paella_diffusers.training.data import SampleTransform, collate, load_stream
-from paella_diffusers.training.run import TrainingRun, training_arguments
-from paella_diffusers.training.unet import PaellaTraining, add_unet_arguments
+from paella_diffusers.training.run import TrainingRun
+from paella_diffusers.training.unet import FrozenParts, add_unet_arguments, train_unet
 
 
 def write_shards(folder: Path, samples: int) -> int:
@@ -71,13 +73,19 @@ def waiting(data: str, workers: int, steps: int) -> float:
     options += ["--num-workers", str(workers), "--report-to", "none", "--log-every", "1000000"]
     with tempfile.TemporaryDirectory() as output:
         run = TrainingRun(parser.parse_args([*options, "--output-dir", output]))
-        training = PaellaTraining(run)
-        model = run.prepare(training.pipe.unet.requires_grad_(True))
         run.load_data()
-        for step, batch in zip(range(steps + 1), run.batches()):
-            if step == 1:  # workers take their time to start
-                run.started, run.waited = time.perf_counter(), 0.0
-            run.update(model, training.loss(model, batch))
+        frozen = FrozenParts(run)
+        unet = run.prepare("unet", frozen.pipe.unet.requires_grad_(True))
+        batches = run.batches
+
+        def counted(draw=None):
+            for step, batch in enumerate(islice(batches(draw), steps + 1)):
+                if step == 1:  # workers take their time to start
+                    run.started, run.waited = time.perf_counter(), 0.0
+                yield batch
+
+        run.batches = counted
+        train_unet(run, unet, frozen)
         return run.waited / (time.perf_counter() - run.started)
 
 

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -59,10 +59,11 @@ def published_steps(folder: Path, clone: Path, batch_size: int, steps: int):
     yield
 
 
-def our_steps(folder: Path, batch_size: int, steps: int, options: list[str]):
-    """The loop of examples/train_paella.py."""
-    from paella_diffusers.training.run import TrainingRun, training_arguments
-    from paella_diffusers.training.unet import PaellaTraining, add_unet_arguments
+def our_steps(folder: Path, batch_size: int, steps: int, options: list[str]) -> list[float]:
+    """When the steps of examples/train_paella.py's loop began, and when the last ended."""
+    from paella_diffusers.training.arguments import training_arguments
+    from paella_diffusers.training.run import TrainingRun
+    from paella_diffusers.training.unet import FrozenParts, add_unet_arguments, train_unet
 
     parser = training_arguments("")
     add_unet_arguments(parser)
@@ -70,13 +71,20 @@ def our_steps(folder: Path, batch_size: int, steps: int, options: list[str]):
     arguments += ["--report-to", "none", "--log-every", "1", "--num-workers", "0", *options]
     with tempfile.TemporaryDirectory() as output:
         run = TrainingRun(parser.parse_args([*arguments, "--output-dir", output]))
-        training = PaellaTraining(run)
-        model = run.prepare(training.pipe.unet.requires_grad_(True))
         run.load_data()
-        for _, batch in zip(range(steps), run.batches()):
-            yield
-            run.update(model, training.loss(model, batch))
-        yield
+        frozen = FrozenParts(run)
+        unet = run.prepare("unet", frozen.pipe.unet.requires_grad_(True))
+        batches, times = run.batches, []
+
+        def timed_batches(draw=None):
+            for batch in islice(batches(draw), steps):
+                times.append(time.perf_counter())
+                yield batch
+            times.append(time.perf_counter())
+
+        run.batches = timed_batches
+        train_unet(run, unet, frozen)
+        return times
 
 
 def write_inputs(folder: Path, batch_size: int):
@@ -103,10 +111,9 @@ def write_inputs(folder: Path, batch_size: int):
 def measure(folder: Path, args) -> dict:
     """Median seconds of a step, and the process's highest resident memory in GiB."""
     if args.variant == "published":
-        steps = published_steps(folder, args.published, args.batch_size, args.steps + 1)
+        times = [time.perf_counter() for _ in published_steps(folder, args.published, args.batch_size, args.steps + 1)]
     else:
-        steps = our_steps(folder, args.batch_size, args.steps + 1, VARIANTS[args.variant])
-    times = [time.perf_counter() for _ in steps]
+        times = our_steps(folder, args.batch_size, args.steps + 1, VARIANTS[args.variant])
     seconds = [later - earlier for earlier, later in pairwise(times[1:])]  # without the first, which is slower
     status = Path("/proc/self/status").read_text()
     peak = int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1]) / 2**20

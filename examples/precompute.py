@@ -98,7 +98,7 @@ def main(args):
     stream = load_stream(
         args.data,
         SampleTransform(args.resolution, quality_filter(args)),
-        args.seed,
+        seed=args.seed,
         process_index=index,
         num_processes=count,
         epochs=args.epochs,
@@ -128,6 +128,7 @@ def main(args):
     bar = tqdm([] if progress["finished"] else loader, disable=not accelerator.is_local_main_process, unit="batch")
     for batch in bar:
         skipped += batch.pop("unreadable") + batch.pop("filtered")
+        batch.pop("epochs")
         waiting += compute(encoder, send_to_device(batch, accelerator.device), args.parts)
         if len(waiting) >= args.shard_size:
             write(waiting, finished=False)

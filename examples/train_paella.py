@@ -4,15 +4,17 @@ Train Paella's U-Net, from scratch or onwards (https://huggingface.co/papers/221
     accelerate launch examples/train_paella.py --pretrained dome272/Paella --data pictures --output-dir my-paella
 
 `--pretrained` gives the VQGAN, the encoders and, without `--from-scratch`, the U-Net to begin with. `--data` may be what
-`precompute.py` wrote: then the encoders that it stands in for are not needed. What a step computes is
-`paella_diffusers.training.unet.PaellaTraining.loss`.
+`precompute.py` wrote: then the encoders that it stands in for are not needed. The training loop is
+`paella_diffusers.training.unet.train_unet`.
 """
 
 import json
 
 from paella_diffusers import PaellaPipeline, PaellaUNet
-from paella_diffusers.training.run import TrainingRun, training_arguments
-from paella_diffusers.training.unet import PaellaTraining, add_unet_arguments
+from paella_diffusers.training.arguments import pretrained_options, training_arguments
+from paella_diffusers.training.card import publish
+from paella_diffusers.training.run import TrainingRun
+from paella_diffusers.training.unet import FrozenParts, add_unet_arguments, stored_config, train_unet
 
 
 def parse_args(args=None):
@@ -29,20 +31,20 @@ def parse_args(args=None):
 def main(args):
     run = TrainingRun(args)
     run.load_data()
-    training = PaellaTraining(run)
+    new = {}
     if args.from_scratch:
-        training.pipe.unet = PaellaUNet.from_config({**training.pipe.unet.config, **args.unet_config})
-    unet = training.pipe.unet.requires_grad_(True)
-    model = run.prepare(unet)
+        new = {"unet": PaellaUNet.from_config({**stored_config(PaellaUNet, "unet", args), **args.unet_config})}
+    frozen = FrozenParts(run, **new)
+    config = frozen.pipe.unet.config
+    unet = run.prepare("unet", frozen.pipe.unet.requires_grad_(True))
 
-    for batch in run.batches(training.draw if args.prompts else None):
-        run.update(model, training.loss(model, batch))
+    train_unet(run, unet, frozen)
 
-    weights = run.finish(model)
+    weights = run.finish()
     if weights is not None:
-        trained = PaellaUNet.from_config(unet.config)
+        trained = PaellaUNet.from_config(config)
         trained.load_state_dict(weights)
-        run.publish(PaellaPipeline.from_pretrained(args.pretrained, unet=trained))
+        publish(run, PaellaPipeline.from_pretrained(args.pretrained, unet=trained, **pretrained_options(args)))
 
 
 if __name__ == "__main__":

@@ -6,27 +6,34 @@ which alone are trained and saved.
 
     pipe.load_lora_weights("my-adapter")
 
-What a step computes is `paella_diffusers.training.unet.PaellaTraining.loss`.
+The training loop is `paella_diffusers.training.unet.train_unet`.
 """
 
-from peft import LoraConfig, get_peft_model_state_dict
+from peft import LoraConfig
 
-from paella_diffusers import PaellaPipeline
-from paella_diffusers.training.run import TrainingRun, training_arguments
-from paella_diffusers.training.unet import PaellaTraining, add_unet_arguments
+from paella_diffusers.training.adapter import Adapter
+from paella_diffusers.training.arguments import training_arguments
+from paella_diffusers.training.card import publish_adapter
+from paella_diffusers.training.run import TrainingRun
+from paella_diffusers.training.unet import FrozenParts, add_unet_arguments, train_unet
 
 # attention, and the pixelwise layers of the other blocks
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out"]
 
 
 def parse_args(args=None):
-    parser = training_arguments(
-        __doc__, learning_rate=1e-3, warmup_steps=100, max_steps=2000, save_every=500, sample_every=500
-    )
+    defaults = dict(learning_rate=1e-3, warmup_steps=100, save_every=500, sample_every=500)
+    parser = training_arguments(__doc__, default_steps=2000, **defaults)
     add_unet_arguments(parser)
     add = parser.add_argument_group("LoRA").add_argument
     add("--rank", type=int, default=16)
-    add("--alpha", type=float, help="the adapter's weight is alpha / rank; alpha is the rank unless given")
+    add("--alpha", "--lora-alpha", type=float, help="the adapter's weight is alpha / rank; alpha is the rank unless given")
+    add("--dropout", "--lora-dropout", type=float, default=0.0, help="share of an adapter's inputs left out")
+    add(
+        "--use-dora",
+        action="store_true",
+        help="also learn the matrices' magnitudes (https://huggingface.co/papers/2402.09353)",
+    )
     add("--targets", nargs="+", default=TARGETS, help="names of the layers that are adapted")
     return parser.parse_args(args)
 
@@ -34,20 +41,17 @@ def parse_args(args=None):
 def main(args):
     run = TrainingRun(args)
     run.load_data()
-    training = PaellaTraining(run)
-    unet = training.pipe.unet.requires_grad_(False)
-    unet.add_adapter(LoraConfig(r=args.rank, lora_alpha=args.alpha or args.rank, target_modules=args.targets))
-    model = run.prepare(unet)
+    frozen = FrozenParts(run)
+    options = dict(lora_dropout=args.dropout, use_dora=args.use_dora, target_modules=args.targets)
+    adapter = Adapter(frozen.pipe.unet, LoraConfig(r=args.rank, lora_alpha=args.alpha or args.rank, **options))
+    unet = run.prepare("unet_lora", frozen.pipe.unet, adapter.write, adapter.read, frozen=False)
 
-    for batch in run.batches(training.draw if args.prompts else None):
-        run.update(model, training.loss(model, batch))
+    train_unet(run, unet, frozen)
 
-    weights = run.finish(model, only="lora_")
+    weights = run.finish()
     if weights is not None:
-        adapter = get_peft_model_state_dict(unet, weights)
-        metadata = unet.peft_config["default"].to_dict()
-        PaellaPipeline.save_lora_weights(args.output_dir, adapter, unet_lora_adapter_metadata=metadata)
-        run.publish("The adapter")
+        adapter.write(weights, args.output_dir)
+        publish_adapter(run, frozen.pipe)
 
 
 if __name__ == "__main__":

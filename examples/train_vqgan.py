@@ -19,7 +19,9 @@ from torch.func import functional_call
 from transformers import AutoImageProcessor, AutoModel
 
 from paella_diffusers import VQModel
-from paella_diffusers.training.run import TrainingRun, training_arguments
+from paella_diffusers.training.arguments import add_pretrained, pretrained_options, training_arguments
+from paella_diffusers.training.card import publish
+from paella_diffusers.training.run import Trained, TrainingRun
 
 
 def make_discriminator(channels: int = 64, layers: int = 3) -> nn.Sequential:
@@ -83,9 +85,9 @@ def adversarial_weight(loss: torch.Tensor, adversarial: torch.Tensor, last_layer
 
 
 def parse_args(args=None):
-    parser = training_arguments(__doc__, max_steps=600_000, text_column=None)
+    parser = training_arguments(__doc__, default_steps=600_000, text_column=None)
+    add_pretrained(parser, "a VQGAN, or a pipeline's, to train onwards: a folder or Hub id", required=False)
     add = parser.add_argument_group("VQGAN").add_argument
-    add("--pretrained", help="a VQGAN, or a pipeline's, to train onwards: a folder or Hub id")
     add("--subfolder", help="where it is within")
     add("--config", type=json.loads, default={}, help="sizes of a new one that shall differ from the released, as JSON")
     add("--decoder-only", action="store_true", help="leave encoder and codebook as they are")
@@ -107,26 +109,28 @@ def parse_args(args=None):
     return args
 
 
-def main(args):
-    run = TrainingRun(args)
-    run.load_data()
-    if run.sharded:
-        raise ValueError("A VQGAN is small, and its codebook must be whole to be restarted: train it with DDP, not FSDP.")
-    vqgan = VQModel.from_pretrained(args.pretrained, subfolder=args.subfolder) if args.pretrained else VQModel(**args.config)
-    vqgan.requires_grad_(True)
-    restarts = CodebookRestarts(vqgan, args.restart_every)
-    if args.decoder_only:
-        for part in (vqgan.in_block, vqgan.down_blocks, vqgan.vquantizer):
-            part.requires_grad_(False)
-    else:
-        run.kept["restarts"] = restarts
-    model = run.prepare(vqgan)
-    perceptual = PerceptualLoss(args.perceptual_model).to(run.accelerator.device) if args.perceptual_model else None
-    discriminator = run.prepare(make_discriminator()) if args.adversarial_weight else None
-    shown = None
+def optimise(run: TrainingRun, trained: Trained, loss: torch.Tensor) -> torch.Tensor | None:
+    """Backward, and at a step's last pass: clip, step, average. The gradient norm, then."""
+    norm, accelerator = None, run.accelerator
+    accelerator.backward(loss)
+    if accelerator.sync_gradients:
+        accelerator.unscale_gradients(trained.optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(trained.parameters, run.args.max_grad_norm)
+    trained.optimizer.step()
+    trained.optimizer.zero_grad()
+    if accelerator.sync_gradients:
+        trained.schedule.step()
+        if trained.average is not None:
+            trained.average.step(trained.parameters)
+    return norm
+
+
+def train_vqgan(run: TrainingRun, vqgan: Trained, discriminator: Trained | None, perceptual, restarts: CodebookRestarts):
+    """Rebuild pictures through the codebook; later, also fool a discriminator that learns to tell them from real ones."""
+    args, accelerator, own, shown = run.args, run.accelerator, run.unwrapped(vqgan), None
 
     def draw():
-        pixels = torch.cat([shown, vqgan(shown).sample.clamp(0, 1)])
+        pixels = torch.cat([shown, own(shown).sample.clamp(0, 1)])
         images = VaeImageProcessor.numpy_to_pil(VaeImageProcessor.pt_to_numpy(pixels))
         return make_image_grid(images, rows=2, cols=len(shown))
 
@@ -134,9 +138,9 @@ def main(args):
         pixels = batch["pixels"]
         shown = pixels[:8]
         if args.decoder_only:
-            vqgan.eval()  # the norm of the latents, too, stays as it is
-        with run.accelerator.autocast():
-            output = model(pixels)
+            own.eval()  # the norm of the latents, too, stays as it is
+        with accelerator.autocast():
+            output = vqgan.model(pixels)
         rebuilt = output.sample.float()
         error = F.mse_loss(rebuilt, pixels)
         loss = error
@@ -145,28 +149,53 @@ def main(args):
 
         adversarial = discriminator is not None and run.step >= args.adversarial_start
         if adversarial:
-            own = run.accelerator.unwrap_model(discriminator)
-            fixed = {name: value.detach() for name, value in own.state_dict().items()}
-            fooled = -functional_call(own.eval(), fixed, rebuilt).mean()
-            own.train()
-            weight = args.adversarial_weight * adversarial_weight(loss, fooled, vqgan.out_block[0].weight)
+            judge = run.unwrapped(discriminator)
+            broadcast(list(judge.buffers()))  # each process has updated its own since the last pass
+            fixed = {name: value.detach() for name, value in judge.state_dict().items()}
+            fooled = -functional_call(judge.eval(), fixed, rebuilt).mean()
+            judge.train()
+            weight = args.adversarial_weight * adversarial_weight(loss, fooled, own.out_block[0].weight)
             loss = loss + weight * fooled
         loss = loss + args.codebook_weight * output.commit_loss.float()
-        run.update(model, loss)
+        norm = optimise(run, vqgan, loss)
+        if norm is not None:
+            run.log(gradient_norm=norm)
+
         if adversarial:
-            real, fake = discriminator(torch.cat([pixels, rebuilt.detach()])).chunk(2)
-            run.update(discriminator, (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2)  # hinge loss
-            run.log(**{"discriminator, real": real.mean(), "discriminator, fake": fake.mean()})
+            real, fake = discriminator.model(torch.cat([pixels, rebuilt.detach()])).chunk(2)
+            optimise(run, discriminator, (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2)  # hinge loss
+            run.log(discriminator_real=real.mean(), discriminator_fake=fake.mean())
         if not args.decoder_only and run.step < args.restart_until:
             restarts(run, pixels, output.indices)
         decibels = -10 * (rebuilt.clamp(0, 1) - pixels).square().mean((1, 2, 3)).log10().mean()
         run.log(loss=loss, error=error, decibels=decibels)
 
-    weights = run.finish(model)
+
+def main(args):
+    run = TrainingRun(args)
+    run.load_data()
+    with run.accelerator.local_main_process_first():
+        options = pretrained_options(args) | {"subfolder": args.subfolder}
+        vqgan = VQModel.from_pretrained(args.pretrained, **options) if args.pretrained else VQModel(**args.config)
+    vqgan.requires_grad_(True)
+    restarts = CodebookRestarts(vqgan, args.restart_every)
+    if args.decoder_only:
+        for part in (vqgan.in_block, vqgan.down_blocks, vqgan.vquantizer):
+            part.requires_grad_(False)
+    else:
+        run.kept["restarts"] = restarts
+    # both are small, and their parts are used one by one: under FSDP, too, each process has all of them
+    trained = run.prepare("vqgan", vqgan, shard=False)
+    perceptual = PerceptualLoss(args.perceptual_model).to(run.accelerator.device) if args.perceptual_model else None
+    discriminator = run.prepare("discriminator", make_discriminator(), shard=False) if args.adversarial_weight else None
+
+    train_vqgan(run, trained, discriminator, perceptual, restarts)
+
+    weights = run.finish()
     if weights is not None:
         result = VQModel.from_config(vqgan.config)
         result.load_state_dict(weights)
-        run.publish(result)
+        publish(run, result)
 
 
 if __name__ == "__main__":

@@ -1,38 +1,93 @@
-"""The launch configurations; `test_train_paella.py` trains with FSDP's."""
+"""The launch configurations, with stand-ins for Slurm's commands; `test_train_paella.py` trains with FSDP's."""
 
 import os
 import subprocess
 import sys
 
+import pytest
 import train_paella
-from accelerate.commands.launch import launch_command_parser
-from trainers import EXAMPLES
+from trainers import EXAMPLES, TINY, free_port
+
+SRUN = f"""#!{sys.executable}
+# srun: as many tasks as there are, on nodes with two; one that fails ends all
+import os, subprocess, sys, time
+count = int(os.environ["SLURM_NTASKS"])
+command = sys.argv[sys.argv.index("bash"):]
+numbers = [{{"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i % 2), "SLURM_NODEID": str(i // 2)}} for i in range(count)]
+tasks = [subprocess.Popen(command, env=os.environ | number) for number in numbers]
+while any(task.poll() is None for task in tasks) and not any(task.poll() for task in tasks):
+    time.sleep(0.05)
+    if os.path.exists(os.environ.get("KILL_AFTER", "/none")):
+        tasks[-1].kill()
+for task in tasks:
+    if any(other.poll() for other in tasks):
+        task.kill()
+sys.exit(max(abs(task.wait()) for task in tasks))
+"""
 
 
-def test_the_published_case_under_slurm(tmp_path):
-    """With stand-ins for Slurm's commands, two nodes launch what accelerate and the trainer understand."""
+@pytest.fixture
+def slurm(tmp_path, monkeypatch):
+    """Runs the recipe in a job of so many nodes; `requeued` says how often it has submitted itself again."""
+    commands = tmp_path / "commands"
+    commands.mkdir()
+    requeued = tmp_path / "requeued"
     # more names than a pipe holds, so that a reader of the first would cut the others off
-    (tmp_path / "scontrol").write_text("#!/bin/sh\necho node-a\nseq -f node-%.0f 20000\n")
-    (tmp_path / "srun").write_text('#!/bin/sh\nfor i in 0 1; do shift; SLURM_NODEID=$i "$@"; set -- x "$@"; done\n')
-    script = f"#!{sys.executable}\nimport sys\nprint(*sys.argv[1:], '=====', sep='\\n')\n"
-    (tmp_path / "accelerate").write_text(script)
-    for name in ("scontrol", "srun", "accelerate"):
-        (tmp_path / name).chmod(0o755)
-    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    environment |= {
-        "SLURM_NNODES": "2",
-        "SLURM_CPUS_PER_TASK": "96",
-        "SLURM_JOB_NODELIST": "node-[a-b]",
-        "DATA": "a folder/{0..9}.tar",
-    }
-    script = EXAMPLES / "configs" / "train_paella.sbatch"
-    output = subprocess.run(["bash", script], env=environment, check=True, capture_output=True, text=True).stdout
-    commands = [command.strip().splitlines() for command in output.split("=====\n") if command]
-    for rank, command in enumerate(commands):
-        assert command[0] == "launch"
-        launch = launch_command_parser().parse_args(command[1:])
-        assert (launch.machine_rank, launch.num_machines, launch.num_processes) == (rank, 2, 16)
-        assert launch.main_process_ip == "node-a"
-        args = train_paella.parse_args(launch.training_script_args)
+    scontrol = f'#!/bin/sh\nif [ "$1" = requeue ]; then echo "$2" >> {requeued}; exit; fi\n'
+    (commands / "scontrol").write_text(f"{scontrol}echo 127.0.0.1\nseq -f node-%.0f 20000\n")
+    (commands / "srun").write_text(SRUN)
+    (commands / "python").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    for path in commands.iterdir():
+        path.chmod(0o755)
+
+    def submit(*options, nodes=2, **environment):
+        environment |= {"SLURM_NTASKS": str(2 * nodes), "SLURM_JOB_NODELIST": "node-[a-b]", "SLURM_JOB_ID": "7"}
+        environment |= {"SLURM_CPUS_PER_TASK": "1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
+        environment |= {"PATH": f"{commands}:{os.environ['PATH']}", "ACCELERATE_USE_CPU": "true"}
+        command = ["bash", EXAMPLES / "configs" / "train_paella.sbatch", *map(str, options)]
+        options = dict(env=os.environ | environment, cwd=EXAMPLES.parent, capture_output=True, text=True)
+        return subprocess.run(command, **options)
+
+    submit.requeued = lambda: len(requeued.read_text().splitlines()) if requeued.exists() else 0
+    submit.commands = commands
+    return submit
+
+
+def test_the_released_case(slurm, tmp_path):
+    """What every task is given is what the trainer understands."""
+    script = f"#!{sys.executable}\nimport os, sys\nnames = 'RANK LOCAL_RANK WORLD_SIZE MASTER_ADDR'.split()\n"
+    script += "lines = [*(os.environ[name] for name in names), *sys.argv[1:], '====='] "
+    script += "\nos.write(1, ('\\n'.join(lines) + '\\n').encode())\n"  # at once: the tasks write to one pipe
+    (slurm.commands / "python").write_text(script)
+    done = slurm("--batch-size", 8, DATA="a folder/{0..9}.tar", OUTPUT=str(tmp_path / "out"))
+    assert done.returncode == 0 and slurm.requeued() == 0, done.stderr
+    tasks = sorted(task.strip().splitlines() for task in done.stdout.split("=====\n") if task)
+    assert [task[:4] for task in tasks] == [[str(i), str(i % 2), "4", "127.0.0.1"] for i in range(4)]
+    for task in tasks:
+        assert task[4] == "examples/train_paella.py"
+        args = train_paella.parse_args(task[5:])
         assert args.data == "a folder/{0..9}.tar" and len(args.prompts) == 2 and args.resume == "latest"
-    assert len(commands) == 2
+        assert args.batch_size == 8
+
+
+def test_it_gives_up_when_nothing_moves(slurm, tmp_path):
+    (slurm.commands / "python").write_text("#!/bin/sh\nexit 3\n")
+    codes = [slurm(OUTPUT=str(tmp_path / "out")).returncode for _ in range(3)]
+    assert codes[:2] == [0, 0] and codes[2] != 0 and slurm.requeued() == 2
+    (slurm.commands / "python").write_text(f'#!/bin/sh\nmkdir -p {tmp_path}/out/checkpoints/"$(date +%s%N)"\nexit 3\n')
+    (tmp_path / "out" / "failures").unlink()
+    assert [slurm(OUTPUT=str(tmp_path / "out")).returncode for _ in range(4)] == [0] * 4  # each with a new checkpoint
+
+
+@pytest.mark.slow
+def test_two_nodes_of_which_one_dies_and_then_one_goes_on(slurm, tmp_path, pictures, pretrained):
+    out = tmp_path / "out"
+    options = [*TINY, "--pretrained", pretrained, "--batch-size", 1, "--mixed-precision", "no", "--save-every", 2]
+    options += ["--max-steps", 400, "--log-every", 1]
+    environment = {"DATA": pictures, "OUTPUT": str(out), "HF_HUB_OFFLINE": "1", "FILTERS": ""}
+    done = slurm(*options, KILL_AFTER=str(out / "checkpoints" / "00000002"), **environment)
+    assert done.returncode == 0 and slurm.requeued() == 1, done.stderr[-5000:]
+    newest = max(int(path.name) for path in (out / "checkpoints").glob("*[0-9]"))
+    done = slurm(*options, "--max-steps", newest + 2, nodes=1, **environment)
+    assert done.returncode == 0 and slurm.requeued() == 1, done.stderr[-5000:]
+    assert "processes 2 (was 4)" in done.stdout + done.stderr and (out / "model_index.json").exists()

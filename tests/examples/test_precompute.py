@@ -64,7 +64,7 @@ def test_training_on_it(options, pretrained, tmp_path, prompts):
 def test_tokens_alone(options, pretrained, tmp_path):
     precompute.main(precompute.parse_args([*options, "--parts", "tokens"]))
     sample = next(iter(read(tmp_path / "computed").values()))
-    assert sample["tokens"].dtype == torch.int16 and sample.keys() == {"text", "tokens", "unreadable", "filtered"}
+    assert sample["tokens"].dtype == torch.int16 and sample.keys() == {"text", "tokens", "unreadable", "filtered", "epochs"}
     train = [*TINY, "--data", str(tmp_path / "computed"), "--pretrained", pretrained, "--max-steps", "1"]
     train_paella.main(train_paella.parse_args([*train, "--output-dir", str(tmp_path / "out")]))
 

@@ -28,9 +28,11 @@ def test_the_adapter_changes_what_is_drawn(options, tmp_path, pretrained):
     pipe.load_lora_weights(folder)
     after = pipe.unet(sample, 0.5, torch.ones(1, 3, 16)).sample
     assert not torch.equal(before, after)
-    # checkpoints have the adapter, not what it stands beside
-    checkpoint = load_file(folder / "checkpoints" / "00000003" / "model.safetensors")
-    assert all("lora_" in name for name in checkpoint)
+    # a checkpoint has the adapter as `load_lora_weights` takes it, not what it stands beside
+    pipe.unload_lora_weights()
+    pipe.load_lora_weights(folder / "checkpoints" / "00000003", subfolder="unet_lora")
+    assert torch.equal(pipe.unet(sample, 0.5, torch.ones(1, 3, 16)).sample, after)
+    assert not list((folder / "checkpoints").rglob("diffusion_pytorch_model*"))
 
 
 def test_resumed_it_ends_as_if_not_interrupted(options, tmp_path):
@@ -43,5 +45,17 @@ def test_resumed_it_ends_as_if_not_interrupted(options, tmp_path):
 
 def test_push_to_hub(options, tmp_path, hub):
     repo = hub.repo("me/out")
-    train(options, tmp_path / "out", "--max-steps", 1, "--push-to-hub", "--hub-model-id", "me/out")
-    assert (repo / "pytorch_lora_weights.safetensors").exists() and not (repo / "checkpoints").exists()
+    more = ["--push-to-hub", "--hub-model-id", "me/out", "--prompts", "red"]
+    train(options, tmp_path / "out", "--max-steps", 1, *more)
+    uploaded = {str(path.relative_to(repo)) for path in repo.rglob("*") if path.is_file()} - {".gitattributes"}
+    assert uploaded == {"pytorch_lora_weights.safetensors", "README.md", "images/sample-0.png"}
+    card = (repo / "README.md").read_text()
+    assert "| rank | 2 |" in card and "load_lora_weights" in card and str(tmp_path) not in card
+
+
+@pytest.mark.parametrize("kind", [["--use-dora"], ["--lora-dropout", "0.5"]])
+def test_kinds_of_adapters(options, tmp_path, pretrained, kind):
+    adapter = train(options, tmp_path / "out", "--max-steps", 2, *kind)
+    assert any("magnitude" in name for name in adapter) == (kind == ["--use-dora"])
+    train(options, tmp_path / "out", "--max-steps", 3, "--resume", "latest", *kind)
+    PaellaPipeline.from_pretrained(pretrained).load_lora_weights(tmp_path / "out")

@@ -31,6 +31,27 @@ def test_it_learns(pictures, pretrained, tmp_path):
     assert (predicted - noise).square().mean() < 0.3
 
 
+def test_a_new_prior_has_the_given_ones_sizes(pictures, pretrained, tmp_path):
+    options = [*TINY, "--data", pictures, "--pretrained", pretrained, "--max-steps", "1", "--from-scratch"]
+    options += ["--prior-config", '{"hidden_dim": 20}', "--output-dir", str(tmp_path / "out")]
+    train_prior.main(train_prior.parse_args(options))
+    given = PaellaPrior.load_config(pretrained, subfolder="prior")
+    new = PaellaPrior.load_config(tmp_path / "out", subfolder="prior")
+    assert (new["num_layers"], new["time_embed_dim"]) == (given["num_layers"], given["time_embed_dim"]) == (2, 8)
+    assert new["hidden_dim"] == 20
+
+
+def test_a_prior_for_a_model_without_one(pictures, pretrained, tmp_path):
+    pipe = PaellaPipeline.from_pretrained(pretrained, prior=None, prior_scheduler=None)
+    pipe.save_pretrained(tmp_path / "without")
+    options = [*TINY, "--data", pictures, "--pretrained", str(tmp_path / "without"), "--output-dir", str(tmp_path / "out")]
+    with pytest.raises(ValueError, match="has no prior: add --from-scratch"):
+        train_prior.main(train_prior.parse_args(options))
+    options += ["--from-scratch", "--prior-config", '{"num_layers": 1, "hidden_dim": 12}', "--max-steps", "1"]
+    train_prior.main(train_prior.parse_args(options))
+    assert PaellaPrior.load_config(tmp_path / "out", subfolder="prior")["embedding_dim"] == 12
+
+
 def test_a_prior_too_narrow_for_the_noise_is_refused(pictures, pretrained, tmp_path):
     options = [*TINY, "--data", pictures, "--pretrained", pretrained, "--output-dir", str(tmp_path / "out")]
     options += ["--from-scratch", "--prior-config", '{"hidden_dim": 11, "num_layers": 1}']

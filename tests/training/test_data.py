@@ -11,7 +11,7 @@ from PIL import Image
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from paella_diffusers.pipelines.image_reading import load_image
-from paella_diffusers.training.data import QualityFilter, SampleTransform, collate, load_stream
+from paella_diffusers.training.data import QualityFilter, SampleTransform, ShardStream, collate, load_stream
 
 
 def picture(value: int, size=(20, 16), **save) -> bytes:
@@ -109,6 +109,65 @@ def test_more_processes_than_samples(data):
         assert len(take(stream, 3)) == 3
 
 
+@pytest.mark.parametrize("parts, split", [(2, 1), (3, 1), (4, 2), (12, 4)])
+def test_readers_share_shards_evenly(shards, parts, split, monkeypatch):
+    """With more readers than shards a shard is read by as few as can be, and nobody reads long for its first sample."""
+    opened, read = [], ShardStream._read
+
+    def noted(self, shard):
+        opened.append(shard)
+        return read(self, shard)
+
+    monkeypatch.setattr(ShardStream, "_read", noted)
+    drawn = []
+    for part in range(parts):
+        stream = load_stream(str(shards), SampleTransform(8), process_index=part, num_processes=parts, epochs=split)
+        drawn += take(stream, 1000)
+    assert sorted(drawn) == sorted([*range(21)] * split)
+    assert len(opened) == 3 * split * split  # in as many epochs, each shard as many times
+    assert ShardStream.sharing(3, parts)[0] == split
+
+
+def test_no_sample_is_left_out_or_repeated_for_long(shards):
+    """Of readers that cannot have as many shards each, others have one more in the next epoch."""
+    streams = [load_stream(str(shards), SampleTransform(8), process_index=i, num_processes=2) for i in range(2)]
+    drawn = [take(stream, 21 * 10 // 2) for stream in streams]  # ten epochs
+    counts = [sum(part.count(number) for part in drawn) for number in range(21)]
+    assert min(counts) >= 9 and max(counts) <= 11
+
+
+@pytest.mark.parametrize(
+    "shards, readers, split, twice", [(8, 64, 8, 0), (1000, 1024, 2, 0.023), (10_000, 1024, 1, 0.018), (10, 4, 1, 0.1)]
+)
+def test_what_sharing_costs(shards, readers, split, twice):
+    assert ShardStream.sharing(shards, readers) == (split, pytest.approx(twice, abs=1e-3))
+
+
+@pytest.mark.parametrize("before, after", [(1, 2), (2, 1), (3, 2)])
+def test_a_stream_begins_where_another_number_of_parts_was(folder, before, after):
+    streams = [load_stream(str(folder), SampleTransform(8), process_index=i, num_processes=before) for i in range(before)]
+    samples = [sample for stream in streams for _, sample in zip(range(12 // before), stream)]
+    epochs = max(sample["epochs"] for sample in samples)
+    first = [int(sample["text"].split()[1]) for sample in samples]
+    rest = []
+    for i in range(after):
+        stream = load_stream(str(folder), SampleTransform(8), process_index=i, num_processes=after, epochs=1)
+        stream.start(epochs)
+        rest += take(stream, 100)
+    assert sorted(first + rest) == list(range(21))
+
+
+def test_shards_that_were_read_are_not_read_again_by_another_number_of_parts(shards):
+    stream = load_stream(str(shards), SampleTransform(8))
+    first = [sample for _, sample in zip(range(8), stream)]  # the first shard, and one sample of the second
+    rest = []
+    for i in range(2):
+        stream = load_stream(str(shards), SampleTransform(8), process_index=i, num_processes=2, epochs=1)
+        stream.start(first[-1]["epochs"])
+        rest += take(stream, 100)
+    assert len(rest) == 14 and set(range(21)) == set(rest) | {int(sample["text"].split()[1]) for sample in first}
+
+
 @pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize("consumed", [1, 4, 7])
 def test_a_stream_goes_on_where_it_was(data, num_workers, consumed):
@@ -180,6 +239,36 @@ def test_nothing_usable(shards, folder, tmp_path):
         load_stream(str(shards / "{02,03}.tar"), SampleTransform(8))
 
 
+def test_errors_name_the_folder_and_the_line(folder, shards, tmp_path, monkeypatch):
+    with pytest.raises(FileNotFoundError, match="`data` is /not/there, but there is no such folder"):
+        load_stream("/not/there", SampleTransform(8))
+
+    def unreachable(*args, **kwargs):
+        raise ConnectionError("Couldn't reach it")
+
+    import datasets
+
+    with monkeypatch.context() as patch:
+        patch.setattr(datasets, "load_dataset", unreachable)
+        with pytest.raises(
+            FileNotFoundError, match="`data` is pictures: there is no such folder in .*, and no dataset of this"
+        ):
+            load_stream("pictures", SampleTransform(8))
+    with pytest.raises(ValueError, match="--max-train-samples 5: the samples of shards are not counted"):
+        load_stream(str(shards), SampleTransform(8), max_samples=5)
+    lines = (folder / "metadata.jsonl").read_text().splitlines()
+    lines[3] = '{"file_name": "2.png", "text": "not closed}'
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    with pytest.raises(ValueError, match=r"metadata.jsonl, line 4 is no JSON object: b'\{\"file_name"):
+        load_stream(str(folder), SampleTransform(8))
+
+
+def test_some_samples_only(folder):
+    drawn = take(load_stream(str(folder), SampleTransform(8), max_samples=5), 10)
+    assert len(set(drawn)) == 5 and sorted(drawn[:5]) == sorted(drawn[5:])
+    assert set(take(load_stream(str(folder), SampleTransform(8), max_samples=5, seed=1), 5)) != set(drawn)
+
+
 @pytest.mark.parametrize(
     "limits, metadata, wanted",
     [
@@ -202,15 +291,21 @@ def test_quality_filter(limits, metadata, wanted):
 
 
 def test_pictures_become_squares():
-    def pixels(image, resolution=8, **options):
+    def pixels(image, resolution=8, seed=0, **options):
         buffer = io.BytesIO()
         image.save(buffer, format="PNG")
         raw = {"image": buffer.getvalue(), "text": "", "metadata": {}}
-        return SampleTransform(resolution, **options)(raw, random.Random(0))["pixels"]
+        return SampleTransform(resolution, **options)(raw, random.Random(seed))["pixels"]
 
     assert pixels(Image.new("RGBA", (8, 8), (255, 0, 0, 0))).min() == 1  # transparent is white
     assert pixels(Image.new("L", (5, 4), 255)).shape == (3, 8, 8)  # small ones grow
     wide = Image.fromarray(np.tile(np.arange(0, 240, 10, dtype=np.uint8), (8, 1)))
+    middle = torch.arange(80, 160, 10) / 255
+    assert torch.equal(pixels(wide, center_crop=True)[0, 0], middle)
+    flips = [pixels(wide, center_crop=True, random_flip=True, seed=seed)[0, 0] for seed in range(20)]
+    assert {tuple(flip.tolist()) for flip in flips} == {tuple(middle.tolist()), tuple(middle.flip(0).tolist())}
+    grown = [pixels(wide, resolution=16, center_crop=True, interpolation=kind) for kind in ("nearest", "bicubic")]
+    assert not torch.equal(*grown)
     left = round(pixels(wide)[0, 0, 0].item() * 25.5)
     assert torch.equal(pixels(wide)[0, 0], torch.arange(left * 10, left * 10 + 80, 10) / 255)
 
@@ -242,7 +337,8 @@ def test_captions():
 
 
 def test_embeddings_of_several_lengths_are_padded():
-    samples = [{"text": "", "unreadable": 1, "filtered": 2, "prompt_embeds": torch.ones(n, 4)} for n in (2, 3)]
+    counts = {"unreadable": 1, "filtered": 2, "epochs": 0.5}
+    samples = [{"text": "", **counts, "prompt_embeds": torch.ones(n, 4)} for n in (2, 3)]
     batch = collate(samples)
     assert batch["prompt_embeds"].shape == (2, 3, 4) and batch["prompt_embeds"][0, 2].abs().sum() == 0
     assert batch["prompt_attention_mask"].tolist() == [[1, 1, 0], [1, 1, 1]]

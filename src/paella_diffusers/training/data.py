@@ -11,6 +11,7 @@ import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from ..pipelines.image_reading import open_image, to_rgb
 logger = logging.get_logger(__name__)
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+INTERPOLATIONS = ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos")  # of Pillow
 ARRAYS = ("tokens", "prompt_embeds", "clip_text_embeds", "clip_image_embeds")  # what `examples/precompute.py` can store
 
 
@@ -86,10 +88,23 @@ class SampleTransform:
         resolution (`int`): Pixels a side.
         quality (`QualityFilter`, *optional*): Which samples to take.
         captions (`bool`, defaults to `True`): Whether samples must have captions; otherwise all have "".
+        center_crop (`bool`, defaults to `False`): Crop the middle.
+        random_flip (`bool`, defaults to `False`): Mirror half of the pictures, left to right.
+        interpolation (`str`, defaults to `"bicubic"`): How pictures are resized; one of `INTERPOLATIONS`.
     """
 
-    def __init__(self, resolution: int, quality: QualityFilter | None = None, captions: bool = True):
+    def __init__(
+        self,
+        resolution: int,
+        quality: QualityFilter | None = None,
+        captions: bool = True,
+        center_crop: bool = False,
+        random_flip: bool = False,
+        interpolation: str = "bicubic",
+    ):
         self.resolution, self.quality, self.captions = resolution, quality, captions
+        self.center_crop, self.random_flip = center_crop, random_flip
+        self.interpolation = Image.Resampling[interpolation.upper()]
 
     def __call__(self, raw: dict, rng: random.Random) -> dict | None:
         """The sample, or None if it is not wanted. Raises anything if it cannot be read."""
@@ -119,10 +134,12 @@ class SampleTransform:
         scale = self.resolution / min(image.size)
         if scale != 1:
             size = [max(self.resolution, round(side * scale)) for side in image.size]
-            image = image.resize(size, Image.Resampling.BICUBIC)
+            image = image.resize(size, self.interpolation)
         free = [side - self.resolution for side in image.size]
-        left, top = (rng.randint(0, side) for side in free)
+        left, top = (side // 2 if self.center_crop else rng.randint(0, side) for side in free)
         image = image.crop((left, top, left + self.resolution, top + self.resolution))
+        if self.random_flip and rng.random() < 0.5:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
 
 
@@ -131,7 +148,8 @@ class SampleStream(IterableDataset):
     Samples without end, for [`~torchdata.stateful_dataloader.StatefulDataLoader`], whose state dict then holds the position
     of every worker. Subclasses know where raw samples come from.
 
-    Each sample also says what was passed over before it: `unreadable`, a number of samples, and `filtered`.
+    Each sample also says what was passed over before it, `unreadable`, a number of samples, and `filtered`; and how far the
+    stream is with it: `epochs`, as `start` takes it.
 
     Args:
         transform (`Callable`): From a raw sample and a `random.Random` to a sample, as [`SampleTransform`].
@@ -157,11 +175,24 @@ class SampleStream(IterableDataset):
         self.transform, self.seed, self.shuffle, self.epochs = transform, seed, shuffle, epochs
         self.process_index, self.num_processes = process_index, num_processes
         self.epoch, self.position = 0, None  # the position is None, or what a subclass gave with the last sample
+        self.begin = 0.0  # the share of this epoch that is left out
         self.skipped = {"unreadable": 0, "filtered": 0}  # since the last sample
 
     def raw_samples(self, part: int, parts: int) -> Iterator[tuple]:
-        """The part's samples of this epoch after `position`: position, a name that only it has, and what reads it."""
+        """
+        The part's samples of this epoch after `position`: position, the share of the epoch that is over with it, a name that
+        only it has, and what reads it.
+        """
         raise NotImplementedError
+
+    def start(self, epochs: float):
+        """Begin after so many epochs, whatever the number of parts was before."""
+        self.epoch, self.begin, self.position = int(epochs), epochs % 1, None
+
+    def turns(self, count: int, part: int, parts: int) -> range:
+        """The part's turns among `count` of this epoch. The next epoch goes on with the next part, so all have as many."""
+        first, begin = (part - self.epoch * count) % parts, round(self.begin * count)
+        return range(first + max(0, -(-(begin - first) // parts)) * parts, count, parts)
 
     def __iter__(self) -> Iterator[dict]:
         worker = get_worker_info()
@@ -171,8 +202,8 @@ class SampleStream(IterableDataset):
         empty_epochs = 0
         while self.epochs is None or self.epoch < self.epochs:
             samples, error = 0, None
-            whole_epoch = self.position is None
-            for position, name, read in self.raw_samples(part, parts):
+            whole_epoch = self.position is None and not self.begin
+            for position, share, name, read in self.raw_samples(part, parts):
                 self.position = position
                 try:
                     sample = self.transform(read(), random.Random(f"{self.seed} {self.epoch} {name}"))
@@ -186,7 +217,7 @@ class SampleStream(IterableDataset):
                     continue
                 samples += 1
                 skipped, self.skipped = self.skipped, dict.fromkeys(self.skipped, 0)
-                yield sample | skipped
+                yield sample | skipped | {"epochs": self.epoch + share}
             empty_epochs = 0 if samples else empty_epochs + whole_epoch
             # with less samples than parts, some have none in an epoch
             if empty_epochs and (sum(self.skipped.values()) or empty_epochs > parts) and self.epochs is None:
@@ -195,13 +226,13 @@ class SampleStream(IterableDataset):
                     + (f" (the last: {error})" if error else "")
                     + f" and {self.skipped['filtered']} were filtered out."
                 )
-            self.epoch, self.position = self.epoch + 1, None
+            self.epoch, self.position, self.begin = self.epoch + 1, None, 0.0
 
     def state_dict(self) -> dict:
-        return {"epoch": self.epoch, "position": self.position}
+        return {"epoch": self.epoch, "position": self.position, "begin": self.begin}
 
     def load_state_dict(self, state: dict):
-        self.epoch, self.position = state["epoch"], state["position"]
+        self.epoch, self.position, self.begin = state["epoch"], state["position"], state["begin"]
 
 
 class RowStream(SampleStream):
@@ -229,12 +260,10 @@ class RowStream(SampleStream):
         order = np.arange(len(self.rows))
         if self.shuffle:
             order = np.random.default_rng((self.seed, self.epoch)).permutation(len(self.rows))
-        # the parts take turns from one epoch into the next: all processes together have the batches of one
-        first = (part - self.epoch * len(order)) % parts
-        start = first if self.position is None else self.position + parts
-        for position in range(start, len(order), parts):
+        turns = self.turns(len(order), part, parts)  # all processes together have the batches of one
+        for position in turns if self.position is None else range(self.position + parts, len(order), parts):
             number = int(order[position])
-            yield position, f"row {number}", partial(self._read, number)
+            yield position, (position + 1) / len(order), f"row {number}", partial(self._read, number)
 
     def _read(self, number: int) -> dict:
         row = self.rows[number]
@@ -247,6 +276,9 @@ class ShardStream(SampleStream):
     Samples of WebDataset shards, local or remote, streamed: pictures as `.jpg`, `.png` or `.webp`, captions as `.txt`,
     metadata as `.json`, arrays as `.npy`. The order of shards is random, and so is that of samples within windows.
 
+    With more readers (processes × workers) than shards, a shard is shared by several: with 64 readers and 8 shards each of
+    8 readers reads all of the file and takes every eighth sample. `sharing` says what that costs.
+
     Args:
         shards (`list[str]`): Paths or addresses, as `webdataset` opens them.
         window (`int`, defaults to 1000): Samples that are in memory, still compressed, to be shuffled.
@@ -254,32 +286,42 @@ class ShardStream(SampleStream):
 
     def __init__(self, shards: list[str], *args, window: int = 1000, **kwargs):
         super().__init__(*args, **kwargs)
-        self.shards, self.window = list(shards), window
+        self.shards, self.window = sorted(shards), window
 
     def __str__(self):
         return f"{len(self.shards)} shards, {self.shards[0]} first,"
 
+    @staticmethod
+    def sharing(shards: int, readers: int) -> tuple[int, float]:
+        """
+        How often every shard is read in an epoch, and the share of the samples that come a second time before as many others
+        have come once, as the shards cannot be dealt out evenly. In the next epochs other readers have one more.
+        """
+        split = -(-readers // shards)
+        more = shards * split % readers  # readers that have one turn more than the others
+        return split, more * (1 - more / readers) / (shards * split)
+
     def raw_samples(self, part, parts):
-        shards = sorted(self.shards)
+        split, _ = self.sharing(len(self.shards), parts)
+        units = [(shard, offset) for shard in self.shards for offset in range(split)]
         if self.shuffle:
-            random.Random(f"{self.seed} {self.epoch}").shuffle(shards)
-        share = parts <= len(shards)  # each part has shards of its own, or else its samples of every shard
-        shards = shards[part::parts] if share else shards
-        first_shard, first_window, first = self.position or (0, 0, -1)
-        for number in range(first_shard, len(shards)):
-            samples = self._read(shards[number])
-            if number > first_shard:
+            random.Random(f"{self.seed} {self.epoch}").shuffle(units)
+        turns = self.turns(len(units), part, parts)
+        at, first_window, first = self.position or (None, 0, -1)
+        for number in turns if at is None else range(at, len(units), parts):
+            shard, offset = units[number]
+            samples = islice(self._read(shard), offset, None, split)
+            if number != at:
                 first_window, first = 0, -1
-            for _ in range(first_window * self.window):
-                next(samples, None)
+            for _ in islice(samples, first_window * self.window):
+                pass
             count = first_window
-            while window := [sample for _, sample in zip(range(self.window), samples)]:
+            while window := list(islice(samples, self.window)):
                 if self.shuffle:
-                    random.Random(f"{self.seed} {self.epoch} {shards[number]} {count}").shuffle(window)
+                    random.Random(f"{self.seed} {self.epoch} {shard} {offset} {count}").shuffle(window)
                 for index in range(first + 1, len(window)):
-                    if share or (index + self.epoch) % parts == part:
-                        name = f"{window[index]['__key__']} of {shards[number]}"
-                        yield (number, count, index), name, partial(self._parse, window[index])
+                    name = f"{window[index]['__key__']} of {shard}"
+                    yield (number, count, index), number / len(units), name, partial(self._parse, window[index])
                 count, first = count + 1, -1
 
     def _read(self, shard: str) -> Iterator[dict]:
@@ -302,12 +344,13 @@ class ShardStream(SampleStream):
 
 def collate(samples: list[dict]) -> dict:
     """
-    A batch: tensors stacked, texts in a list, counts added up. `prompt_embeds` of several lengths are padded, and
-    `prompt_attention_mask`, `(batch_size, length)`, says where.
+    A batch: tensors stacked, texts in a list, counts added up, the greatest `epochs`. `prompt_embeds` of several lengths are
+    padded, and `prompt_attention_mask`, `(batch_size, length)`, says where.
     """
     batch = {"text": [sample["text"] for sample in samples]}
     for name in ("unreadable", "filtered"):
         batch[name] = sum(sample[name] for sample in samples)
+    batch["epochs"] = max(sample["epochs"] for sample in samples)
     for name in {"pixels", *ARRAYS} & set.intersection(*(set(sample) for sample in samples)):
         values = [sample[name] for sample in samples]
         if name == "prompt_embeds":
@@ -320,18 +363,31 @@ def collate(samples: list[dict]) -> dict:
     return batch
 
 
-def load_stream(data: str, *args, image_column: str = "image", text_column: str | None = "text", **kwargs) -> SampleStream:
+def load_stream(
+    data: str,
+    *args,
+    image_column: str = "image",
+    text_column: str | None = "text",
+    config_name: str | None = None,
+    max_samples: int | None = None,
+    seed: int = 0,
+    **kwargs,
+) -> SampleStream:
     """
     The stream for `data`: WebDataset shards, if it is a folder with `.tar` files or a pattern as `{00000..00999}.tar`, also
     of a URL or a `pipe:`; else a folder of images with `metadata.jsonl`; or else a dataset of the Hub, its `train` split.
 
     Args:
         data (`str`): Where the data are.
+        config_name (`str`, *optional*): The configuration of a dataset of the Hub.
+        max_samples (`int`, *optional*): Take so many, chosen at random by the seed; not of shards.
         args, kwargs: Of [`SampleStream`].
 
     Raises:
         FileNotFoundError: If there is nothing of the kind.
+        ValueError: If `metadata.jsonl` has a broken line, or shards shall be cut to `max_samples`.
     """
+    kwargs["seed"] = seed
     folder = Path(data)
     shards = sorted(str(path) for path in folder.glob("*.tar")) if folder.is_dir() else []
     if shards or ".tar" in data:
@@ -343,20 +399,49 @@ def load_stream(data: str, *args, image_column: str = "image", text_column: str 
             raise FileNotFoundError(
                 f"`data` names {len(shards)} shards, but {missing[0]} is not there, nor {len(missing) - 1} more."
             )
+        if max_samples is not None:
+            raise ValueError(f"--max-train-samples {max_samples}: the samples of shards are not counted; name fewer shards.")
         return ShardStream(shards, *args, **kwargs)
 
     import datasets
 
     if folder.is_dir():
-        if text_column is not None and not (folder / "metadata.jsonl").is_file():
-            raise FileNotFoundError(
-                f"`data` is the folder {folder}, which has neither `.tar` shards nor `metadata.jsonl`, with a line as "
-                '{"file_name": "a.png", "text": "a caption"} for each image.'
-            )
-        # all files: by itself it takes a picture called train.png for the training split, and leaves out the others
-        rows = datasets.load_dataset("imagefolder", data_dir=str(folder), data_files={"train": "**"}, split="train")
+        rows = _load_folder(folder, text_column)
+    elif data.startswith((".", "/", "~")) or data.count("/") > 1:
+        raise FileNotFoundError(f"`data` is {data}, but there is no such folder.")
     else:
-        rows = datasets.load_dataset(data, split="train")
+        try:
+            rows = datasets.load_dataset(data, config_name, split="train")
+        except Exception as error:
+            raise FileNotFoundError(
+                f"`data` is {data}: there is no such folder in {Path.cwd()}, and no dataset of this name could be loaded "
+                f"from the Hub: {error}"
+            ) from error
+    if max_samples is not None:
+        rows = rows.shuffle(seed=seed).select(range(min(max_samples, len(rows))))
     if image_column in rows.column_names:
         rows = rows.cast_column(image_column, datasets.Image(decode=False))
     return RowStream(rows, *args, image_column=image_column, text_column=text_column, **kwargs)
+
+
+def _load_folder(folder: Path, text_column: str | None):
+    import datasets
+
+    metadata = folder / "metadata.jsonl"
+    if text_column is not None and not metadata.is_file():
+        raise FileNotFoundError(
+            f"`data` is the folder {folder}, which has neither `.tar` shards nor `metadata.jsonl`, with a line as "
+            '{"file_name": "a.png", "text": "a caption"} for each image.'
+        )
+    try:
+        # all files: by itself it takes a picture called train.png for the training split, and leaves out the others
+        return datasets.load_dataset("imagefolder", data_dir=str(folder), data_files={"train": "**"}, split="train")
+    except Exception as error:
+        for number, line in enumerate(metadata.read_bytes().splitlines(), 1) if metadata.is_file() else ():
+            try:
+                valid = not line.strip() or isinstance(json.loads(line), dict)
+            except ValueError:
+                valid = False
+            if not valid:
+                raise ValueError(f"{metadata}, line {number} is no JSON object: {line[:100]!r}") from error
+        raise ValueError(f"The folder {folder} cannot be read as a dataset: {error}") from error

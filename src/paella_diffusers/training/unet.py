@@ -1,4 +1,4 @@
-"""What training all of the U-Net and training a LoRA adapter of it have in common."""
+"""Training the U-Net, all of it or an adapter: the loop, and the frozen parts around it."""
 
 import argparse
 from pathlib import Path
@@ -8,41 +8,72 @@ from diffusers.utils import make_image_grid
 from PIL import Image
 from safetensors import safe_open
 
+from ..loaders.original_repo import has_original_layout
 from ..pipelines.pipeline_paella import PaellaPipeline
+from .arguments import add_pretrained, pretrained_options
 from .conditioning import Encoder, drop_conditioning
 from .losses import corrupt, draw_timesteps, paella_loss
-from .run import TrainingRun
+from .run import Trained, TrainingRun
+
+
+def train_unet(run: TrainingRun, unet: Trained, frozen: "FrozenParts"):
+    """Paella's training (section 3.2): replace a random share of the tokens, predict all of the clean ones, compare."""
+    args, accelerator = run.args, run.accelerator
+    num_tokens = frozen.pipe.unet.config.num_vq_embeddings
+    for batch in run.batches(frozen.draw if args.prompts else None):
+        generator = run.generator()  # of this pass, and the same in every process
+        dropped = drop_conditioning(generator, args.text_dropout, args.clip_text_dropout, args.clip_image_dropout)
+        tokens, conditioning = frozen.encoder.tokens(batch), frozen.encoder.conditioning(batch, dropped)
+        frozen.grid = tokens.shape[1:]
+        timestep = draw_timesteps(len(tokens), generator, run.part).to(tokens.device)
+        noised, mask = corrupt(tokens, timestep, num_tokens, generator, run.part)
+        with accelerator.autocast():
+            logits = unet.model(noised, timestep, **conditioning).sample
+        loss = paella_loss(logits, tokens, mask, timestep, args.label_smoothing, args.clean_weight)
+
+        accelerator.backward(loss)
+        if accelerator.sync_gradients:  # this is the last of the step's --gradient-accumulation-steps passes
+            accelerator.unscale_gradients(unet.optimizer)
+            run.log(gradient_norm=torch.nn.utils.clip_grad_norm_(unet.parameters, args.max_grad_norm))
+        unet.optimizer.step()
+        unet.optimizer.zero_grad()
+        if accelerator.sync_gradients:
+            unet.schedule.step()
+            if unet.average is not None:
+                unet.average.step(unet.parameters)
+        run.log(loss=loss, accuracy=(logits.movedim(1, -1).argmax(-1) == tokens).float().mean())
 
 
 def add_unet_arguments(parser: argparse.ArgumentParser):
-    """The arguments of the functions below."""
+    """The arguments of the functions here."""
+    add_pretrained(parser, "a Paella: a folder or Hub id")
     add = parser.add_argument_group("Paella").add_argument
-    add("--pretrained", required=True, help="a Paella: a folder or Hub id")
     add("--label-smoothing", type=float, default=0.1)
     add("--clean-weight", type=float, default=0.3, help="loss weight of tokens without noise, at t = 0")
     add("--text-dropout", type=float, default=0.05, help="share of batches without the ByT5 prompt")
     add("--clip-text-dropout", type=float, default=0.9, help="share of batches without the CLIP text")
     add("--clip-image-dropout", type=float, default=0.9, help="share of batches without the CLIP image")
-    add("--prompts", nargs="+", default=[], help="what to draw on sample sheets")
-    add("--guidance-scale", type=float, default=8.0, help="of sample sheets")
+    add("--prompts", "--validation-prompts", nargs="+", default=[], help="what to draw on sample sheets")
+    add("--validation-prompt", dest="prompts", type=lambda prompt: [prompt], help="the same, with one prompt")
+    add("--guidance-scale", type=float, help="of sample sheets; the model's own unless given")
 
 
-class PaellaTraining:
+class FrozenParts:
     """
-    A pretrained pipeline with its U-Net in training and the other parts frozen.
+    A pretrained pipeline around a U-Net in training: its encoders for batches, and all of it for sample sheets.
 
     Args:
         run ([`TrainingRun`]): With the arguments above. If its data are what `examples/precompute.py` wrote, the encoders
             that they stand in for are not kept.
+        components: Of the pipeline, in place of the pretrained ones, which are then not loaded.
     """
 
-    def __init__(self, run: TrainingRun):
+    def __init__(self, run: TrainingRun, **components):
         self.run, args, device = run, run.args, run.accelerator.device
-        if args.prompts and run.sharded:
-            raise ValueError("--prompts draws in one process, but FSDP has a share of the U-Net in each: leave one out.")
         empty, spare = computed_embeddings(args.data)
-        without = dict.fromkeys(spare) if not args.prompts else {}
-        self.pipe = PaellaPipeline.from_pretrained(args.pretrained, prior=None, prior_scheduler=None, **without)
+        without = dict.fromkeys([*spare, "prior", "prior_scheduler"]) if not args.prompts else {}
+        with run.accelerator.local_main_process_first():  # which downloads for the node's others
+            self.pipe = PaellaPipeline.from_pretrained(args.pretrained, **pretrained_options(args), **without | components)
         multiple = self.pipe.vqgan.patch_size * self.pipe.unet.sample_multiple
         if empty is None and args.resolution % multiple:
             raise ValueError(f"--resolution must be divisible by {multiple}, for VQGAN and U-Net, got {args.resolution}.")
@@ -53,28 +84,30 @@ class PaellaTraining:
         names += ("clip_text_embeds", "negative_clip_text_embeds")
         self.prompts = {name: None if part is None else part.to(device) for name, part in zip(names, encoded)}
         self.pipe.register_modules(**dict.fromkeys(spare))
+        if self.pipe.prior is not None:
+            self.pipe.prior.eval().requires_grad_(False).to(device)
         self.encoder = Encoder(self.pipe, empty).to(device, half=run.accelerator.mixed_precision != "no")
-
-    def loss(self, model, batch: dict) -> torch.Tensor:
-        """The published training step (section 3.2): noise some of the tokens, predict all, compare; logs it, too."""
-        run, args = self.run, self.run.args
-        generator = run.generator()
-        dropped = drop_conditioning(generator, args.text_dropout, args.clip_text_dropout, args.clip_image_dropout)
-        tokens, conditioning = self.encoder.tokens(batch), self.encoder.conditioning(batch, dropped)
-        timestep = draw_timesteps(len(tokens), generator, run.part).to(tokens.device)
-        noised, mask = corrupt(tokens, timestep, self.pipe.unet.config.num_vq_embeddings, generator, run.part)
-        with run.accelerator.autocast():
-            logits = model(noised, timestep, **conditioning).sample
-        loss = paella_loss(logits, tokens, mask, timestep, args.label_smoothing, args.clean_weight)
-        run.log(loss=loss, accuracy=(logits.movedim(1, -1).argmax(-1) == tokens).float().mean())
-        return loss
+        self.grid = None  # height and width of the last batch in tokens
 
     def draw(self) -> Image.Image:
-        """A row of pictures, one for each of `--prompts`."""
+        """A row of pictures of the batches' size, one for each of `--prompts`."""
         args = self.run.args
+        height, width = (side * self.pipe.vqgan.patch_size for side in self.grid)
         generator = [torch.Generator().manual_seed(args.seed) for _ in args.prompts]
-        images = self.pipe(**self.prompts, guidance_scale=args.guidance_scale, generator=generator).images
+        options = {} if args.guidance_scale is None else {"guidance_scale": args.guidance_scale}
+        images = self.pipe(**self.prompts, height=height, width=width, generator=generator, **options).images
+        self.run.samples = [
+            {"image": image, "prompt": prompt, "seed": args.seed} for image, prompt in zip(images, args.prompts)
+        ]
         return make_image_grid(images, rows=1, cols=len(images))
+
+
+def stored_config(model_class: type, name: str, args) -> dict:
+    """The sizes of a pretrained pipeline's component, without reading its weights; in the published layout the released."""
+    options = {key: value for key, value in pretrained_options(args).items() if key != "variant"}
+    if has_original_layout(args.pretrained, **options):
+        return {}
+    return model_class.load_config(args.pretrained, subfolder=name, **options)
 
 
 def computed_embeddings(data: str) -> tuple[dict[str, torch.Tensor] | None, list[str]]:

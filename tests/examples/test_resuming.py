@@ -1,0 +1,162 @@
+"""What may change between a checkpoint and the run that resumes it, and what may be broken."""
+
+import math
+import shutil
+
+import pytest
+import torch
+import train_paella
+import train_paella_lora
+from safetensors.torch import load_file
+from trainers import TINY, Launch
+
+from paella_diffusers.training.conditioning import Encoder
+
+
+@pytest.fixture
+def options(pictures, pretrained):
+    return [*TINY, "--data", pictures, "--pretrained", pretrained, "--batch-size", "4"]
+
+
+def train(options, folder, *more, script=train_paella):
+    script.main(script.parse_args([*options, "--output-dir", str(folder), *map(str, more)]))
+    file = "unet/diffusion_pytorch_model.safetensors" if script is train_paella else "pytorch_lora_weights.safetensors"
+    return load_file(folder / file)
+
+
+def identical(first: dict, second: dict) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """The captions of the batches that were trained on; pictures have two each, so only their numbers."""
+    texts, tokens = [], Encoder.tokens
+
+    def noted(self, batch):
+        texts.append([text.split()[-1] for text in batch["text"]])
+        return tokens(self, batch)
+
+    monkeypatch.setattr(Encoder, "tokens", noted)
+    return texts
+
+
+def test_another_learning_rate_is_honoured_and_named(options, tmp_path, caplog):
+    options += ["--lr-scheduler", "constant"]
+    before = train(options, tmp_path / "out", "--max-steps", 2)
+    more = ["--max-steps", 4, "--resume", "latest", "--learning-rate", 0]
+    assert identical(train(options, tmp_path / "out", *more), before)
+    assert "--learning-rate 0.0 (was 0.0001)" in caplog.text and "not bit for bit" not in caplog.text
+
+
+@pytest.mark.parametrize("change", [("--weight-decay", 0.5), ("--adam-beta2", 0.5), ("--lr-scheduler", "cosine")])
+def test_other_settings_of_the_optimizer_are_honoured(options, tmp_path, change):
+    """The step after resuming is another than it would have been."""
+    train(options, tmp_path / "out", "--max-steps", 2, "--warmup-steps", 0, "--learning-rate", 0.01)
+    shutil.copytree(tmp_path / "out", tmp_path / "other")
+    more = ["--max-steps", 3, "--resume", "latest", "--warmup-steps", 0, "--learning-rate", 0.01]
+    assert not identical(train(options, tmp_path / "out", *more), train(options, tmp_path / "other", *more, *change))
+
+
+def test_another_alpha_of_an_adapter_is_honoured_and_another_rank_refused(options, tmp_path, caplog):
+    options += ["--rank", "2"]
+    train(options, tmp_path / "out", "--max-steps", 1, script=train_paella_lora)
+    more = ["--max-steps", 2, "--resume", "latest"]
+    with pytest.raises(ValueError, match="was saved with --rank 2, but now it is 3: its states do not fit. Give the same"):
+        train(options, tmp_path / "out", *more, "--rank", 3, script=train_paella_lora)
+    train(options, tmp_path / "out", *more, "--alpha", 8, script=train_paella_lora)
+    assert "--alpha 8.0 (was None)" in caplog.text
+
+
+def test_averages_may_be_added(options, tmp_path):
+    train(options, tmp_path / "out", "--max-steps", 2)
+    averages = train(options, tmp_path / "out", "--max-steps", 5, "--resume", "latest", "--ema-decay", 0.9)
+    current = load_file(tmp_path / "out/checkpoints/00000005/unet/diffusion_pytorch_model.safetensors")
+    assert not identical(averages, current)
+    assert all((averages[name] - current[name]).abs().max() < 0.01 for name in current)  # they began with the checkpoint
+
+
+def test_batches_may_be_skipped(options, tmp_path, seen):
+    train(options, tmp_path / "whole", "--max-steps", 5)
+    whole = seen.copy()
+    train(options, tmp_path / "parts", "--max-steps", 2)
+    seen.clear()
+    train(options, tmp_path / "parts", "--max-steps", 4, "--resume", "latest", "--skip-batches", 1)
+    assert seen == whole[3:]
+    with pytest.raises(ValueError, match="--skip-batches leaves out batches after a checkpoint: add --resume latest"):
+        train(options, tmp_path / "new", "--skip-batches", 1)
+
+
+def test_the_error_for_a_loss_that_is_not_finite_says_how_to_pass_over_it(options, tmp_path, monkeypatch):
+    clean = train_paella.train_unet.__globals__["paella_loss"]
+    calls = []
+
+    def poisoned(*args):
+        calls.append(1)
+        return clean(*args) * (math.nan if len(calls) == 7 else 1)
+
+    monkeypatch.setitem(train_paella.train_unet.__globals__, "paella_loss", poisoned)
+    options += ["--gradient-accumulation-steps", "2", "--max-steps", "8", "--save-every", "2", "--log-every", "1"]
+    with pytest.raises(FloatingPointError, match="At step 4 the loss is nan.*/00000002 with .*--skip-batches 4"):
+        train(options, tmp_path / "out")
+    train(options, tmp_path / "out", "--resume", "latest", "--skip-batches", 4)
+
+
+@pytest.mark.parametrize("change", [["--batch-size", "2"], ["--num-workers", "1"], ["--seed", "1"]])
+def test_with_another_batch_size_or_other_readers_the_data_go_on_after_the_same_share(
+    options, tmp_path, seen, caplog, change
+):
+    train(options, tmp_path / "out", "--max-steps", 2)
+    first = [number for batch in seen for number in batch]
+    seen.clear()
+    size = int(dict([change]).get("--batch-size", 4))
+    train(options, tmp_path / "out", "--max-steps", 2 + 12 // size, "--resume", "latest", *change)
+    assert "after the same number of epochs, in another order: not bit for bit" in caplog.text
+    rest = [number for batch in seen for number in batch]
+    if change[0] != "--seed":  # which gives another order
+        assert sorted(map(int, first + rest)) == list(range(20))
+    assert len(rest) == 12
+
+
+def test_with_other_processes_sharded_or_not(options, tmp_path, pretrained):
+    """FSDP trains to the weights of DDP, and each resumes the other's checkpoints, as one process does."""
+    options = [*options, "--batch-size", "2", "--ema-decay", "0.9", "--log-every", "1", "--prompts", "red"]
+    options += ["--sample-every", "3", "--clip-image-dropout", "0.5"]
+    runs = [
+        Launch("train_paella", [*options, "--max-steps", 3, "--output-dir", tmp_path / name], 2, fsdp=name == "fsdp")
+        for name in ("ddp", "fsdp")
+    ]
+    for run in runs:
+        run.finish()
+    ddp, fsdp = (load_file(tmp_path / name / "unet/diffusion_pytorch_model.safetensors") for name in ("ddp", "fsdp"))
+    assert max((ddp[name] - fsdp[name]).abs().max() for name in ddp) < 1e-5
+    assert (tmp_path / "fsdp" / "samples" / "00000003.png").exists()
+    more = [*options, "--max-steps", 5, "--resume", "latest", "--output-dir"]
+    Launch("train_paella", [*more, tmp_path / "fsdp"], 2).finish()
+    Launch("train_paella", [*more, tmp_path / "ddp"], 2, fsdp=True).finish()
+    ddp, fsdp = (load_file(tmp_path / name / "unet/diffusion_pytorch_model.safetensors") for name in ("ddp", "fsdp"))
+    assert max((ddp[name] - fsdp[name]).abs().max() for name in ddp) < 1e-5
+    train(options, tmp_path / "fsdp", "--max-steps", 6, "--resume", "latest")  # one process
+
+
+@pytest.mark.parametrize(
+    "file", ["unet/diffusion_pytorch_model.safetensors", "optimizer-unet.pt", "process-0.pt", "state.pt"]
+)
+def test_a_damaged_checkpoint_is_passed_over(options, tmp_path, caplog, file):
+    expected = train(options, tmp_path / "out", "--max-steps", 4, "--save-every", 2)
+    newest = tmp_path / "out" / "checkpoints" / "00000004"
+    whole = (newest / file).read_bytes()
+    (newest / file).write_bytes(whole[: len(whole) // 2])
+    assert identical(train(options, tmp_path / "out", "--max-steps", 4, "--resume", "latest"), expected)
+    assert f"{newest / file} has {len(whole) // 2} bytes, but was written with {len(whole)}" in caplog.text
+    assert f"Resuming from the one before, {newest.with_name('00000002')}" in caplog.text
+
+
+def test_damage_that_keeps_the_size_is_found_and_without_a_whole_checkpoint_there_is_an_error(options, tmp_path):
+    train(options, tmp_path / "out", "--max-steps", 1)
+    path = tmp_path / "out" / "checkpoints" / "00000001" / "optimizer-unet.pt"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="No checkpoint of .* is whole: .*optimizer-unet.pt .*its checksum differs"):
+        train(options, tmp_path / "out", "--max-steps", 2, "--resume", "latest")
