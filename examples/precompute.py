@@ -11,7 +11,6 @@ captions; `empty.safetensors` has the embeddings of "". Started again, it goes o
 import argparse
 import io
 import json
-import os
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +23,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from tqdm import tqdm
 
 from paella_diffusers import PaellaPipeline
+from paella_diffusers.loaders.atomic import atomic_file
 from paella_diffusers.training.conditioning import Encoder
 from paella_diffusers.training.data import ARRAYS, SampleTransform, add_filters, collate, load_stream, quality_filter
 
@@ -105,7 +105,11 @@ def main(args):
         image_column=args.image_column,
         text_column=args.text_column,
     )
-    encoder = Encoder(PaellaPipeline.from_pretrained(args.pretrained))
+    pipe = PaellaPipeline.from_pretrained(args.pretrained)
+    for name, component in (("clip_text_embeds", pipe.text_encoder_2), ("clip_image_embeds", pipe.image_encoder)):
+        if component is None:
+            args.parts = [part for part in args.parts if part != name]
+    encoder = Encoder(pipe)
     encoder.to(accelerator.device, half=accelerator.device.type != "cpu")
     loader = StatefulDataLoader(stream, args.batch_size, num_workers=args.num_workers, collate_fn=collate)
     if progress["data"] is not None:
@@ -114,15 +118,13 @@ def main(args):
     def write(samples: list[dict], finished: bool):
         if samples:
             path = args.output_dir / f"{index:04d}-{progress['shards']:06d}.tar"
-            with webdataset.TarWriter(str(path.with_suffix(".tmp"))) as shard:
+            with atomic_file(path) as unfinished, webdataset.TarWriter(str(unfinished)) as shard:
                 for number, sample in enumerate(samples):
                     shard.write({"__key__": f"{path.stem}-{number:06d}"} | sample)
-            os.replace(path.with_suffix(".tmp"), path)
             progress.update(shards=progress["shards"] + 1, samples=progress["samples"] + len(samples))
         progress.update(data=loader.state_dict(), finished=finished)
-        temporary = progress_path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(progress))
-        os.replace(temporary, progress_path)
+        with atomic_file(progress_path) as unfinished:
+            unfinished.write_text(json.dumps(progress))
 
     waiting, skipped = [], 0
     bar = tqdm([] if progress["finished"] else loader, disable=not accelerator.is_local_main_process, unit="batch")
@@ -138,9 +140,9 @@ def main(args):
     accelerator.wait_for_everyone()  # the next file says that all is there
     if accelerator.is_main_process:
         empty = {name: value.cpu().contiguous() for name, value in encoder.empty.items() if value is not None}
-        path = args.output_dir / "empty.safetensors"
-        save_file(empty, path.with_suffix(".tmp"), metadata={"computed": " ".join(args.parts)})
-        os.replace(path.with_suffix(".tmp"), path)
+        metadata = {"computed": " ".join(args.parts), "resolution": str(args.resolution)}
+        with atomic_file(args.output_dir / "empty.safetensors") as unfinished:
+            save_file(empty, unfinished, metadata=metadata)
     print(f"Process {index}: {progress['samples']} samples in {progress['shards']} shards; {skipped} skipped.")
 
 

@@ -16,8 +16,9 @@ from paella_diffusers import DDIMWuerstchenScheduler, PaellaPipeline, PaellaPrio
 from paella_diffusers.training.arguments import add_pretrained, pretrained_options, training_arguments
 from paella_diffusers.training.card import publish
 from paella_diffusers.training.conditioning import Encoder
+from paella_diffusers.training.data import StoredArrays
 from paella_diffusers.training.run import Trained, TrainingRun
-from paella_diffusers.training.unet import computed_embeddings, stored_config
+from paella_diffusers.training.unet import Computed, stored_config
 
 
 def parse_args(args=None):
@@ -37,18 +38,20 @@ def parse_args(args=None):
 def load(run: TrainingRun) -> tuple[PaellaPipeline, Encoder]:
     """The pipeline with what a prior's training needs of it, and its encoders."""
     args = run.args
-    empty, spare = computed_embeddings(args.data)
-    left_out = {*spare, "text_encoder"}  # ByT5 is not asked
+    computed = Computed.read(args.data)
+    left_out = {*computed.spare, "text_encoder"}  # ByT5 is not asked
     with run.accelerator.local_main_process_first():
         new = {"prior": new_prior(args)} if args.from_scratch else {}
         pipe = PaellaPipeline.from_pretrained(args.pretrained, **pretrained_options(args), **dict.fromkeys(left_out), **new)
     for name, component in (("clip_text_embeds", "text_encoder_2"), ("clip_image_embeds", "image_encoder")):
-        if component not in spare and getattr(pipe, component) is None:
+        if component not in computed.spare and getattr(pipe, component) is None:
             raise ValueError(f"{args.pretrained} has no `{component}`, nor {args.data} `{name}`: a prior needs both.")
     if pipe.prior is None:
         raise ValueError(f"{args.pretrained} has no prior: add --from-scratch.")
     pipe.register_modules(vqgan=None, unet=None)
-    return pipe, Encoder(pipe, empty).to(run.accelerator.device)
+    shapes = dict.fromkeys(("clip_text_embeds", "clip_image_embeds"), (pipe.prior.config.embedding_dim,))
+    run.stream.transform.arrays = StoredArrays(shapes, required=[name for name in computed.required if name in shapes])
+    return pipe, Encoder(pipe, computed.empty).to(run.accelerator.device)
 
 
 def new_prior(args) -> PaellaPrior:
@@ -67,7 +70,7 @@ def new_prior(args) -> PaellaPrior:
 
 
 def train_prior(run: TrainingRun, prior: Trained, encoder: Encoder, scheduler):
-    """Noise prediction: add noise to a picture's embedding, and tell it apart, knowing the text's."""
+    """Noise prediction: add noise to image embeddings, and predict it from the noisy ones and the text embeddings."""
     args, accelerator = run.args, run.accelerator
     for batch in run.batches():
         image = encoder.clip_image_embeds(batch)

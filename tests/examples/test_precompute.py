@@ -1,14 +1,18 @@
+import io
+
+import numpy as np
 import precompute
 import pytest
 import torch
 import train_paella
 import train_prior
+import webdataset
 from trainers import TINY
 
 from paella_diffusers import PaellaPipeline
 from paella_diffusers.training.conditioning import Encoder
 from paella_diffusers.training.data import SampleTransform, collate, load_stream
-from paella_diffusers.training.unet import computed_embeddings
+from paella_diffusers.training.unet import Computed
 
 
 @pytest.fixture
@@ -37,8 +41,9 @@ def test_computed_is_what_would_be_computed(options, pictures, pretrained, tmp_p
                 assert (value is None) == (found[name] is None)
                 if value is not None:
                     torch.testing.assert_close(found[name], value, atol=2e-3, rtol=2e-3)
-    empty, spare = computed_embeddings(str(tmp_path / "computed"))
-    assert empty["prompt_embeds"].shape == (1, 1, 16) and spare == ["text_encoder", "text_encoder_2", "image_encoder"]
+    stored = Computed.read(str(tmp_path / "computed"))
+    assert stored.empty["prompt_embeds"].shape == (1, 1, 16) and stored.resolution == 32
+    assert stored.spare == ["text_encoder", "text_encoder_2", "image_encoder"]
 
 
 @pytest.mark.parametrize("prompts", [[], ["--prompts", "red"]])
@@ -59,6 +64,29 @@ def test_training_on_it(options, pretrained, tmp_path, prompts):
     train_paella.main(train_paella.parse_args([*train, *more]))
     assert PaellaPipeline.from_pretrained(tmp_path / "unet").text_encoder is not None  # what is published is whole
     train_prior.main(train_prior.parse_args([*train, "--output-dir", str(tmp_path / "prior")]))
+
+
+@pytest.mark.parametrize("script", [train_paella, train_prior])
+def test_damaged_arrays_do_not_end_a_run(options, pretrained, tmp_path, script, caplog):
+    """Tokens that do not exist, embeddings that are not finite, other shapes, and missing files are skipped and counted."""
+    precompute.main(precompute.parse_args(options))
+    path = tmp_path / "computed" / "0000-000000.tar"
+    bad = [("tokens", np.full((8, 8), 1000, np.int16)), ("clip_text_embeds", np.full(12, np.nan, np.float16))]
+    bad += [("prompt_embeds", np.ones((3, 8), np.float16)), ("clip_image_embeds", None)]
+    samples = list(webdataset.WebDataset(str(path), shardshuffle=False))
+    for sample, (name, array) in zip(samples, bad):
+        del sample[f"{name}.npy"]
+        if array is not None:
+            buffer = io.BytesIO()
+            np.save(buffer, array)
+            sample[f"{name}.npy"] = buffer.getvalue()
+    with webdataset.TarWriter(str(path)) as shard:
+        for sample in samples:
+            shard.write(sample)
+    train = [*TINY, "--data", str(tmp_path / "computed"), "--pretrained", pretrained, "--batch-size", "8"]
+    script.main(script.parse_args([*train, "--max-steps", "2", "--output-dir", str(tmp_path / "out")]))
+    expected = 4 if script is train_paella else 2  # a prior needs neither tokens nor prompts
+    assert f"{expected} samples could not be read, beside 16 that were used" in caplog.text
 
 
 def test_tokens_alone(options, pretrained, tmp_path):

@@ -1,3 +1,4 @@
+import gzip
 import io
 import json
 import random
@@ -11,7 +12,7 @@ from PIL import Image
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from paella_diffusers.pipelines.image_reading import load_image
-from paella_diffusers.training.data import QualityFilter, SampleTransform, ShardStream, collate, load_stream
+from paella_diffusers.training.data import QualityFilter, SampleTransform, ShardStream, StoredArrays, collate, load_stream
 
 
 def picture(value: int, size=(20, 16), **save) -> bytes:
@@ -189,12 +190,12 @@ def test_a_stream_goes_on_where_it_was(data, num_workers, consumed):
     assert read(resumed, 3) == expected[consumed:]
 
 
-def test_ten_thousand_samples_of_which_two_percent_are_corrupt(tmp_path):
+def test_two_thousand_samples_of_which_two_percent_are_corrupt(tmp_path):
     rng, corrupt = random.Random(0), 0
     good = picture(100, (32, 24), format="JPEG")
     for shard in range(10):
         samples = []
-        for _ in range(1000):
+        for _ in range(200):
             sample = {"jpg": good, "txt": b"a picture", "json": b"{}"}
             if rng.random() < 0.02:
                 corrupt += 1
@@ -203,23 +204,111 @@ def test_ten_thousand_samples_of_which_two_percent_are_corrupt(tmp_path):
                 )
             samples.append(sample)
         write_tar(tmp_path / f"{shard:02d}.tar", samples)
-    assert 150 < corrupt < 250
+    assert 20 < corrupt < 60
     stream = load_stream(str(tmp_path / "{00..09}.tar"), SampleTransform(16, QualityFilter(min_size=20)), epochs=1)
     loader = StatefulDataLoader(stream, batch_size=50, num_workers=2, collate_fn=collate)
     batches = [(len(batch["text"]), batch["unreadable"]) for batch in loader]
     read, unreadable = (sum(column) for column in zip(*batches))
-    assert read == 10_000 - corrupt
+    assert read == 2_000 - corrupt
     # those after a worker's last readable sample of an epoch are counted in the next one
     assert corrupt - 4 <= unreadable <= corrupt
 
 
-def test_broken_shards_lose_what_is_broken_only(shards, caplog):
+def headers(path) -> list[int]:
+    """Where the headers of an archive's files are."""
+    with tarfile.open(path) as archive:
+        return [member.offset for member in archive]
+
+
+@pytest.mark.parametrize("file", range(2, 14))  # a damaged first file of a shard is an error of tarfile's already
+@pytest.mark.parametrize("damage", ["another byte", "zeros", "cut before", "cut within"])
+def test_what_a_damaged_shard_loses_is_counted_and_said(shards, caplog, file, damage):
+    """A header that cannot be read ends an archive, as its end marker does, and so does a block of zeros."""
+    path = shards / "01.tar"
+    content, at = bytearray(path.read_bytes()), headers(path)[file]
+    if damage == "another byte":
+        content[at + 3] ^= 1
+    elif damage == "zeros":
+        content[at : at + 512] = bytes(512)
+    else:
+        del content[at + (100 if damage == "cut within" else 0) :]
+    path.write_bytes(content)
+    samples = list(load_stream(str(shards), SampleTransform(8), shuffle=False, epochs=1))
+    numbers = {int(sample["text"].split()[1]) for sample in samples}
+    assert numbers == set(range(21)) - set(range(7 + file // 2, 14))
+    # the rest, and before it the picture whose caption is in the rest
+    assert sum(sample["unreadable"] for sample in samples) == 1 + file % 2
+    assert f"Skipped the rest of {path}, which counts as one unreadable sample" in caplog.text
+
+
+def test_a_shard_that_is_cut_off_within_a_file(shards, caplog):
     whole = (shards / "01.tar").read_bytes()
     (shards / "01.tar").write_bytes(whole[:2600])  # within its second sample
     numbers = take(load_stream(str(shards), SampleTransform(8), epochs=1), 100)
     assert sorted(set(range(21)) - set(numbers)) == [*range(8, 14)]
     samples = list(load_stream(str(shards), SampleTransform(8), shuffle=False, epochs=1))
-    assert sum(sample["unreadable"] for sample in samples) == 2  # the one that is cut off, and the rest as one
+    assert sum(sample["unreadable"] for sample in samples) == 1
+
+
+def test_whole_shards_are_not_said_to_be_damaged(shards, caplog):
+    """Also if the end marker is as short as can be, or they are compressed."""
+    path = shards / "01.tar"
+    with tarfile.open(path) as archive:
+        end = max(member.offset_data + -(-member.size // 512) * 512 for member in archive)
+    path.write_bytes(path.read_bytes()[: end + 512])
+    with gzip.open(shards / "03.tar", "wb") as compressed:  # tarfile knows by its content
+        compressed.write((shards / "02.tar").read_bytes())
+    (shards / "02.tar").unlink()
+    for data in (str(shards), f"pipe:cat {shards}/{{00,01,03}}.tar"):
+        samples = list(load_stream(data, SampleTransform(8), epochs=1))
+        assert len(samples) == 21 and not any(sample["unreadable"] for sample in samples) and not caplog.text
+
+
+def npy(array) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    return buffer.getvalue()
+
+
+GOOD = {"tokens": np.full((4, 4), 7, np.int16), "prompt_embeds": np.ones((3, 5), np.float16)}
+GOOD |= {"clip_text_embeds": np.ones(6, np.float16)}
+BAD_ARRAYS = {
+    "shape": ("tokens", np.zeros((4, 5), np.int16)),
+    "dimensions": ("prompt_embeds", np.ones(5, np.float16)),
+    "channels": ("prompt_embeds", np.ones((3, 4), np.float16)),
+    "nothing": ("prompt_embeds", np.ones((0, 5), np.float16)),
+    "type": ("tokens", np.zeros((4, 4), np.float32)),
+    "integers": ("clip_text_embeds", np.ones(6, np.int64)),
+    "too high": ("tokens", np.full((4, 4), 8, np.int16)),
+    "negative": ("tokens", np.full((4, 4), -1, np.int16)),
+    "nan": ("clip_text_embeds", np.full(6, np.nan, np.float16)),
+    "infinite": ("prompt_embeds", np.full((3, 5), np.inf, np.float16)),
+    "missing": ("tokens", None),
+}
+
+
+@pytest.mark.parametrize("case", BAD_ARRAYS)
+def test_a_stored_array_that_does_not_fit_is_skipped_and_counted(tmp_path, case, caplog):
+    name, array = BAD_ARRAYS[case]
+    samples = [{f"{key}.npy": npy(value) for key, value in GOOD.items()} | {"txt": b"good"} for _ in range(4)]
+    del samples[1][f"{name}.npy"]
+    samples[1] |= {"txt": b"bad"} if array is None else {"txt": b"bad", f"{name}.npy": npy(array)}
+    write_tar(tmp_path / "0.tar", samples)
+    transform = SampleTransform(8)
+    shapes = {"tokens": (4, 4), "prompt_embeds": (None, 5), "clip_text_embeds": (6,)}
+    transform.arrays = StoredArrays(shapes, num_tokens=8, required=["tokens"])
+    read = list(load_stream(str(tmp_path), transform, shuffle=False, epochs=1))
+    assert [sample["text"] for sample in read] == ["good"] * 3
+    assert sum(sample["unreadable"] for sample in read) == 1
+    assert collate(read)["tokens"].shape == (3, 4, 4)
+
+
+def test_arrays_that_nobody_needs_are_not_read(tmp_path):
+    write_tar(tmp_path / "0.tar", [{f"{key}.npy": npy(value) for key, value in GOOD.items()} | {"txt": b""}])
+    transform = SampleTransform(8)
+    transform.arrays = StoredArrays({"clip_text_embeds": (6,)})
+    sample = next(iter(load_stream(str(tmp_path), transform)))
+    assert "clip_text_embeds" in sample and "prompt_embeds" not in sample
 
 
 def test_nothing_usable(shards, folder, tmp_path):

@@ -8,7 +8,9 @@ that runs can be repeated, continued and spread over processes. Samples that can
 import io
 import json
 import random
-from collections.abc import Callable, Iterator
+import re
+import tarfile
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -26,7 +28,9 @@ logger = logging.get_logger(__name__)
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 INTERPOLATIONS = ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos")  # of Pillow
-ARRAYS = ("tokens", "prompt_embeds", "clip_text_embeds", "clip_image_embeds")  # what `examples/precompute.py` can store
+# what `examples/precompute.py` can store of a sample, with the number of dimensions
+DIMENSIONS = {"tokens": 2, "prompt_embeds": 2, "clip_text_embeds": 1, "clip_image_embeds": 1}
+ARRAYS = tuple(DIMENSIONS)
 
 
 @dataclass
@@ -78,6 +82,53 @@ def quality_filter(args) -> QualityFilter | None:
     return None if all(limit is None for limit in limits) else QualityFilter(*limits)
 
 
+@dataclass
+class StoredArrays:
+    """
+    What arrays that were computed before must be, so that a damaged one is skipped like any other sample that cannot be
+    read, instead of ending the training. Without arguments, finite numbers of a fitting kind are enough.
+
+    Args:
+        shapes (`dict`, *optional*): Which arrays to read, with their shapes; None for a length that may be any but zero.
+        num_tokens (`int`, *optional*): Number of tokens there are: `tokens` are less.
+        required (`Collection[str]`): The arrays that no sample may lack.
+    """
+
+    shapes: dict[str, tuple[int | None, ...]] | None = None
+    num_tokens: int | None = None
+    required: Collection[str] = ()
+
+    def read(self, raw: dict) -> dict[str, np.ndarray]:
+        """
+        The arrays of a raw sample.
+
+        Raises:
+            ValueError: If one is missing, or has another shape, type or range.
+        """
+        missing = [name for name in self.required if name not in raw]
+        if missing:
+            raise ValueError(f"it has no `{missing[0]}`")
+        wanted = ARRAYS if self.shapes is None else self.shapes
+        arrays = {name: np.load(io.BytesIO(raw[name]), allow_pickle=False) for name in wanted if name in raw}
+        for name, array in arrays.items():
+            self._check(name, array)
+        return arrays
+
+    def _check(self, name: str, array: np.ndarray):
+        shape = (None,) * DIMENSIONS[name] if self.shapes is None else self.shapes[name]
+        fits = len(shape) == array.ndim and all(
+            has == size or (has and size is None) for has, size in zip(array.shape, shape)
+        )
+        if not fits:
+            raise ValueError(f"`{name}` has the shape {array.shape}, but must have {shape}")
+        if array.dtype.kind not in ("iu" if name == "tokens" else "f"):
+            raise ValueError(f"`{name}` has the type {array.dtype}")
+        if name != "tokens" and not np.isfinite(array).all():
+            raise ValueError(f"`{name}` has NaN or infinite values")
+        if name == "tokens" and (array.min() < 0 or array.max() >= (self.num_tokens or np.inf)):
+            raise ValueError(f"`tokens` must be from 0 to {self.num_tokens} - 1, got {array.min()} to {array.max()}")
+
+
 class SampleTransform:
     """
     Raw samples to tensors: `pixels` `(3, resolution, resolution)`, float32 in [0, 1], upright and on white where transparent
@@ -91,6 +142,9 @@ class SampleTransform:
         center_crop (`bool`, defaults to `False`): Crop the middle.
         random_flip (`bool`, defaults to `False`): Mirror half of the pictures, left to right.
         interpolation (`str`, defaults to `"bicubic"`): How pictures are resized; one of `INTERPOLATIONS`.
+
+    Attributes:
+        arrays ([`StoredArrays`]): What computed arrays must be; set by who knows the model.
     """
 
     def __init__(
@@ -105,10 +159,11 @@ class SampleTransform:
         self.resolution, self.quality, self.captions = resolution, quality, captions
         self.center_crop, self.random_flip = center_crop, random_flip
         self.interpolation = Image.Resampling[interpolation.upper()]
+        self.arrays = StoredArrays()
 
     def __call__(self, raw: dict, rng: random.Random) -> dict | None:
         """The sample, or None if it is not wanted. Raises anything if it cannot be read."""
-        arrays = {name: np.load(io.BytesIO(raw[name]), allow_pickle=False) for name in ARRAYS if name in raw}
+        arrays = self.arrays.read(raw)
         sample = {name: torch.from_numpy(array) for name, array in arrays.items()}
         image = raw["image"]
         if not arrays:
@@ -271,6 +326,18 @@ class RowStream(SampleStream):
         return {"image": image["bytes"] or image["path"], "text": row.pop(self.text_column, None), "metadata": row}
 
 
+class _Member(tarfile.TarInfo):
+    """A file in an archive. It also notes why an archive ends: to `tarfile` a damaged header is an end like any other."""
+
+    @classmethod
+    def fromtarfile(cls, archive: tarfile.TarFile) -> "_Member":
+        try:
+            return super().fromtarfile(archive)
+        except tarfile.HeaderError as error:
+            archive.end = error
+            raise
+
+
 class ShardStream(SampleStream):
     """
     Samples of WebDataset shards, local or remote, streamed: pictures as `.jpg`, `.png` or `.webp`, captions as `.txt`,
@@ -325,14 +392,40 @@ class ShardStream(SampleStream):
                 count, first = count + 1, -1
 
     def _read(self, shard: str) -> Iterator[dict]:
-        from webdataset import tariterators
+        """The samples of a shard: their files' contents by extensions. What is wrong with it is counted and said."""
+        from webdataset.tariterators import group_by_keys
 
-        def broken(error):  # a shard that is missing, or ends too soon, shall not end a training of weeks
-            self.skipped["unreadable"] += 1
-            logger.warning(f"Skipped the rest of {shard}, which counts as one unreadable sample: {error}")
-            return True
+        def repeated(error):
+            self._skip(f"a file of {shard}", error)
+            return True  # go on with the next
 
-        return tariterators.tarfile_samples([{"url": shard}], handler=broken)
+        return group_by_keys(self._files(shard), handler=repeated)
+
+    def _files(self, shard: str) -> Iterator[dict]:
+        from webdataset.gopen import gopen
+
+        try:  # a shard that is missing or damaged must not end a training of weeks
+            with gopen(shard) as file, tarfile.open(fileobj=file, mode="r|*", tarinfo=_Member) as archive:
+                for member in archive:
+                    if member.isreg() and not re.match(r"__[^/]*__($|/)", member.name):  # which are WebDataset's own
+                        yield {"fname": member.name, "data": archive.extractfile(member).read(), "__url__": shard}
+                    archive.members = []  # else it keeps all of them
+                self._check_end(archive)
+        except Exception as error:
+            self._skip(f"the rest of {shard}, which counts as one unreadable sample", error)
+
+    @staticmethod
+    def _check_end(archive: tarfile.TarFile):
+        """Raise a `ReadError` if an archive that was read has more than that, or had."""
+        if not isinstance(archive.end, tarfile.EOFHeaderError):
+            raise tarfile.ReadError(f"it ends without its end marker, at byte {archive.offset}: {archive.end}")
+        while rest := archive.fileobj.read(tarfile.RECORDSIZE):
+            if rest.strip(b"\0"):
+                raise tarfile.ReadError(f"its end marker, at byte {archive.offset}, is not the end")
+
+    def _skip(self, what: str, error: Exception):
+        self.skipped["unreadable"] += 1
+        logger.warning(f"Skipped {what}: {error}")
 
     @staticmethod
     def _parse(sample: dict) -> dict:
@@ -389,7 +482,8 @@ def load_stream(
     """
     kwargs["seed"] = seed
     folder = Path(data)
-    shards = sorted(str(path) for path in folder.glob("*.tar")) if folder.is_dir() else []
+    # without unfinished ones, whose names begin with a dot
+    shards = sorted(str(path) for path in folder.glob("[!.]*.tar")) if folder.is_dir() else []
     if shards or ".tar" in data:
         from webdataset.shardlists import expand_urls
 

@@ -1,6 +1,7 @@
 """Training the U-Net, all of it or an adapter: the loop, and the frozen parts around it."""
 
 import argparse
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from ..loaders.original_repo import has_original_layout
 from ..pipelines.pipeline_paella import PaellaPipeline
 from .arguments import add_pretrained, pretrained_options
 from .conditioning import Encoder, drop_conditioning
+from .data import StoredArrays
 from .losses import corrupt, draw_timesteps, paella_loss
 from .run import Trained, TrainingRun
 
@@ -70,24 +72,32 @@ class FrozenParts:
 
     def __init__(self, run: TrainingRun, **components):
         self.run, args, device = run, run.args, run.accelerator.device
-        empty, spare = computed_embeddings(args.data)
-        without = dict.fromkeys([*spare, "prior", "prior_scheduler"]) if not args.prompts else {}
+        computed = Computed.read(args.data)
+        without = dict.fromkeys([*computed.spare, "prior", "prior_scheduler"]) if not args.prompts else {}
         with run.accelerator.local_main_process_first():  # which downloads for the node's others
             self.pipe = PaellaPipeline.from_pretrained(args.pretrained, **pretrained_options(args), **without | components)
         multiple = self.pipe.vqgan.patch_size * self.pipe.unet.sample_multiple
-        if empty is None and args.resolution % multiple:
-            raise ValueError(f"--resolution must be divisible by {multiple}, for VQGAN and U-Net, got {args.resolution}.")
+        resolution = computed.resolution or args.resolution
+        if resolution % multiple:
+            raise ValueError(f"--resolution must be divisible by {multiple}, for VQGAN and U-Net, got {resolution}.")
+        self._expect_arrays(computed, resolution)
         self.pipe.set_progress_bar_config(disable=True)
         with torch.no_grad():
             encoded = self.pipe.encode_prompt(args.prompts) if args.prompts else ()
         names = ("prompt_embeds", "negative_prompt_embeds", "prompt_attention_mask", "negative_prompt_attention_mask")
         names += ("clip_text_embeds", "negative_clip_text_embeds")
         self.prompts = {name: None if part is None else part.to(device) for name, part in zip(names, encoded)}
-        self.pipe.register_modules(**dict.fromkeys(spare))
+        self.pipe.register_modules(**dict.fromkeys(computed.spare))
         if self.pipe.prior is not None:
             self.pipe.prior.eval().requires_grad_(False).to(device)
-        self.encoder = Encoder(self.pipe, empty).to(device, half=run.accelerator.mixed_precision != "no")
+        self.encoder = Encoder(self.pipe, computed.empty).to(device, half=run.accelerator.mixed_precision != "no")
         self.grid = None  # height and width of the last batch in tokens
+
+    def _expect_arrays(self, computed: "Computed", resolution: int):
+        sizes, side = self.pipe.unet.config, resolution // self.pipe.vqgan.patch_size
+        shapes = {"tokens": (side, side), "prompt_embeds": (None, sizes.text_embed_dim)}
+        shapes |= dict.fromkeys(("clip_text_embeds", "clip_image_embeds"), (sizes.clip_embed_dim,))
+        self.run.stream.transform.arrays = StoredArrays(shapes, sizes.num_vq_embeddings, computed.required)
 
     def draw(self) -> Image.Image:
         """A row of pictures of the batches' size, one for each of `--prompts`."""
@@ -110,14 +120,32 @@ def stored_config(model_class: type, name: str, args) -> dict:
     return model_class.load_config(args.pretrained, subfolder=name, **options)
 
 
-def computed_embeddings(data: str) -> tuple[dict[str, torch.Tensor] | None, list[str]]:
-    """The embeddings of "" that `examples/precompute.py` left beside its shards, and the components not needed for them."""
-    path = Path(data) / "empty.safetensors"
-    if not path.is_file():
-        return None, []
-    with safe_open(path, "pt") as file:
-        computed = file.metadata()["computed"].split()
-        empty = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
-    parts = {"prompt_embeds": "text_encoder", "clip_text_embeds": "text_encoder_2", "clip_image_embeds": "image_encoder"}
-    spare = [component for name, component in parts.items() if name in computed]
-    return {"clip_text_embeds": None} | empty, spare
+@dataclass
+class Computed:
+    """What `examples/precompute.py` left beside its shards; of other data nothing is computed."""
+
+    empty: dict[str, torch.Tensor] | None = None  # the embeddings of ""
+    parts: list[str] = field(default_factory=list)  # the names of the arrays in the shards
+    resolution: int | None = None  # of the pictures that the tokens are of
+
+    @classmethod
+    def read(cls, data: str) -> "Computed":
+        path = Path(data) / "empty.safetensors"
+        if not path.is_file():
+            return cls()
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata()
+            empty = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
+        resolution = int(metadata["resolution"]) if "resolution" in metadata else None
+        return cls({"clip_text_embeds": None} | empty, metadata["computed"].split(), resolution)
+
+    @property
+    def spare(self) -> list[str]:
+        """The pipeline's components that are not needed."""
+        components = dict(prompt_embeds="text_encoder", clip_text_embeds="text_encoder_2", clip_image_embeds="image_encoder")
+        return [component for name, component in components.items() if name in self.parts]
+
+    @property
+    def required(self) -> list[str]:
+        """The arrays that every sample has. Without a resolution they are of a version that named those asked for."""
+        return [] if self.resolution is None else self.parts
