@@ -21,10 +21,9 @@ test-golden: $(VENV)/installed
 	$(PLAIN) $(BIN)/python -m pytest -k test_golden
 	$(AVX2) $(BIN)/python -m pytest -k test_golden
 
-# each trainer killed five times in each way of training, 60 kills; and two nodes of which one dies
+# each trainer killed at five moments in each way of training, 60 kills; and two nodes of which one dies
 test-kills: $(VENV)/installed
-	PAELLA_KILLS=5 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -v -m "slow or not slow" tests/examples/test_kills.py \
-	  tests/examples/test_configs.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -v -m kills tests/examples
 
 # all tests with the oldest diffusers that is supported
 test-oldest:

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import train_paella
-from trainers import EXAMPLES, TINY, free_port
+from trainers import EXAMPLES, TIMEOUT, TINY, free_port, kill_group
 
 SRUN = f"""#!{sys.executable}
 # srun: as many tasks as there are, on nodes with two; one that fails ends all
@@ -45,8 +45,14 @@ def slurm(tmp_path, monkeypatch):
         environment |= {"SLURM_CPUS_PER_TASK": "1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
         environment |= {"PATH": f"{commands}:{os.environ['PATH']}", "ACCELERATE_USE_CPU": "true"}
         command = ["bash", EXAMPLES / "configs" / "train_paella.sbatch", *map(str, options)]
-        options = dict(env=os.environ | environment, cwd=EXAMPLES.parent, capture_output=True, text=True)
-        return subprocess.run(command, **options)
+        options = dict(env=os.environ | environment, cwd=EXAMPLES.parent, text=True, start_new_session=True)
+        job = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
+        try:
+            stdout, stderr = job.communicate(timeout=2 * TIMEOUT)
+        finally:
+            kill_group(job.pid)
+            job.wait()
+        return subprocess.CompletedProcess(command, job.returncode, stdout, stderr)
 
     submit.requeued = lambda: len(requeued.read_text().splitlines()) if requeued.exists() else 0
     submit.commands = commands
@@ -74,12 +80,14 @@ def test_it_gives_up_when_nothing_moves(slurm, tmp_path):
     (slurm.commands / "python").write_text("#!/bin/sh\nexit 3\n")
     codes = [slurm(OUTPUT=str(tmp_path / "out")).returncode for _ in range(3)]
     assert codes[:2] == [0, 0] and codes[2] != 0 and slurm.requeued() == 2
-    (slurm.commands / "python").write_text(f'#!/bin/sh\nmkdir -p {tmp_path}/out/checkpoints/"$(date +%s%N)"\nexit 3\n')
+    saved = tmp_path / "out" / "checkpoints"
+    saved.mkdir()
+    (slurm.commands / "python").write_text(f'#!/bin/sh\nmkdir -p {saved}/"$(ls {saved} | wc -l)"\nexit 3\n')
     (tmp_path / "out" / "failures").unlink()
     assert [slurm(OUTPUT=str(tmp_path / "out")).returncode for _ in range(4)] == [0] * 4  # each with a new checkpoint
 
 
-@pytest.mark.slow
+@pytest.mark.kills
 def test_two_nodes_of_which_one_dies_and_then_one_goes_on(slurm, tmp_path, pictures, pretrained):
     out = tmp_path / "out"
     options = [*TINY, "--pretrained", pretrained, "--batch-size", 1, "--mixed-precision", "no", "--save-every", 2]

@@ -1,21 +1,18 @@
 """
-Runs that are killed at a random moment, resumed, and compared with one that was not: bit for bit.
+Runs that are killed at stated moments, resumed, and compared with one that was not: bit for bit.
 
-Here every script is killed once with two processes, and one in all ways; `make test-kills` kills each five times in all.
+Here each script and each way of training is killed once; `make test-kills` kills all scripts in all ways at all moments, one
+after the other.
 """
 
-import os
-import random
-import time
+import signal
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from trainers import TINY, Launch
+from trainers import MOMENTS, TINY, Launch
 
-KILLS = int(os.environ.get("PAELLA_KILLS", 0))
-STEPS = 16 + 16 * KILLS
 WAYS = {"one": {}, "ddp": {"processes": 2}, "fsdp": {"processes": 2, "fsdp": True}}
 SIZES = ["--config", '{"embed_dim": 16, "bottleneck_blocks": 1, "num_vq_embeddings": 32}']
 OPTIONS = {
@@ -24,8 +21,21 @@ OPTIONS = {
     "train_prior": ["--ema-start", "3"],
     "train_vqgan": [*SIZES, "--adversarial-start", "3", "--restart-every", "4", "--ema-decay", "0.9"],
 }
-
-CASES = [(script, way) for script in OPTIONS for way in WAYS if KILLS or way == "ddp" or script == "train_paella"]
+# the process that is killed, and the newest checkpoint that it leaves
+KILLS = {
+    "before the first checkpoint": (-1, None),
+    "while a checkpoint is written": (0, None),
+    "after the first checkpoint": (-1, "00000002"),
+    "before a checkpoint has its name": (0, "00000002"),
+    "while an older one is deleted": (0, "00000006"),
+}
+FEW = [
+    ("train_paella", "fsdp", ["before a checkpoint has its name"]),
+    ("train_paella_lora", "one", ["while a checkpoint is written"]),
+    ("train_prior", "ddp", ["while an older one is deleted"]),
+    ("train_vqgan", "ddp", ["after the first checkpoint"]),
+]
+ALL = [(script, way, list(MOMENTS)) for script in OPTIONS for way in WAYS]
 
 
 def contents(folder: Path) -> dict[str, torch.Tensor]:
@@ -43,25 +53,24 @@ def contents(folder: Path) -> dict[str, torch.Tensor]:
     return found
 
 
-@pytest.mark.parametrize("script, way", CASES)
-def test_killed_and_resumed_it_ends_as_if_it_had_not_been(script, way, pictures, pretrained, tmp_path):
-    options = [*TINY, "--data", pictures, "--batch-size", "2", *OPTIONS[script]]
+@pytest.mark.parametrize(
+    "script, way, moments",
+    [pytest.param(*case, id="-".join(case[:2])) for case in FEW]
+    + [pytest.param(*case, id="-".join(case[:2]) + "-all", marks=pytest.mark.kills) for case in ALL],
+)
+def test_killed_and_resumed_it_ends_as_if_it_had_not_been(script, way, moments, pictures, pretrained, tmp_path):
+    options = [*TINY, "--data", pictures, "--batch-size", "2", *OPTIONS[script], "--max-steps", 8, "--save-every", 2]
     options += [] if script == "train_vqgan" else ["--pretrained", pretrained]
-    options += ["--max-steps", STEPS, "--save-every", 4]
-    whole = Launch(script, [*options, "--output-dir", tmp_path / "whole"], **WAYS[way])
-    folder, rng = tmp_path / "killed", random.Random(time.time())
-    newest = lambda: max((path.name for path in folder.glob("checkpoints/[0-9]*[0-9]")), default="")
-    for _ in range(max(KILLS, 1)):
-        run, before = Launch(script, [*options, "--output-dir", folder, "--resume", "latest"], **WAYS[way]), newest()
-        while newest() == before and run.is_alive():
-            time.sleep(0.005)
-        time.sleep(rng.uniform(0, 0.2))
-        assert run.is_alive(), run.log.read_text()[-5000:]
-        run.kill(rng.randrange(len(run.processes)))
-        assert any(run.end())
-        assert newest() < f"{STEPS:08d}"
-    Launch(script, [*options, "--output-dir", folder, "--resume", "latest"], **WAYS[way]).finish()
-    whole.finish()
+    folder, processes = tmp_path / "killed", WAYS[way].get("processes", 1)
+    with Launch(script, [*options, "--output-dir", tmp_path / "whole"], **WAYS[way]) as whole:
+        options += ["--output-dir", folder, "--resume", "latest"]
+        for moment in moments:
+            rank, newest = KILLS[moment][0] % processes, KILLS[moment][1]
+            with Launch(script, options, **WAYS[way], killed_at=(rank, moment)) as run:
+                assert run.end()[rank] == -signal.SIGKILL, run.log.read_text()[-5000:]
+            assert max((path.name for path in folder.glob("checkpoints/[0-9]*")), default=None) == newest
+        Launch(script, options, **WAYS[way]).finish()
+        whole.finish()
     expected, found = contents(tmp_path / "whole"), contents(folder)
     assert expected.keys() == found.keys() and len(expected) > 10
     assert [name for name in expected if not torch.equal(expected[name], found[name])] == []

@@ -126,8 +126,9 @@ def test_with_other_processes_sharded_or_not(options, tmp_path, pretrained):
         Launch("train_paella", [*options, "--max-steps", 3, "--output-dir", tmp_path / name], 2, fsdp=name == "fsdp")
         for name in ("ddp", "fsdp")
     ]
-    for run in runs:
-        run.finish()
+    with runs[0], runs[1]:
+        for run in runs:
+            run.finish()
     ddp, fsdp = (load_file(tmp_path / name / "unet/diffusion_pytorch_model.safetensors") for name in ("ddp", "fsdp"))
     assert max((ddp[name] - fsdp[name]).abs().max() for name in ddp) < 1e-5
     assert (tmp_path / "fsdp" / "samples" / "00000003.png").exists()

@@ -1,7 +1,5 @@
 import re
-import shutil
 import signal
-import time
 from pathlib import Path
 
 import pytest
@@ -89,30 +87,28 @@ def test_unreadable_samples_are_said_at_the_end(options, tmp_path, pictures, cap
 
 def test_two_runs_in_one_folder(options, tmp_path):
     """Also if the first one's launcher was killed and its processes were not."""
-    run = Launch("train_paella", [*options, "--output-dir", tmp_path / "out", "--max-steps", 10_000])
-    while not (tmp_path / "out" / "run.lock").exists():
-        time.sleep(0.02)
-    with pytest.raises(RuntimeError, match=f"Process {run.processes[0].pid} on .* is training in .*: end it first"):
-        train(options, tmp_path / "out", "--max-steps", 1)
-    run.kill()
-    run.end()
+    with Launch("train_paella", [*options, "--output-dir", tmp_path / "out", "--max-steps", 10_000]) as run:
+        run.wait_until((tmp_path / "out" / "run.lock").exists)
+        with pytest.raises(RuntimeError, match=f"Process {run.processes[0].pid} on .* is training in .*: end it first"):
+            train(options, tmp_path / "out", "--max-steps", 1)
+        run.kill()
+        run.end()
     train(options, tmp_path / "out", "--max-steps", 1)
 
 
 @pytest.mark.parametrize("processes, number", [(1, signal.SIGTERM), (2, signal.SIGUSR1)])
 def test_a_signal_makes_it_save_and_end(options, tmp_path, processes, number):
     options = [*options, "--output-dir", tmp_path / "out", "--num-workers", 1, "--log-every", 1, "--save-every", 10_000]
-    run = Launch("train_paella", [*options, "--max-steps", 10_000], processes)
-    while "1/10000" not in run.log.read_text():
-        assert run.is_alive(), run.log.read_text()
-        time.sleep(0.05)
-    run.kill(processes - 1, number)
-    run.processes[0].join(60)
-    assert [process.exitcode for process in run.processes if not process.join(60)] == [75] * processes, run.log.read_text()
-    saved = [int(path.name) for path in (tmp_path / "out" / "checkpoints").iterdir()]
-    assert len(saved) == 1 and not (tmp_path / "out" / "run.lock").exists()
-    assert f"Stopped by a signal at step {saved[0]}" in run.log.read_text()
-    Launch("train_paella", [*options, "--max-steps", saved[0] + 1, "--resume", "latest"], processes).finish()
+    with Launch("train_paella", [*options, "--max-steps", 10_000], processes) as run:
+        run.wait_until(lambda: "1/10000" in run.log.read_text())
+        run.kill(processes - 1, number)
+        run.processes[0].join(60)
+        codes = [process.exitcode for process in run.processes if not process.join(60)]
+        assert codes == [75] * processes, run.log.read_text()
+        saved = [int(path.name) for path in (tmp_path / "out" / "checkpoints").iterdir()]
+        assert len(saved) == 1 and not (tmp_path / "out" / "run.lock").exists()
+        assert f"Stopped by a signal at step {saved[0]}" in run.log.read_text()
+    train(options, tmp_path / "out", "--max-steps", saved[0] + 1, "--resume", "latest", "--batch-size", 4 * processes)
 
 
 def test_from_scratch_with_other_sizes(options, tmp_path):
@@ -145,16 +141,13 @@ def test_two_processes_train_as_one_with_twice_the_batch(options, tmp_path, pret
         torch.testing.assert_close(weight, expected[name], atol=tolerance, rtol=0, msg=lambda text: f"{name}: {text}")  # noqa: B023
 
 
-def test_fsdp(options, tmp_path):
-    """Two processes with half of each weight; checkpoints are continued, and what is published is whole."""
+def test_the_launch_configuration_of_fsdp(options, tmp_path):
+    """Two processes with half of each weight; what is published is whole."""
     folder = tmp_path / "out"
-    options = [*options, "--output-dir", folder, "--save-every", 2, "--log-every", 1]
-    finish(start("train_paella.py", *options, "--max-steps", 3, processes=2, config="fsdp"))
-    shutil.rmtree(folder / "unet")
-    finish(start("train_paella.py", *options, "--max-steps", 6, "--resume", "latest", processes=2, config="fsdp"))
-    sharded = weights(folder)
+    more = ["--output-dir", folder, "--max-steps", 2, "--log-every", 1]
+    finish(start("train_paella.py", *options, *more, processes=2, config="fsdp"))
     assert PaellaPipeline.from_pretrained(folder)("red", num_inference_steps=2).images[0].size == (32, 32)
-    assert all(weight.isfinite().all() for weight in sharded.values())
+    assert all(weight.isfinite().all() for weight in weights(folder).values())
 
 
 def test_clear_errors(options, tmp_path):

@@ -59,11 +59,3 @@ def test_with_the_decoder_only_tokens_stay(options, tmp_path, pretrained):
     pixels = torch.rand(2, 3, 32, 32)
     assert torch.equal(before.encode(pixels).indices, after.encode(pixels).indices)
     assert not torch.equal(before(pixels).sample, after(pixels).sample)
-
-
-def test_resumed_it_ends_as_if_not_interrupted(options, tmp_path):
-    options += ["--restart-every", "3"]
-    expected = train(options, tmp_path / "whole", "--max-steps", 6).state_dict()
-    train(options, tmp_path / "parts", "--max-steps", 4)
-    resumed = train(options, tmp_path / "parts", "--max-steps", 6, "--resume", "latest").state_dict()
-    assert all(torch.equal(resumed[name], expected[name]) for name in expected)

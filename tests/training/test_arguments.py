@@ -106,5 +106,6 @@ def test_what_cannot_work_is_refused_by_name(monkeypatch):
         (["--adam-8bit"], ImportError, "--adam-8bit needs bitsandbytes"),
     ]:
         monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+        monkeypatch.setattr("paella_diffusers.training.arguments.get_available_trackers", lambda: ["tensorboard"])
         with pytest.raises(error, match=message):
             check_arguments(train_paella.parse_args([*BASE, *options]))

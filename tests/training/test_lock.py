@@ -1,9 +1,11 @@
 import json
 import multiprocessing
 import os
+import signal
 import threading
 import time
 
+import psutil
 import pytest
 
 from paella_diffusers.training.lock import FolderLock
@@ -40,6 +42,17 @@ def test_a_second_run_is_refused_until_the_first_has_ended(tmp_path):
 def test_a_process_with_a_dead_ones_number_is_not_taken_for_it(tmp_path):
     write_lock(tmp_path, pid=os.getppid(), started=1.0)
     FolderLock(tmp_path).release()
+
+
+def test_a_dead_process_whose_parent_does_not_ask_for_its_status_counts_as_dead(tmp_path):
+    """As in containers whose first process is no init: it stays in the process table."""
+    pid = os.fork()
+    if pid == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)  # it has ended, and is a zombie
+    write_lock(tmp_path, pid=pid, started=psutil.Process(pid).create_time())
+    FolderLock(tmp_path).release()
+    os.waitpid(pid, 0)
 
 
 def test_another_hosts_run_counts_as_alive_while_it_touches_its_lock(tmp_path):

@@ -276,9 +276,8 @@ def save_checkpoint(run):
 
 
 def _new_folder(folder: Path) -> Path:
-    for path in folder.parent.glob(
-        ".*-unfinished-*"
-    ):  # of a run that was killed, on any host: the lock says that it is over
+    # what a run that was killed left behind, on whatever host: the lock says that it is over
+    for path in folder.parent.glob(".*-unfinished-*"):
         shutil.rmtree(path)
     unfinished = unfinished_path(folder)
     unfinished.mkdir(parents=True)

@@ -80,9 +80,11 @@ class FolderLock:
     def _is_alive(self, other: dict) -> bool:
         if other["host"] == self.owner["host"]:
             try:
-                return psutil.Process(other["pid"]).create_time() == other["started"] and other["pid"] != os.getpid()
+                process = psutil.Process(other["pid"])
+                alive = process.create_time() == other["started"] and process.status() != psutil.STATUS_ZOMBIE
             except psutil.NoSuchProcess:
                 return False
+            return alive and other["pid"] != os.getpid()
         if other["job"] is not None and other["job"] == self.owner["job"]:
             return False
         logger.warning(

@@ -1,6 +1,7 @@
 """What surrounds a training loop: accelerate, data, checkpoints and their resumption, reports, sample sheets, the result."""
 
 import argparse
+import ctypes
 import json
 import math
 import os
@@ -101,7 +102,7 @@ class TrainingRun:
         self.args, self.step, self.passes, self.trained, self.sums = args, 0, 0, [], {}
         self.kept = {}  # what else, with `state_dict` and `load_state_dict`, belongs into each process's checkpoint
         self.skipped, self.used, self.epochs = {"unreadable": 0, "filtered": 0}, 0, 0.0
-        self.samples, self.stopped_by, self.stop_asked = [], None, None
+        self.samples, self.stopped_by, self.stop_asked, self.waited = [], None, None, 0.0
         self.accelerator = self._make_accelerator()
         self.sharded = self.accelerator.distributed_type == DistributedType.FSDP
         self.lock = self.on_main_process(lambda: FolderLock(args.output_dir), share=False)
@@ -126,6 +127,10 @@ class TrainingRun:
             kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True, gradient_as_bucket_view=True)],
             step_scheduler_with_optimizer=False,  # else warm-up would be as many times shorter as there are processes
         )
+        if torch.distributed.is_initialized() and "gloo" in torch.distributed.get_backend():
+            # When a Gloo group is freed, it joins its threads while it holds Python's lock; a thread that is about to free a
+            # tensor waits for that lock, and the process hangs at its end. So the group lives as long as the process.
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(torch.distributed.group.WORLD))
         if accelerator.distributed_type == DistributedType.DEEPSPEED:
             raise ValueError("DeepSpeed is not supported: take examples/configs/fsdp.yaml, which shards the same.")
         if fsdp is not None and accelerator.distributed_type == DistributedType.MULTI_CPU:
@@ -344,7 +349,7 @@ class TrainingRun:
     def _next(self, loader: Iterator) -> dict:
         asked = time.perf_counter()
         batch = next(loader)
-        self.waited = getattr(self, "waited", 0.0) + time.perf_counter() - asked
+        self.waited += time.perf_counter() - asked
         for name in self.skipped:
             self.skipped[name] += batch.pop(name)
         self.used += len(batch["text"])
