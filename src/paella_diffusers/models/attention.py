@@ -1,5 +1,7 @@
 """Attention of Paella's U-Net, from image tokens to image and conditioning tokens: its block "A"."""
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from diffusers.models.attention import AttentionModuleMixin
@@ -55,6 +57,58 @@ def _(query, key, value, attention_mask=None):
     return query.new_empty(query.shape)
 
 
+@dataclass(frozen=True)
+class AttentionPerturbation:
+    """
+    Attention made weaker in some rows of the batch: what guidance by a perturbed branch moves away from.
+
+    Args:
+        kind (`str`):
+            `"identity"`: image tokens attend to themselves and to the conditioning only, as in perturbed-attention guidance
+            (https://huggingface.co/papers/2403.17377). `"blur"`: queries are blurred over the image, as in smoothed energy
+            guidance (https://huggingface.co/papers/2408.00760).
+        levels (`tuple[int]`): The U-Net's levels where it is so, by their index in `block_out_channels`; -1 is the lowest.
+        blur_sigma (`float`, defaults to infinity):
+            The Gaussian's standard deviation, in tokens of the level; infinity gives all queries their mean.
+        rows (`tuple[int, int]`, *optional*): The first of these rows of the batch, and the one after the last.
+    """
+
+    kind: str
+    levels: tuple[int, ...] = (-1,)
+    blur_sigma: float = torch.inf
+    rows: tuple[int, int] | None = None
+
+    def __call__(
+        self, query: torch.Tensor, mask: torch.Tensor | None, num_keys: int, size: tuple[int, int]
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """
+        The weaker attention's query and mask.
+
+        Args:
+            query (`torch.Tensor` of shape `(batch_size, height * width, heads, channels)`): Of the perturbed rows.
+            mask (`torch.BoolTensor` of shape `(batch_size, num_keys)`, *optional*): False where a key is not attended to.
+            num_keys (`int`): First the image's own, if the model has self-attention, then the conditioning's.
+            size (`tuple[int, int]`): Height and width of the image.
+        """
+        length = query.shape[1]
+        if self.kind == "blur":
+            return gaussian_blur(query.unflatten(1, size), self.blur_sigma).flatten(1, 2), mask
+        allowed = torch.ones(length, num_keys, dtype=torch.bool, device=query.device)
+        allowed[:, :length] = torch.eye(length, dtype=torch.bool, device=query.device)
+        allowed = allowed.expand(len(query), -1, -1)
+        return query, allowed if mask is None else allowed & mask[:, None]
+
+
+def gaussian_blur(states: torch.Tensor, sigma: float) -> torch.Tensor:
+    """A Gaussian blur of `(batch_size, height, width, ...)` over the image; its weights sum to 1 at the edges, too."""
+    dtype = torch.promote_types(states.dtype, torch.float32)
+    for dim in (1, 2):
+        place = torch.arange(states.shape[dim], device=states.device, dtype=dtype)
+        weights = (-0.5 * ((place - place[:, None]) / sigma).square()).softmax(-1)
+        states = torch.tensordot(weights.to(states), states, dims=([1], [dim])).movedim(0, dim)
+    return states
+
+
 class PaellaAttnProcessor:
     """Attention from image tokens to image tokens (with `self_attention`) and conditioning tokens."""
 
@@ -69,6 +123,8 @@ class PaellaAttnProcessor:
         attention_mask: torch.Tensor | None = None,
         conditioning_weights: torch.Tensor | None = None,
         key_value: tuple[torch.Tensor, torch.Tensor] | None = None,
+        perturbation: AttentionPerturbation | None = None,
+        image_size: tuple[int, int] | None = None,
     ) -> torch.Tensor:
         query = attn.to_q(hidden_states)
         if key_value is None:
@@ -83,20 +139,31 @@ class PaellaAttnProcessor:
             if attention_mask is not None:
                 attention_mask = F.pad(attention_mask, (hidden_states.shape[1], 0), value=True)
         query, key, value = (states.unflatten(-1, (attn.heads, -1)) for states in (query, key, value))
+        attended = self.attend(attn, query, key, value, attention_mask)
+        if perturbation is not None:
+            first, end = perturbation.rows
+            mask = None if attention_mask is None else attention_mask[first:end]
+            weak_query, mask = perturbation(query[first:end], mask, key.shape[1], image_size)
+            weak = self.attend(attn, weak_query, key[first:end], value[first:end], mask)
+            attended = torch.cat([attended[:first], weak, attended[end:]])
+        return attn.to_out[0](attended.flatten(2))
+
+    def attend(self, attn: "PaellaAttention", query, key, value, mask: torch.Tensor | None = None) -> torch.Tensor:
+        """Of `(batch_size, length, heads, channels)`, with a mask `(batch_size, [length,] num_keys)`."""
         chunked = query.device.type == "cpu" and query.dtype == torch.bfloat16 and self._attention_backend is None
-        if chunked and not torch.is_grad_enabled():
-            hidden_states = chunked_attention(query, key, value, attention_mask)
-        else:
-            hidden_states = dispatch_attention_fn(
-                query,
-                key,
-                value,
-                attn_mask=None if attention_mask is None else attention_mask[:, None, None],
-                dropout_p=attn.dropout if attn.training else 0.0,
-                backend=self._attention_backend,
-                parallel_config=self._parallel_config,
-            )
-        return attn.to_out[0](hidden_states.flatten(2))
+        if chunked and not torch.is_grad_enabled() and (mask is None or mask.ndim == 2):
+            return chunked_attention(query, key, value, mask)
+        if mask is not None:
+            mask = mask[:, None, None] if mask.ndim == 2 else mask[:, None]
+        return dispatch_attention_fn(
+            query,
+            key,
+            value,
+            attn_mask=mask,
+            dropout_p=attn.dropout if attn.training else 0.0,
+            backend=self._attention_backend,
+            parallel_config=self._parallel_config,
+        )
 
 
 class PaellaAttention(nn.Module, AttentionModuleMixin):
@@ -140,14 +207,17 @@ class PaellaAttnBlock(nn.Module):
         attention_mask: torch.Tensor | None = None,
         conditioning_weights: torch.Tensor | None = None,
         key_value: tuple[torch.Tensor, torch.Tensor] | None = None,
+        perturbation: AttentionPerturbation | None = None,
     ) -> torch.Tensor:
         # before the first attention, rows that differ in their conditioning only are equal
         hidden_states = tile_batch(hidden_states, encoder_hidden_states.shape[0])
+        perturbed = {} if perturbation is None else {"perturbation": perturbation, "image_size": hidden_states.shape[1:3]}
         attended = self.attention(
             self.norm(hidden_states).flatten(1, 2),
             self.cond_proj(F.silu(encoder_hidden_states)) if key_value is None else None,
             attention_mask=attention_mask,
             conditioning_weights=conditioning_weights,
             key_value=key_value,
+            **perturbed,
         )
         return hidden_states + attended.view_as(hidden_states)

@@ -1,7 +1,7 @@
 """Paella's denoising U-Net: noisy tokens in, logits over all tokens at every position out."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ from ..loaders.hub import PaellaHubMixin
 from ..loaders.lora import PaellaPeftAdapterMixin
 from ..loaders.original_checkpoint import OriginalCheckpointMixin
 from ..loaders.saving import AtomicSaveMixin
-from .attention import LayerNorm, PaellaAttention, PaellaAttnBlock, tile_batch
+from .attention import AttentionPerturbation, LayerNorm, PaellaAttention, PaellaAttnBlock, tile_batch
 
 
 @dataclass
@@ -150,9 +150,10 @@ class PaellaBlock(nn.Module):
         dropout: float,
         self_attention: bool,
         has_skip: bool,
+        level: int,
     ):
         super().__init__()
-        self.block_types = block_types
+        self.block_types, self.level = block_types, level
         self.layers = nn.ModuleList()
         for index, block_type in enumerate(block_types):
             if block_type == "C":
@@ -174,16 +175,20 @@ class PaellaBlock(nn.Module):
         conditioning_weights: torch.Tensor | None = None,
         skip: torch.Tensor | None = None,
         keys_values: list[tuple[torch.Tensor, torch.Tensor]] | None = None,
+        perturbation: AttentionPerturbation | None = None,
     ) -> torch.Tensor:
         keys_values = iter(keys_values or [])  # of the attentions, in order
+        if perturbation is not None and self.level not in perturbation.levels:
+            perturbation = None
         for index, (block_type, layer) in enumerate(zip(self.block_types, self.layers)):
             if block_type == "C":
                 hidden_states = layer(hidden_states, skip if index == 0 else None)
             elif block_type == "T":
                 hidden_states = layer(hidden_states, temb)
             elif block_type == "A":
+                key_value = next(keys_values, None)
                 hidden_states = layer(
-                    hidden_states, encoder_hidden_states, attention_mask, conditioning_weights, next(keys_values, None)
+                    hidden_states, encoder_hidden_states, attention_mask, conditioning_weights, key_value, perturbation
                 )
             else:
                 hidden_states = layer(hidden_states)
@@ -304,6 +309,7 @@ class PaellaUNet(
                 dropout[level],
                 self_attention,
                 has_skip,
+                level,
             )
 
         # conditioning
@@ -382,6 +388,7 @@ class PaellaUNet(
         cross_attention_kwargs: dict | None = None,
         mixing_weights: tuple[tuple[float, ...], ...] | None = None,
         deep_features: list[torch.Tensor] | None = None,
+        attention_perturbation: AttentionPerturbation | None = None,
         return_dict: bool = True,
     ) -> PaellaUNetOutput | tuple[torch.Tensor]:
         """
@@ -410,6 +417,8 @@ class PaellaUNet(
             deep_features (`list[torch.Tensor]`, *optional*):
                 An approximation after DeepCache (https://huggingface.co/papers/2312.00858): an empty list is given what
                 comes up from the levels below the first, and a list with that takes their place in a later call.
+            attention_perturbation ([`AttentionPerturbation`], *optional*):
+                For guidance: weaker attention in some levels and some rows of the batch.
 
         Raises:
             ValueError: If the token grid is not divisible by `sample_multiple`, or the rows of the conditioning are no
@@ -449,6 +458,10 @@ class PaellaUNet(
                 return self._gradient_checkpointing_func(block, *args)
             return block(*args)
 
+        perturbation = attention_perturbation
+        if perturbation is not None:
+            levels = (level % len(self.config.block_out_channels) for level in perturbation.levels)
+            perturbation = replace(perturbation, levels=tuple(levels))
         down_blocks, up_blocks, keys_values = self.down_blocks, self.up_blocks, conditioning.keys_values or []
         if deep_features:
             above = self.config.layers_per_block[0]
@@ -462,7 +475,7 @@ class PaellaUNet(
                 skips.append(hidden_states)
                 hidden_states = block(hidden_states)
             else:
-                hidden_states = run(block, hidden_states, *conditioning, None, next(keys_values, None))
+                hidden_states = run(block, hidden_states, *conditioning, None, next(keys_values, None), perturbation)
         skip = None
         if deep_features:
             hidden_states, skip = deep_features[0], hidden_states
@@ -473,7 +486,7 @@ class PaellaUNet(
                 if deep_features is not None and not skips:
                     deep_features.append(hidden_states)
             else:
-                hidden_states = run(block, hidden_states, *conditioning, skip, next(keys_values, None))
+                hidden_states = run(block, hidden_states, *conditioning, skip, next(keys_values, None), perturbation)
                 skip = None
 
         # 4. logits out
