@@ -25,6 +25,12 @@ COMPONENTS = [
     "PaellaPsiScheduler",
     "DDIMWuerstchenScheduler",
     "PaellaClassifierFreeGuidance",
+    "PaellaAdaptiveProjectedGuidance",
+    "PaellaClassifierFreeZeroStarGuidance",
+    "PaellaRescaledGuidance",
+    "PaellaPerturbedAttentionGuidance",
+    "PaellaSmoothedEnergyGuidance",
+    "PaellaSemanticGuidance",
 ]
 # Base classes of components of kinds that diffusers does not know, and their methods to save and to load.
 COMPONENT_BASES = {"GuidanceMixin": ["save_pretrained", "from_pretrained"]}

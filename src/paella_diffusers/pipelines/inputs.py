@@ -217,6 +217,25 @@ class SamplingInputs:
 
 
 @dataclass
+class EditingInputs:
+    """Semantic guidance: arguments of [`PaellaSemanticGuidance`], which checks them; None leaves each to the guider."""
+
+    editing_prompt: Any = None
+    reverse_editing_direction: Any = None
+    edit_guidance_scale: Any = None
+    edit_warmup_steps: Any = None
+    edit_cooldown_steps: Any = None
+    edit_threshold: Any = None
+    edit_momentum_scale: Any = None
+    edit_mom_beta: Any = None
+    edit_weights: Any = None
+
+    def given(self) -> dict[str, Any]:
+        """What was not left out."""
+        return {name: value for name, value in vars(self).items() if value is not None}
+
+
+@dataclass
 class OutputInputs:
     """What is returned, and what is called on the way."""
 
@@ -248,6 +267,7 @@ class CallInputs:
     prompts: PromptInputs = field(default_factory=PromptInputs)
     images: ImageConditionInputs = field(default_factory=ImageConditionInputs)
     sampling: SamplingInputs = field(default_factory=SamplingInputs)
+    editing: EditingInputs = field(default_factory=EditingInputs)
     output: OutputInputs = field(default_factory=OutputInputs)
 
     @classmethod

@@ -26,6 +26,7 @@ from ..sampling.early_stop import EarlyStop
 from ..sampling.guidance.base import GuidanceMixin
 from ..sampling.guidance.classifier_free_guidance import PaellaClassifierFreeGuidance
 from ..sampling.guidance.diffusers_guidance import DiffusersGuidance
+from ..sampling.guidance.semantic_guidance import PaellaSemanticGuidance
 from ..sampling.loop import sample
 from ..sampling.steppers import make_stepper
 from ..schedulers.categorical import add_uniform_noise, random_tokens
@@ -39,14 +40,14 @@ from .source_image import SizeRule, SourceImage, prepare_source
 
 # the names by which callbacks get and replace conditioning: which branch's, and the argument of the U-Net
 CONDITIONING_TENSORS = {
-    "prompt_embeds": (0, "encoder_hidden_states"),
-    "negative_prompt_embeds": (1, "encoder_hidden_states"),
-    "prompt_attention_mask": (0, "encoder_attention_mask"),
-    "negative_prompt_attention_mask": (1, "encoder_attention_mask"),
-    "clip_text_embeds": (0, "clip_text_embeds"),
-    "negative_clip_text_embeds": (1, "clip_text_embeds"),
-    "clip_image_embeds": (0, "clip_image_embeds"),
-    "conditioning_weights": (0, "conditioning_weights"),
+    "prompt_embeds": ("conditional", "encoder_hidden_states"),
+    "negative_prompt_embeds": ("unconditional", "encoder_hidden_states"),
+    "prompt_attention_mask": ("conditional", "encoder_attention_mask"),
+    "negative_prompt_attention_mask": ("unconditional", "encoder_attention_mask"),
+    "clip_text_embeds": ("conditional", "clip_text_embeds"),
+    "negative_clip_text_embeds": ("unconditional", "clip_text_embeds"),
+    "clip_image_embeds": ("conditional", "clip_image_embeds"),
+    "conditioning_weights": ("conditional", "conditioning_weights"),
 }
 
 
@@ -168,7 +169,7 @@ class PaellaPipelineBase(LoadingMixin, EncodingMixin, CallStateMixin, DiffusionP
         # 1. check inputs, and plan the run, which may refuse its arguments
         state = self.prepare_state(inputs)
         stepper = stepper or make_stepper(self.scheduler)
-        num_images, regions = self.check_inputs(inputs, state.is_guided, height, width, region_masks, source, source_prompts)
+        num_images, regions = self.check_inputs(inputs, state, height, width, region_masks, source, source_prompts)
         state.plan = stepper.plan(
             sampling.num_inference_steps, device, sampling.temperature, sampling.renoise_steps, sampling.strength
         )
@@ -210,7 +211,11 @@ class PaellaPipelineBase(LoadingMixin, EncodingMixin, CallStateMixin, DiffusionP
 
     def prepare_state(self, inputs: CallInputs) -> CallState:
         """This call's copy of the guidance, and its scale: the call's, or else the guider's own."""
-        guider = self.guider or PaellaClassifierFreeGuidance()
+        guider, editing = self.guider or PaellaClassifierFreeGuidance(), inputs.editing.given()
+        if editing:
+            guider = PaellaSemanticGuidance.from_guider(guider, **editing)
+            if inputs.sampling.guidance_scale is None:
+                raise ValueError("`editing_prompt` is guidance: with `guidance_scale=1` only it guides, with None nothing.")
         guidance = DiffusersGuidance(guider) if isinstance(guider, BaseGuidance) else copy.deepcopy(guider)
         if inputs.sampling.guidance_scale is MODEL_DEFAULT:
             inputs.sampling.guidance_scale = guidance.guidance_scale
@@ -220,13 +225,20 @@ class PaellaPipelineBase(LoadingMixin, EncodingMixin, CallStateMixin, DiffusionP
     # ------------------------------------------------------------------------------------------------ input checks
 
     def check_inputs(
-        self, inputs: CallInputs, is_guided: bool, height, width, region_masks, source, source_prompts
+        self, inputs: CallInputs, state: CallState, height, width, region_masks, source, source_prompts
     ) -> tuple[int, torch.Tensor | None]:
         """
         Refuse bad input, naming the argument, the value and the remedy; the number of images, and the regions' shares of
         every token, otherwise.
         """
-        sampling = inputs.sampling
+        sampling, is_guided = inputs.sampling, state.is_guided
+        if sampling.guidance_scale is not None:
+            state.guidance.check_model(self.unet)
+            if state.guidance.extra_prompts and (self.text_encoder is None or self.tokenizer is None):
+                raise ValueError(
+                    f"`guider`, a {type(state.guidance).__name__}, has prompts of its own, which need the components "
+                    "`text_encoder` and `tokenizer`."
+                )
         self.check_size(height, width)
         inputs.output.check(self)
         batch_size = inputs.prompts.check(self, is_guided)
@@ -270,14 +282,21 @@ class PaellaPipelineBase(LoadingMixin, EncodingMixin, CallStateMixin, DiffusionP
         self, state: CallState, inputs: CallInputs, prompts: PromptInputs, regions: torch.Tensor | None = None
     ) -> Denoiser:
         """The U-Net with all that it is conditioned on; other prompts than the call's are those of the source."""
-        images, generator = inputs.images, inputs.sampling.generator
+        images, generator, guidance = inputs.images, inputs.sampling.generator, state.guidance
         if prompts is not inputs.prompts:
             images = ImageConditionInputs(**vars(images) | {"condition_image": None, "clip_image_embeds": None})
             generator = _clones(generator)  # the prior gives the same prompt the same embedding
+            guidance = guidance.for_source()
+        num_images_per_prompt = inputs.sampling.num_images_per_prompt
+        branches = self.prepare_conditioning(prompts, images, num_images_per_prompt, generator, state.is_guided)
+        conditioning = dict(zip(("conditional", "unconditional"), branches))
+        if state.guidance_scale is not None:
+            for name, prompt in guidance.extra_prompts.items():
+                conditioning[name] = self.prepare_extra_conditioning(prompt, branches[0], prompts.max_sequence_length)
         return Denoiser(
             self.unet,
-            self.prepare_conditioning(prompts, images, inputs.sampling.num_images_per_prompt, generator, state.is_guided),
-            state.guidance,
+            conditioning,
+            guidance,
             state.scale_at,
             regions,
             inputs.sampling.deep_feature_interval,
@@ -325,6 +344,19 @@ class PaellaPipelineBase(LoadingMixin, EncodingMixin, CallStateMixin, DiffusionP
             negative = (embeds.negative_prompt_embeds, embeds.negative_clip_text_embeds)
             branches.append(Conditioning(length, *negative, encoder_attention_mask=embeds.negative_prompt_attention_mask))
         return [branch.to(device, self.unet.dtype) for branch in branches]
+
+    def prepare_extra_conditioning(self, prompt: str, conditional: Conditioning, max_sequence_length: int) -> Conditioning:
+        """What a branch with a prompt of the guidance's own is conditioned on: a row an image, as the conditional one."""
+        embeds = self.encode_prompt(prompt, do_classifier_free_guidance=False, max_sequence_length=max_sequence_length)
+        embeds = PromptEmbeds(*embeds)
+        clip_text = None if conditional.clip_text_embeds is None else embeds.clip_text_embeds
+        extra = Conditioning(
+            conditional.clip_seq_len,
+            embeds.prompt_embeds,
+            clip_text,
+            encoder_attention_mask=embeds.prompt_attention_mask,
+        )
+        return extra.to(self._execution_device, self.unet.dtype).repeat(len(conditional))
 
     def prepare_source(self, image, height: int | None = None, width: int | None = None, **options) -> SourceImage:
         """The image to begin with, at the size at which results are generated; `options` are those of [`prepare_source`]."""
@@ -427,15 +459,14 @@ class StepEnd:
     def _tensor(self, name: str, tokens, clean) -> torch.Tensor | None:
         if name in CONDITIONING_TENSORS:
             branch, argument = CONDITIONING_TENSORS[name]
-            branches = self.denoiser.branches
-            return getattr(branches[branch], argument) if branch < len(branches) else None
+            return getattr(self.denoiser.conditioning.get(branch), argument, None)
         return {"latents": tokens, "pred_original_sample": clean}[name]
 
     def _replace_conditioning(self, changed: dict[str, torch.Tensor | None]):
-        branches = list(self.denoiser.branches)
+        conditioning = dict(self.denoiser.conditioning)
         for name, value in changed.items():
             branch, argument = CONDITIONING_TENSORS[name]
-            before = getattr(branches[branch], argument) if branch < len(branches) else None
+            before = getattr(conditioning.get(branch), argument, None)
             if before is None or value is None:
                 raise ValueError(f"`callback_on_step_end` returned `{name}`, which this call has not: leave it out.")
             value = tensor_of(name, value).to(before.device, before.dtype)
@@ -446,9 +477,9 @@ class StepEnd:
                     f"`callback_on_step_end` returned `{name}` of shape {tuple(value.shape)}, in place of "
                     f"{tuple(before.shape)}."
                 )
-            branches[branch] = replace(branches[branch], **{argument: value})
+            conditioning[branch] = replace(conditioning[branch], **{argument: value})
         if changed:
-            self.denoiser.set_branches(branches)
+            self.denoiser.set_conditioning(conditioning)
 
 
 def seeded_generator() -> torch.Generator:

@@ -74,6 +74,15 @@ class PaellaPipeline(PaellaPipelineBase):
         prior_guidance_scale: float = 3.0,
         max_sequence_length: int = 768,
         region_masks: list | torch.Tensor | None = None,
+        editing_prompt: str | list[str] | None = None,
+        reverse_editing_direction: bool | list[bool] | None = None,
+        edit_guidance_scale: float | list[float] | None = None,
+        edit_warmup_steps: int | list[int] | None = None,
+        edit_cooldown_steps: int | list[int] | None = None,
+        edit_threshold: float | list[float] | None = None,
+        edit_momentum_scale: float | None = None,
+        edit_mom_beta: float | None = None,
+        edit_weights: list[float] | None = None,
         confidence_threshold: float | None = None,
         stability_threshold: float = 1.0,
         deep_feature_interval: int = 1,
@@ -131,6 +140,10 @@ class PaellaPipeline(PaellaPipelineBase):
                 One mask a prompt, all for one image: where it is 1 the prompt governs, and between them logits are blended.
                 PIL, arrays or tensors `(height, width)` in [0, 1], or over the token grid, `(height / 4, width / 4)`; masks
                 need not sum to 1 but must cover every token.
+            editing_prompt (`str` or `list[str]`, *optional*):
+                Move towards these as well, as semantic guidance does: all edits are for all images.
+            reverse_editing_direction, edit_guidance_scale, ..., edit_weights:
+                How; as of [`PaellaSemanticGuidance`], and its defaults or those of the pipeline's `guider`.
             confidence_threshold (`float`, *optional*):
                 Stop early on images whose prediction is sure and stable: the mean entropy of their tokens is below this
                 threshold, in nats, such as 0.1. They become their most likely tokens; the output's `steps_taken` has how

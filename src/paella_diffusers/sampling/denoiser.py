@@ -1,8 +1,11 @@
 """From tokens to guided logits: the U-Net with its conditioning, guidance, prompts for regions and feature cache."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import torch
+
+from .guidance.base import CONDITIONAL, Branch
 
 
 class Denoiser:
@@ -11,8 +14,8 @@ class Denoiser:
 
     Args:
         unet ([`PaellaUNet`]): The model.
-        branches (sequence of [`Conditioning`]):
-            What each branch of the guidance is conditioned on: the conditional one, then the unconditional one if it was
+        conditioning (mapping from `str` to [`Conditioning`]):
+            What the branches of the guidance are told, by [`Branch`]'s names: `"conditional"`, and all others that were
             encoded. Each has a row for every image; with regions, a row for every image of the first region, and so on.
         guidance ([`GuidanceMixin`] or [`DiffusersGuidance`]): Makes one prediction of the branches'.
         guidance_scale (`Callable`): From a step to its scale; None for no guidance.
@@ -27,7 +30,7 @@ class Denoiser:
     def __init__(
         self,
         unet,
-        branches: Sequence,
+        conditioning: Mapping,
         guidance,
         guidance_scale: Callable,
         regions: torch.Tensor | None = None,
@@ -37,52 +40,57 @@ class Denoiser:
         self.unet, self.guidance, self.guidance_scale, self.regions = unet, guidance, guidance_scale, regions
         self.deep_feature_interval = deep_feature_interval
         self.unet_kwargs = {"cross_attention_kwargs": cross_attention_kwargs}
-        self.deep_features, self._cached_branches = None, 0
-        self.set_branches(branches)
+        self.deep_features, self._cached_branches = None, ()
+        self.set_conditioning(conditioning)
 
-    def set_branches(self, branches: Sequence):
+    def set_conditioning(self, conditioning: Mapping):
         """Take other conditioning from now on."""
-        self.branches, self._encoded = list(branches), {}
+        self.conditioning, self._encoded = dict(conditioning), {}
 
     def __call__(self, tokens: torch.LongTensor, step) -> torch.Tensor:
         """Guided logits `(batch_size, num_tokens, height, width)` for the clean token at every position of `tokens`."""
         scale = self.guidance_scale(step)
-        # a callback cannot turn on guidance by what was not encoded
-        num_branches = min(self.guidance.num_branches(step, scale), len(self.branches))
-        weights = self.guidance.mixing_weights(scale, num_branches) if num_branches > 1 else None
-        rows = num_branches * (1 if self.regions is None else len(self.regions))
+        branches = self.guidance.branches(step, scale)
+        if any(branch.conditioning not in self.conditioning for branch in branches):
+            branches = (CONDITIONAL,)  # a callback cannot turn on guidance by what was not encoded
+        weights = self.guidance.mixing_weights(scale, branches) if len(branches) > 1 else None
+        rows = len(branches) * (1 if self.regions is None else len(self.regions))
         logits = self.unet(
             tokens.repeat(rows, 1, 1),
             step.level,
-            **self._conditioning(num_branches),
+            **self._arguments(branches),
             mixing_weights=weights,
-            deep_features=self._deep_features(step, num_branches),
+            deep_features=self._deep_features(step, branches),
             **self.unet_kwargs,
         ).sample
         if self.regions is not None:  # rows are branches, then regions, then images
             logits = logits.unflatten(0, (-1, len(self.regions), len(tokens)))
             logits = (self.regions.to(logits)[:, None, None] * logits).sum(1).flatten(0, 1)
-        if num_branches == 1:
+        if len(branches) == 1:
             return logits
         parts = logits.chunk(len(logits) // len(tokens))
         return self.guidance.forward(*parts, step=step, guidance_scale=scale)
 
-    def _conditioning(self, num_branches: int) -> dict:
-        """The U-Net's conditioning arguments for the first branches, in one batch; keys and values are computed once."""
-        if num_branches not in self._encoded:
-            first, *others = self.branches[:num_branches]
+    def _arguments(self, branches: tuple[Branch, ...]) -> dict:
+        """The U-Net's arguments that tell branches apart, in one batch; keys and values are computed once."""
+        if branches not in self._encoded:
+            first, *others = (self.conditioning[branch.conditioning] for branch in branches)
             arguments = first.cat(*others).arguments()
             if not is_offloaded(self.unet):  # the parts of an offloaded model work only when they are called in turn
                 arguments = {"encoder_hidden_states": self.unet.encode_conditioning(**arguments, **self.unet_kwargs)}
-            self._encoded[num_branches] = arguments
-        return self._encoded[num_branches]
+            for index, branch in enumerate(branches):
+                if branch.perturbation is not None:
+                    rows = (index * len(first), (index + 1) * len(first))
+                    arguments["attention_perturbation"] = replace(branch.perturbation, rows=rows)
+            self._encoded[branches] = arguments
+        return self._encoded[branches]
 
-    def _deep_features(self, step, num_branches: int) -> list[torch.Tensor] | None:
+    def _deep_features(self, step, branches: tuple[Branch, ...]) -> list[torch.Tensor] | None:
         """The U-Net's feature cache for this step: empty when it is to be filled, None where it is not used."""
         if self.deep_feature_interval == 1 or step.is_sweep:
             return None
-        if step.index % self.deep_feature_interval == 0 or self._cached_branches != num_branches:
-            self.deep_features, self._cached_branches = [], num_branches  # also when guidance began or ended
+        if step.index % self.deep_feature_interval == 0 or self._cached_branches != branches:
+            self.deep_features, self._cached_branches = [], branches  # also when guidance began or ended
         return self.deep_features
 
 

@@ -1,12 +1,34 @@
 """What every guidance method is: an object with a configuration, a component of the pipeline."""
 
+import copy
 import os
+from dataclasses import dataclass
 
 import torch
 from diffusers.configuration_utils import ConfigMixin
 from huggingface_hub.utils import validate_hf_hub_args
 
 from ...loaders.hub import PaellaHubMixin
+from ...models.attention import AttentionPerturbation
+
+
+@dataclass(frozen=True)
+class Branch:
+    """
+    One of the evaluations of the model that guidance combines; all are computed in one batch.
+
+    Args:
+        conditioning (`str`):
+            What the model is told: `"conditional"`, the call's prompt and images; `"unconditional"`, its negative prompt; or
+            a name in the method's `extra_prompts`.
+        perturbation ([`AttentionPerturbation`], *optional*): How the attention of this branch alone is weakened.
+    """
+
+    conditioning: str
+    perturbation: AttentionPerturbation | None = None
+
+
+CONDITIONAL, UNCONDITIONAL = Branch("conditional"), Branch("unconditional")
 
 
 class GuidanceMixin(PaellaHubMixin, ConfigMixin):
@@ -14,7 +36,8 @@ class GuidanceMixin(PaellaHubMixin, ConfigMixin):
     A guidance method makes the logits that are sampled from those of n *branches* of the model, evaluated in one batch:
     first the conditional one, with the prompt, then the unconditional one, with the negative prompt. To add a method, derive
     from this class, take `guidance_scale` and the method's own settings in `__init__`, decorated with `register_to_config`,
-    and write `forward`; a method that is linear in the logits may say how it mixes them in `mixing_weights`.
+    and write `forward`. A method that is linear in the logits may say how it mixes them in `mixing_weights`; one that needs
+    other branches names them in `branches`, and their prompts in `extra_prompts`.
 
     It keeps no state of a run but what `forward` puts into attributes: every call of a pipeline works on its own copy.
     """
@@ -27,21 +50,32 @@ class GuidanceMixin(PaellaHubMixin, ConfigMixin):
         scale = self.config.guidance_scale
         return tuple(scale) if isinstance(scale, list) else scale
 
+    @property
+    def extra_prompts(self) -> dict[str, str]:
+        """Prompts of further branches, by the branches' `conditioning`; they are encoded once, for all images."""
+        return {}
+
     def needs_unconditional(self, guidance_scale: float | tuple[float, float]) -> bool:
         """Whether any step of a run with this scale, or (first, last), needs the unconditional branch."""
         scales = guidance_scale if isinstance(guidance_scale, tuple | list) else (guidance_scale,)
         return max(scales) > 1
 
-    def num_branches(self, step, guidance_scale: float | None) -> int:
-        """Branches wanted at this step: 2, or 1 where nothing is to be guided."""
-        return 1 if guidance_scale is None or guidance_scale <= 1 else 2
+    def check_model(self, unet):
+        """Refuse a U-Net with which the method cannot work, by a ValueError."""
 
-    def mixing_weights(self, guidance_scale: float, num_branches: int) -> tuple[tuple[float, ...], ...]:
+    def branches(self, step, guidance_scale: float | None) -> tuple[Branch, ...]:
+        """
+        The branches wanted at this step, the conditional one first and alone where nothing is to be guided; with the scale
+        None, which turns guidance off, it is always alone. One of them at most has a perturbation.
+        """
+        return (CONDITIONAL,) if guidance_scale is None or guidance_scale <= 1 else (CONDITIONAL, UNCONDITIONAL)
+
+    def mixing_weights(self, guidance_scale: float, branches: tuple[Branch, ...]) -> tuple[tuple[float, ...], ...]:
         """
         Weights, one for each branch, of every mixture of logits that `forward` is given: each branch's own unless told
         otherwise. They are mixed before the model's head, which is linear: a mixture costs no more than a branch.
         """
-        return identity(num_branches)
+        return identity(len(branches))
 
     def forward(self, *logits: torch.Tensor, step, guidance_scale: float) -> torch.Tensor:
         """
@@ -50,9 +84,13 @@ class GuidanceMixin(PaellaHubMixin, ConfigMixin):
         Args:
             logits (`torch.Tensor` of the same shape): One for each row of `mixing_weights`.
             step ([`Step`]): Which step of the run it is.
-            guidance_scale (`float`): Of this step, above 1.
+            guidance_scale (`float`): Of this step; above 1 unless `branches` asks for several at other scales.
         """
         raise NotImplementedError
+
+    def for_source(self) -> "GuidanceMixin":
+        """For the run with the source prompt that an inversion compares with: the same method, with a state of its own."""
+        return copy.deepcopy(self)
 
     @classmethod
     @validate_hf_hub_args
@@ -69,3 +107,12 @@ class GuidanceMixin(PaellaHubMixin, ConfigMixin):
 def identity(num_branches: int) -> tuple[tuple[float, ...], ...]:
     """Mixing weights that leave each branch as it is."""
     return tuple(tuple(float(i == j) for j in range(num_branches)) for i in range(num_branches))
+
+
+def centred(logits: torch.Tensor) -> torch.Tensor:
+    """
+    Logits whose mean over the tokens is 0 at every position, at least in float32. Adding a number to all logits of a
+    position changes no probability; lengths and angles of logits have a meaning only once this freedom is taken from them.
+    """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return logits - logits.mean(1, keepdim=True)

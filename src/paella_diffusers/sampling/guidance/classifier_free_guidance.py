@@ -6,7 +6,7 @@ import torch
 from diffusers.configuration_utils import register_to_config
 
 from ...checks import check_number, check_ramp
-from .base import GuidanceMixin
+from .base import CONDITIONAL, UNCONDITIONAL, Branch, GuidanceMixin
 
 
 class PaellaClassifierFreeGuidance(GuidanceMixin):
@@ -35,7 +35,9 @@ class PaellaClassifierFreeGuidance(GuidanceMixin):
         if plausibility_threshold is not None:
             check_number("plausibility_threshold", plausibility_threshold, above=0, at_most=1)
 
-    def mixing_weights(self, guidance_scale: float, num_branches: int = 2) -> tuple[tuple[float, ...], ...]:
+    def mixing_weights(
+        self, guidance_scale: float, branches: tuple[Branch, ...] = (CONDITIONAL, UNCONDITIONAL)
+    ) -> tuple[tuple[float, ...], ...]:
         guided = (guidance_scale, 1 - guidance_scale)
         return (guided,) if self.config.plausibility_threshold is None else (guided, (1.0, 0.0))
 
@@ -44,6 +46,10 @@ class PaellaClassifierFreeGuidance(GuidanceMixin):
     ) -> torch.Tensor:
         if conditional is None:
             return guided
-        least = conditional.amax(1, keepdim=True) + math.log(self.config.plausibility_threshold)
         # the lowest finite number: of -inf, diffusers' schedulers would make NaN when they take entropies
-        return guided.masked_fill(conditional < least, torch.finfo(guided.dtype).min)
+        return guided.masked_fill(~plausible(conditional, self.config.plausibility_threshold), torch.finfo(guided.dtype).min)
+
+
+def plausible(logits: torch.Tensor, threshold: float) -> torch.BoolTensor:
+    """Which tokens are at least `threshold` times as likely as the likeliest, by logits `(batch_size, num_tokens, ...)`."""
+    return logits >= logits.amax(1, keepdim=True) + math.log(threshold)

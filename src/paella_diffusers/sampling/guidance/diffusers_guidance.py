@@ -3,9 +3,15 @@
 import copy
 
 import torch
+from diffusers.guiders import MagnitudeAwareGuidance
 from diffusers.guiders.guider_utils import BaseGuidance
 
-from .base import identity
+from .base import CONDITIONAL, UNCONDITIONAL, Branch, identity
+
+OURS = {  # instead of guiders that need more branches
+    "PerturbedAttentionGuidance": "PaellaPerturbedAttentionGuidance",
+    "SmoothedEnergyGuidance": "PaellaSmoothedEnergyGuidance",
+}
 
 
 class DiffusersGuidance:
@@ -17,18 +23,29 @@ class DiffusersGuidance:
         guider (`BaseGuidance`): The guider; a copy of it is used.
 
     Raises:
-        ValueError: If the guider needs other predictions than the conditional and the unconditional one, or has no scale.
+        ValueError: If the guider needs other predictions than the conditional and the unconditional one, changes the model,
+            has no scale, or cannot take logits.
     """
 
+    extra_prompts: dict[str, str] = {}
+
     def __init__(self, guider: BaseGuidance):
+        name = type(guider).__name__
+        reason = None
         if guider._input_predictions != ["pred_cond", "pred_uncond"]:
-            raise ValueError(
-                f"`guider`, a {type(guider).__name__}, needs the predictions {guider._input_predictions}, but a conditional "
-                "and an unconditional one are there: take another guider."
+            reason = (
+                f"needs the predictions {guider._input_predictions}, but a conditional and an unconditional one are there"
             )
-        if not hasattr(guider, "guidance_scale"):
-            raise ValueError(f"`guider`, a {type(guider).__name__}, has no `guidance_scale` to set: take another guider.")
+        elif type(guider).prepare_models is not BaseGuidance.prepare_models:
+            reason = "changes the model between its predictions, but both are computed in one batch"
+        elif not hasattr(guider, "guidance_scale"):
+            reason = "has no `guidance_scale` to set"
+        elif isinstance(guider, MagnitudeAwareGuidance):
+            reason = "cannot take the norm of logits, which have four dimensions"
+        if reason is not None:
+            raise ValueError(f"`guider`, a {name}, {reason}: take {OURS.get(name, 'another guider')}.")
         self.guider = copy.deepcopy(guider)
+        self._is_prepared = False
 
     @property
     def guidance_scale(self) -> float:
@@ -37,15 +54,28 @@ class DiffusersGuidance:
     def needs_unconditional(self, guidance_scale) -> bool:
         return self.guider._enabled
 
-    def num_branches(self, step, guidance_scale: float | None) -> int:
-        if guidance_scale is None:
-            return 1
-        self.guider.guidance_scale = guidance_scale
-        self.guider.set_state(step=step.index, num_inference_steps=step.num_steps, timestep=step.timestep)
-        return self.guider.num_conditions
+    def check_model(self, unet):
+        """Any model will do."""
 
-    def mixing_weights(self, guidance_scale: float, num_branches: int):
-        return identity(num_branches)
+    def branches(self, step, guidance_scale: float | None) -> tuple[Branch, ...]:
+        if guidance_scale is None:
+            return (CONDITIONAL,)
+        self.guider.guidance_scale = guidance_scale
+        if not self._is_prepared:  # what guiders keep along a run, such as momentum, they make in its first step
+            self._set_state(0, step)
+            self.guider.prepare_inputs({})
+            self._is_prepared = True
+        self._set_state(step.index, step)
+        return (CONDITIONAL, UNCONDITIONAL)[: self.guider.num_conditions]
+
+    def _set_state(self, index: int, step):
+        self.guider.set_state(step=index, num_inference_steps=step.num_steps, timestep=step.timestep)
+
+    def mixing_weights(self, guidance_scale: float, branches: tuple[Branch, ...]):
+        return identity(len(branches))
 
     def forward(self, *logits: torch.Tensor, step, guidance_scale: float) -> torch.Tensor:
         return self.guider.forward(**dict(zip(self.guider._input_predictions, logits))).pred
+
+    def for_source(self) -> "DiffusersGuidance":
+        return DiffusersGuidance(self.guider)
