@@ -29,12 +29,14 @@ def make_parser() -> argparse.ArgumentParser:
     """The parser; each command sets `run` to the function that runs it."""
     parser = argparse.ArgumentParser(
         prog="paella-diffusers",
-        description="Pictures with Paella. Unless --model names another, a small model draws that comes with the package "
-        "and knows emoji.",
+        description="Generate and edit pictures with Paella. Without --model, they come from the small "
+        "model inside the package, which draws emoji.",
         epilog='A first example: paella-diffusers generate "red heart" --out heart.png',
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
-    parser.add_argument("--traceback", action="store_true", help="show where an error is raised, to report it")
+    parser.add_argument(
+        "--traceback", action="store_true", help="print the whole Python traceback of an error, for a bug report"
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for add in (
         _add_generate,
@@ -54,14 +56,16 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def _add_generate(commands):
-    parser = _add_command(commands, "generate", "PROMPT [PROMPT ...]", "draw pictures", "Draw a picture for each prompt.")
-    parser.add_argument("prompt", nargs="+", metavar="PROMPT", help="what to draw; quote it")
+    parser = _add_command(
+        commands, "generate", "PROMPT [PROMPT ...]", "generate pictures", "Generate a picture for each prompt."
+    )
+    parser.add_argument("prompt", nargs="+", metavar="PROMPT", help="text that describes the picture; put it in quotes")
     parser.add_argument(
         "--region-masks",
         type=Path,
         nargs="+",
         metavar="PICTURE",
-        help="a mask for each prompt: all prompts are drawn in one picture, each where its mask is white",
+        help="one mask for each prompt: one picture is generated, and each prompt applies where its mask is white",
     )
     _add_drawing(parser)
 
@@ -72,17 +76,17 @@ def _add_edit(commands):
         "edit",
         "PROMPT [PROMPT ...] --image PICTURE",
         "change a picture",
-        "Change a picture towards a prompt. With --source-prompt, its composition is kept, by discrete inversion.",
+        "Change a picture to match a prompt. --source-prompt keeps its composition (discrete inversion).",
     )
-    parser.add_argument("prompt", nargs="+", metavar="PROMPT", help="what the result shall show")
+    parser.add_argument("prompt", nargs="+", metavar="PROMPT", help="text that describes the result")
     _add_image(parser)
-    parser.add_argument("--source-prompt", metavar="TEXT", help="what the picture shows now")
-    _add_strength(parser, 0.75, "share of the picture that is drawn anew, above 0 and up to 1")
+    parser.add_argument("--source-prompt", metavar="TEXT", help="text that describes the picture as it is now")
+    _add_strength(parser, 0.75, "how much of the picture is replaced, above 0 and up to 1")
     parser.add_argument(
         "--residual-scale",
         type=number(float, at_least=0),
         metavar="L",
-        help="with --source-prompt: how much of the picture's own is put back (default: 0.9)",
+        help="with --source-prompt: how closely the result keeps to the picture, 0 or more (default: 0.9)",
     )
     _add_drawing(parser)
 
@@ -92,18 +96,18 @@ def _add_inpaint(commands):
         commands,
         "inpaint",
         "PROMPT [PROMPT ...] --image PICTURE --mask PICTURE",
-        "redraw a part of a picture",
-        "Redraw the part of a picture that is white in a mask.",
+        "replace a part of a picture",
+        "Replace the part of a picture where a mask is white.",
     )
-    parser.add_argument("prompt", nargs="+", metavar="PROMPT", help="what the whole result shall show")
+    parser.add_argument("prompt", nargs="+", metavar="PROMPT", help="text that describes the whole result")
     _add_image(parser)
-    parser.add_argument("--mask", type=Path, required=True, metavar="PICTURE", help="white where to draw")
-    _add_strength(parser, 1.0, "below 1, what is under the mask is changed rather than replaced")
+    parser.add_argument("--mask", type=Path, required=True, metavar="PICTURE", help="white where the picture is replaced")
+    _add_strength(parser, 1.0, "below 1, the masked part is changed rather than replaced, above 0 and up to 1")
     parser.add_argument(
         "--padding-mask-crop",
         type=number(int, at_least=0),
         metavar="N",
-        help="draw at full size only what is under the mask, and N pixels around it",
+        help="crop to the mask and N pixels around it, generate that crop at full size, and paste it back",
     )
     _add_drawing(parser)
 
@@ -113,10 +117,10 @@ def _add_outpaint(commands):
         commands,
         "outpaint",
         "PROMPT [PROMPT ...] --image PICTURE --padding LEFT TOP RIGHT BOTTOM",
-        "continue a picture",
-        "Continue a picture beyond its edges.",
+        "extend a picture",
+        "Extend a picture beyond its edges.",
     )
-    parser.add_argument("prompt", nargs="+", metavar="PROMPT", help="what the whole result shall show")
+    parser.add_argument("prompt", nargs="+", metavar="PROMPT", help="text that describes the whole result")
     _add_image(parser)
     parser.add_argument(
         "--padding",
@@ -124,7 +128,7 @@ def _add_outpaint(commands):
         nargs=4,
         required=True,
         metavar=("LEFT", "TOP", "RIGHT", "BOTTOM"),
-        help="new pixels at each side, whole tokens: multiples of 4 with the published model",
+        help="pixels to add at each side: multiples of the model's token size (4 with the published and the embedded model)",
     )
     _add_drawing(parser)
 
@@ -134,13 +138,21 @@ def _add_vary(commands):
         commands,
         "vary",
         "[PROMPT ...] --image PICTURE [PICTURE ...]",
-        "draw variations of pictures",
-        "Draw pictures like others, by their CLIP embeddings. Several pictures are mixed.",
+        "generate variations of pictures",
+        "Generate pictures that resemble others, from their CLIP embeddings. Several pictures are mixed.",
     )
-    parser.add_argument("prompt", nargs="*", default=[""], metavar="PROMPT", help="what to draw, besides")
-    parser.add_argument("--image", type=Path, nargs="+", required=True, metavar="PICTURE", help="of any size")
+    parser.add_argument(
+        "prompt", nargs="*", default=[""], metavar="PROMPT", help="text that describes the result (optional)"
+    )
+    parser.add_argument("--image", type=Path, nargs="+", required=True, metavar="PICTURE", help="the picture, of any size")
     weight = number(float, at_least=0)
-    parser.add_argument("--weights", type=weight, nargs="+", metavar="W", help="a factor on the attention to each picture")
+    parser.add_argument(
+        "--weights",
+        type=weight,
+        nargs="+",
+        metavar="W",
+        help="one number of 0 or more for each picture: how strongly it counts (default: 1)",
+    )
     _add_drawing(parser)
 
 
@@ -149,11 +161,11 @@ def _add_interpolate(commands):
         commands,
         "interpolate",
         "FROM TO",
-        "draw a film from one prompt or picture to another",
-        "Draw a film that goes from one prompt or picture to another, and back.",
+        "generate a film between two prompts or pictures",
+        "Generate a film that goes from one prompt or picture to another, and back.",
     )
-    parser.add_argument("a", metavar="FROM", help="a prompt, or a picture's file")
-    parser.add_argument("b", metavar="TO", help="likewise")
+    parser.add_argument("a", metavar="FROM", help="the first prompt, or the file of the first picture")
+    parser.add_argument("b", metavar="TO", help="the second prompt, or the file of the second picture")
     _add_drawing(parser, is_film=True)
 
 
@@ -165,16 +177,16 @@ def _add_convert(commands):
     )
     parser.set_defaults(run=convert)
     parser.add_argument("source", metavar="SOURCE", help="a folder or a Hub id, such as dome272/Paella")
-    parser.add_argument("folder", type=Path, metavar="FOLDER", help="a new one, for the result")
-    parser.add_argument("--to-original", action="store_true", help="from diffusers' layout to the published one")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights (default: %(default)s)")
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="where to write the result; must not exist yet")
+    parser.add_argument("--to-original", action="store_true", help="convert from diffusers' layout to the published one")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="data type of the weights (default: %(default)s)")
     parser.add_argument(
         "--leave-out",
         nargs="+",
         choices=OPTIONAL_COMPONENTS,
         default=[],
         metavar="NAME",
-        help=f"optional components: of {', '.join(OPTIONAL_COMPONENTS)}",
+        help=f"components to leave out: {', '.join(OPTIONAL_COMPONENTS)}",
     )
     _add_hub(parser)
 
@@ -186,7 +198,7 @@ def _add_examples(commands):
         description=f"Copy the examples and the training scripts, which need `{pip_install('train')}`.",
     )
     parser.set_defaults(run=copy_examples)
-    parser.add_argument("folder", type=Path, metavar="FOLDER", help="a new one, for the copies")
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="where to copy them; must not exist yet")
 
 
 # ---------------------------------------------------------------------------------------------------------------- options
@@ -202,11 +214,12 @@ def _add_command(commands, name: str, usage: str, summary: str, description: str
 
 
 def _add_image(parser):
-    parser.add_argument("--image", type=Path, required=True, metavar="PICTURE", help="of any size")
+    parser.add_argument("--image", type=Path, required=True, metavar="PICTURE", help="the picture, of any size")
     parser.add_argument(
         "--resize-mode",
         choices=("default", "fill", "crop"),
-        help="how the picture gets other proportions: stretched (default), with its edges repeated, or its middle alone",
+        help="how a picture of other proportions is fitted: stretched (default), with its edges repeated (fill), or "
+        "cropped to its middle (crop)",
     )
 
 
@@ -227,59 +240,82 @@ def _add_output(group, is_film: bool):
     if is_film:
         endings = ", ".join(FILMS)
         group.add_argument(
-            "--out", type=Path, default=Path("paella.gif"), help=f"the film: {endings} (default: %(default)s)"
+            "--out",
+            type=Path,
+            default=Path("paella.gif"),
+            help=f"file of the film, ending in {endings} (default: %(default)s)",
         )
         frames = number(int, at_least=2, at_most=MOST)
         group.add_argument(
-            "--frames", type=frames, default=16, metavar="N", help="from one end to the other (default: %(default)s)"
+            "--frames",
+            type=frames,
+            default=16,
+            metavar="N",
+            help="number of frames from the first to the last (default: %(default)s)",
         )
         duration = number(int, at_least=10, at_most=60_000)
         group.add_argument(
-            "--frame-ms", type=duration, default=120, metavar="MS", help="how long each is shown (default: %(default)s)"
+            "--frame-ms",
+            type=duration,
+            default=120,
+            metavar="MS",
+            help="milliseconds for which a frame is shown (default: %(default)s)",
         )
     else:
         group.add_argument(
             "--out",
             type=Path,
             default=Path("paella.png"),
-            help="the picture; of several, a contact sheet, with OUT-1, OUT-2, … beside it (default: %(default)s)",
+            help="file of the picture; of several, a contact sheet, and each in OUT-1, OUT-2, … (default: %(default)s)",
         )
-        group.add_argument("--num-images", type=many, default=1, metavar="N", help="pictures for each prompt (default: 1)")
         group.add_argument(
-            "--batch-size", type=many, default=4, metavar="N", help="pictures drawn at a time (default: %(default)s)"
+            "--num-images", type=many, default=1, metavar="N", help="number of pictures for each prompt (default: 1)"
+        )
+        group.add_argument(
+            "--batch-size",
+            type=many,
+            default=4,
+            metavar="N",
+            help="number of pictures generated together (default: %(default)s)",
         )
     group.add_argument(
-        "--size", type=size, metavar="N or WxH", help="in pixels (default: the picture's, or the model's own)"
+        "--size", type=size, metavar="N or WxH", help="size in pixels (default: the input picture's, or the model's own)"
     )
 
 
 def _add_sampling(group):
     seed = number(int, at_least=0, at_most=2**63 - 1)
     group.add_argument(
-        "--seed", type=seed, default=0, metavar="N", help="of the first picture; each other takes the next (default: 0)"
+        "--seed",
+        type=seed,
+        default=0,
+        metavar="N",
+        help="random seed of the first picture; each further picture takes the next one (default: 0)",
     )
     steps = number(int, at_least=1, at_most=MOST)
-    group.add_argument("--steps", type=steps, metavar="N", help="sampling steps (default: 12, or 32 with --source-prompt)")
+    group.add_argument(
+        "--steps", type=steps, metavar="N", help="number of sampling steps (default: 12, or 32 with --source-prompt)"
+    )
     group.add_argument(
         "--guidance-scale",
         type=number(float),
         metavar="W",
-        help="how strictly to follow the prompt; 1 is without guidance (default: the model's own)",
+        help="how strictly to follow the prompt; 1 turns guidance off (default: the model's own)",
     )
-    group.add_argument("--negative-prompt", metavar="TEXT", help="what to keep away from")
+    group.add_argument("--negative-prompt", metavar="TEXT", help="text that describes what to avoid")
     group.add_argument(
         "--temperature",
         action=Temperature,
         nargs="+",
         metavar="T",
-        help="of sampling: one number, or the first step's and the last's (default: the scheduler's own)",
+        help="sampling temperature: one number, or two for the first and the last step (default: the scheduler's own)",
     )
     group.add_argument(
         "--scheduler",
         action=Scheduler,
         nargs="+",
         metavar=("NAME", "SETTING=VALUE"),
-        help=f"the sampler, and its settings: {', '.join(SCHEDULERS)} (default: the model's own)",
+        help=f"scheduler and its settings: {', '.join(SCHEDULERS)} (default: the model's own)",
     )
 
 
@@ -290,21 +326,28 @@ def _add_model(group):
         help="a folder or Hub id, in diffusers' or the published layout (default: the model in the package)",
     )
     _add_hub(group)
-    group.add_argument("--variant", metavar="NAME", help="of the files, such as bf16")
+    group.add_argument("--variant", metavar="NAME", help="variant of the weight files, such as bf16")
     group.add_argument(
         "--lora",
         action="append",
         default=[],
         metavar="SOURCE",
-        help="an adapter: a file, a folder or a Hub id; may be given several times",
+        help="LoRA adapter: a file, a folder or a Hub id; may be given several times",
     )
     group.add_argument(
-        "--lora-scale", action="append", default=[], type=number(float), metavar="S", help="of each --lora (default: 1)"
+        "--lora-scale",
+        action="append",
+        default=[],
+        type=number(float),
+        metavar="S",
+        help="scale of the --lora in the same place; may be given several times (default: 1)",
     )
-    group.add_argument("--no-prior", action="store_true", help="neither load nor use the prior")
-    group.add_argument("--low-memory", action="store_true", help="only the model at work has its weights in memory")
-    group.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights (default: %(default)s)")
-    group.add_argument("--device", type=device, help="such as cpu or cuda (default: an accelerator, if there is one)")
+    group.add_argument("--no-prior", action="store_true", help="do not load the prior")
+    group.add_argument("--low-memory", action="store_true", help="keep only the weights of the running model in memory")
+    group.add_argument("--dtype", choices=DTYPES, default="float32", help="data type of the weights (default: %(default)s)")
+    group.add_argument(
+        "--device", type=device, help="device, such as cpu or cuda (default: an accelerator, if there is one)"
+    )
 
 
 def _add_hub(parser):
