@@ -18,8 +18,9 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
-from emoji_quality import load_icons, nearest
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+from emoji_model.data import load_icons
+from emoji_model.scoring import nearest
 
 from paella_diffusers import EMOJI_MODEL, PaellaPipeline, PaellaUNet
 
@@ -51,7 +52,7 @@ def main():
     args = parser.parse_args()
 
     args.work_dir.mkdir(parents=True, exist_ok=True)
-    names, images, _ = load_icons(args.work_dir)
+    names, images = load_icons(args.work_dir)
     captions = random.Random(0).sample(names, args.count)
     pipe = PaellaPipeline.from_pretrained(EMOJI_MODEL)
     ways = {name: (pipe, call) for name, call in WAYS.items()}

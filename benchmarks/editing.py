@@ -15,10 +15,9 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
-from emoji_quality import nearest
-from train_emoji import load_icons
+from emoji_model.data import load_icons
+from emoji_model.scoring import nearest
 
 from paella_diffusers import EMOJI_MODEL, PaellaImg2ImgPipeline, PaellaInversionPipeline
 
@@ -48,7 +47,7 @@ def main():
     args = parser.parse_args()
 
     args.work_dir.mkdir(parents=True, exist_ok=True)
-    names, images, _ = load_icons(args.work_dir)
+    names, images = load_icons(args.work_dir)
     image_to_image = PaellaImg2ImgPipeline.from_pretrained(args.model)
     inversion = PaellaInversionPipeline.from_pipe(image_to_image)
     for pipe in (image_to_image, inversion):

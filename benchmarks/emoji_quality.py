@@ -2,12 +2,14 @@
 How good is the embedded emoji model? Captions that come out right, by steps, and the VQGAN's reconstructions.
 
     pip install ".[emoji]"
-    python benchmarks/emoji_quality.py
+    python benchmarks/emoji_quality.py [--table]
 
-A picture is right if, of all 1,593 icons it was trained on, the nearest in pixels (squared distance) is the one that was
-asked for. Captions are 200 icon names, drawn once and for all; paraphrases are those of `emoji_paraphrases.json`, which
-training never saw, each with the icons that count as right. Variations are drawn from the CLIP embedding of a caption's icon
-alone.
+A picture is right if, of all 1,589 flat icons, the nearest in pixels (squared distance) is the one that was asked for.
+Captions are 200 icon names, drawn once and for all; paraphrases are the 80 of `examples/emoji_model/sentences.json`, which
+training never saw, each with the icons that count as right. Variations are drawn from the CLIP embedding of a caption's icon alone.
+
+With `--table` it prints what `examples/train_emoji.py` prints last: all icons by their names, styles that are new for an
+object, each conditioning alone, larger canvases, guidance scales and negative prompts.
 """
 
 import argparse
@@ -20,7 +22,10 @@ import torch
 from diffusers.utils import make_image_grid
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
-from train_emoji import load_icons
+from emoji_model import data, scoring
+from emoji_model.captions import BENCHMARK, Captions, colours_of, keywords_of
+from emoji_model.data import load_icons
+from emoji_model.scoring import draw, nearest
 
 from paella_diffusers import EMOJI_MODEL, PaellaPipeline
 
@@ -36,19 +41,12 @@ def reconstruction_psnr(vqgan, images: torch.Tensor) -> tuple[float, float]:
     return -10 * errors.log10().mean().item(), -10 * errors.mean().log10().item()
 
 
-def nearest(pictures: torch.Tensor, images: torch.Tensor) -> list[int]:
-    return torch.cdist(pictures.flatten(1), images.flatten(1)).argmin(1).tolist()
-
-
-def draw(pipe, prompts: list[str], condition_image: list | None = None, **kwargs) -> torch.Tensor:
-    """One picture a prompt, each from its own seed."""
-    parts = []
-    for i in range(0, len(prompts), 50):
-        generators = [torch.Generator().manual_seed(seed) for seed in range(i, min(i + 50, len(prompts)))]
-        rows = None if condition_image is None else [[image] for image in condition_image[i : i + 50]]
-        call = {"generator": generators, "condition_image": rows, "output_type": "pt"}
-        parts.append(pipe(prompts[i : i + 50], **call, **kwargs).images)
-    return torch.cat(parts)
+def print_table(args):
+    icons = data.load(args.work_dir)
+    captions = Captions(icons.names, keywords_of(icons, args.work_dir), colours_of(icons.images(0)))
+    cells = data.training_cells(icons, data.HELD_OUT)
+    scorer = scoring.Scorer(PaellaPipeline.from_pretrained(args.model), icons, captions, cells, args.limit)
+    print(scoring.table(scoring.score(scorer, say=lambda line: print(line, flush=True)), args.model))
 
 
 def main():
@@ -59,10 +57,14 @@ def main():
     parser.add_argument("--guidance-scale", type=float, help="the model's own unless given")
     parser.add_argument("--prior", action=argparse.BooleanOptionalAction, help="the model's own choice unless given")
     parser.add_argument("--sheet", type=Path, help="write the first 100 pictures at 12 steps there")
+    parser.add_argument("--table", action="store_true", help="print the table of examples/train_emoji.py instead")
+    parser.add_argument("--limit", type=int, help="with --table: at most so many pictures in each row")
     args = parser.parse_args()
 
     args.work_dir.mkdir(parents=True, exist_ok=True)
-    names, images, _ = load_icons(args.work_dir)
+    if args.table:
+        return print_table(args)
+    names, images = load_icons(args.work_dir)
     pipe = PaellaPipeline.from_pretrained(args.model)
     pipe.set_progress_bar_config(disable=True)
     print(
@@ -76,7 +78,7 @@ def main():
     print(f"icons that stay nearest to themselves through the VQGAN, the ceiling: {kept:.1%}")
 
     captions = random.Random(0).sample(names, 200)
-    paraphrases = json.loads((Path(__file__).parent / "emoji_paraphrases.json").read_text())
+    paraphrases = json.loads(BENCHMARK.read_text())
     rows = torch.stack([images[names.index(name)] for name in captions])
     icons = pipe.image_processor.postprocess(rows, do_denormalize=[False] * len(rows))
     print(f"right, of {len(captions)} captions, {len(paraphrases)} paraphrases and {len(icons)} variations:")

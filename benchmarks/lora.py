@@ -6,7 +6,7 @@ Does a LoRA adapter learn new icons without spoiling the others? On two CPU core
 
 20 icons of another set (Flat Color Icons, MIT, by Icons8), which look and are called otherwise than all that the model
 knows, are trained with `examples/train_paella_lora.py`, beside 200 of the old ones, so that these are not forgotten. A
-picture is right if, of the 1,593 old and the 20 new icons, the nearest in pixels is the one that was asked for.
+picture is right if, of the 1,589 old and the 20 new icons, the nearest in pixels is the one that was asked for.
 """
 
 import argparse
@@ -22,13 +22,13 @@ import numpy as np
 import resvg_py
 import torch
 from diffusers.utils import make_image_grid
-from emoji_quality import draw, nearest
 from PIL import Image
 
 from paella_diffusers import EMOJI_MODEL, PaellaPipeline
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
-from train_emoji import load_icons, npm_file
+from emoji_model.data import load_icons, npm_file
+from emoji_model.scoring import draw, nearest
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 PACKAGE = "@iconify-json/flat-color-icons@1.2.3"
@@ -69,7 +69,7 @@ def main():
     args = parser.parse_args()
 
     args.work_dir.mkdir(parents=True, exist_ok=True)
-    old, new = load_icons(args.work_dir)[:2], load_new(args.work_dir)
+    old, new = load_icons(args.work_dir), load_new(args.work_dir)
     images = torch.cat([old[1], new[1]])
     names = [*old[0], *new[0]]
     write_dataset(args.work_dir / "lora-icons", new, old)

@@ -232,12 +232,12 @@ DRAWN = {
 
 
 def emoji(args):
-    sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent / "examples")]
-    from emoji_quality import draw, nearest
-    from train_emoji import load_icons
+    sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+    from emoji_model.data import load_icons
+    from emoji_model.scoring import draw, nearest
 
     args.work_dir.mkdir(parents=True, exist_ok=True)
-    names, images, _ = load_icons(args.work_dir)
+    names, images = load_icons(args.work_dir)
     captions = random.Random(0).sample(names, args.captions)
     pipe = PaellaPipeline.from_pretrained(args.model)
     pipe.set_progress_bar_config(disable=True)

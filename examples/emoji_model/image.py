@@ -1,0 +1,125 @@
+"""
+Stages 3 and 4: CLIP's image encoder, and the prior. The image encoder is trained against the text encoder, which stays as it
+is ("locked tuning" the other way round, https://huggingface.co/papers/2111.07991): a picture's embedding is to be nearest to
+the name of its object among all names, and to its style among all styles, and like the text's but for the scale, which is
+one as that of the prior's noise.
+"""
+
+import random
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+
+from paella_diffusers import PaellaPrior
+from paella_diffusers.schedulers.scheduling_ddim_wuerstchen import DDIMWuerstchenScheduler
+
+from .captions import Captions
+from .data import SIZE, STYLES, Icons
+from .fit import adamw, autocast, fit, seed
+from .text import CLIP_DIM, STYLE_CHANNELS, TextEncoders, draw_cells
+
+
+def processor() -> CLIPImageProcessor:
+    return CLIPImageProcessor(size={"shortest_edge": SIZE}, crop_size=SIZE)
+
+
+def embed(encoder: CLIPVisionModelWithProjection, images: torch.Tensor) -> torch.Tensor:
+    """CLIP embeddings `(n, 256)`, float32, of images `(n, 3, 64, 64)` in [0, 1]."""
+    mean, std = (torch.tensor(value).view(3, 1, 1) for value in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
+    with autocast():
+        return encoder((images - mean) / std).image_embeds.float()
+
+
+@torch.no_grad()
+def name_embeds(encoders: TextEncoders, captions: Captions) -> torch.Tensor:
+    """CLIP text embeddings of all names in all styles, `(3, num_objects, 256)`."""
+    texts = [captions.names, *([captions.in_style(name, style) for name in captions.names] for style in (1, 2))]
+    return torch.stack(
+        [torch.cat([encoders.clip_embeds(part[i : i + 256]).float() for i in range(0, len(part), 256)]) for part in texts]
+    )
+
+
+def move(images: torch.Tensor, rng: random.Random) -> torch.Tensor:
+    """Move and resize all images a little, alike; every second time not at all."""
+    if rng.random() < 0.5:
+        return images
+    images, side = F.pad(images, (8, 8, 8, 8), value=1.0), rng.randint(54, 80)
+    left, top = rng.randint(0, 80 - side), rng.randint(0, 80 - side)
+    images = images[..., top : top + side, left : left + side]
+    return F.interpolate(images, SIZE, mode="bilinear", antialias=True)
+
+
+def train_encoder(
+    icons: Icons, captions: Captions, encoders: TextEncoders, cells: torch.BoolTensor, steps: int, work_dir: Path,
+    batch_size: int = 96,
+) -> CLIPVisionModelWithProjection:  # fmt: skip
+    seed("image")
+    config = CLIPVisionConfig(
+        hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4, image_size=SIZE, patch_size=8,
+        projection_dim=CLIP_DIM,
+    )  # fmt: skip
+    encoder = CLIPVisionModelWithProjection(config)
+    text = name_embeds(encoders, captions)
+    scale = text.std()
+    objects, _ = text[0].split([CLIP_DIM - STYLE_CHANNELS, STYLE_CHANNELS], dim=1)
+    styles = text[..., -STYLE_CHANNELS:].mean(1)
+
+    def similarities(image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        parts = zip(image.split([CLIP_DIM - STYLE_CHANNELS, STYLE_CHANNELS], dim=1), (objects, styles))
+        return tuple(20 * F.normalize(part, dim=1) @ F.normalize(vectors, dim=1).T for part, vectors in parts)
+
+    def loss(step: int, rng: random.Random) -> torch.Tensor:
+        style, row = map(torch.tensor, draw_cells(cells, batch_size))
+        image = embed(encoder, move(icons.images(style, row), rng))
+        losses = [F.cross_entropy(s, target) for s, target in zip(similarities(image), (row, style))]
+        return sum(losses) + 4 * F.mse_loss(image, text[style, row] / scale)
+
+    @torch.no_grad()
+    def report() -> str:
+        found = []
+        for style in range(len(STYLES)):
+            images = torch.cat([embed(encoder, icons.images(style, part)) for part in torch.arange(len(text[0])).split(256)])
+            right = (similarities(images)[0].argmax(1) == torch.arange(len(images))).float()
+            held_out = right[~cells[style]].mean() if not cells[style].all() else torch.tensor(torch.nan)
+            found.append(f"{STYLES[style]} {right[cells[style]].mean():.1%} (held out {held_out:.1%})")
+        return f"pictures whose object is the nearest name: {', '.join(found)}"
+
+    fit("image", encoder, adamw(encoder, 1e-3), loss, steps, work_dir, 100, None, None, report)
+    return encoder
+
+
+@torch.no_grad()
+def image_embeds(icons: Icons, encoder: CLIPVisionModelWithProjection) -> torch.Tensor:
+    """CLIP embeddings of all pictures, `(3, num_objects, 256)`."""
+    rows = torch.arange(len(icons.names)).split(256)
+    return torch.stack(
+        [torch.cat([embed(encoder, icons.images(style, part)) for part in rows]) for style in range(len(STYLES))]
+    )
+
+
+def train_prior(
+    captions: Captions, encoders: TextEncoders, embeds: torch.Tensor, cells: torch.BoolTensor, steps: int, work_dir: Path,
+    batch_size: int = 128,
+) -> PaellaPrior:  # fmt: skip
+    """The prior: from the CLIP embedding of a caption to that of a picture. One row in ten is trained without the text."""
+    seed("prior")
+    prior = PaellaPrior(embedding_dim=CLIP_DIM, hidden_dim=CLIP_DIM, num_layers=2)
+    scheduler = DDIMWuerstchenScheduler()
+
+    def loss(step: int, rng: random.Random) -> torch.Tensor:
+        styles, rows = draw_cells(cells, batch_size)
+        texts = [captions.draw([row], style, rng, name_share=0.5) for style, row in zip(styles, rows)]
+        with torch.no_grad(), autocast():
+            text = encoders.clip_embeds(texts).float()
+        text = text * (torch.rand(batch_size, 1) >= 0.1)
+        clean, noise = embeds[styles, rows], torch.randn(batch_size, CLIP_DIM)
+        timestep = torch.rand(batch_size).clamp(1e-3, 1 - 1e-3)
+        noised = scheduler.add_noise(clean, noise, timestep)
+        with autocast():
+            return F.mse_loss(prior(noised, timestep, text).sample.float(), noise)
+
+    fit("prior", prior, adamw(prior, 2e-3, weight_decay=0.0), loss, steps, work_dir, 100, average=0.999)
+    return prior

@@ -1,0 +1,137 @@
+"""
+Stage 2: the two text encoders, a ByT5 and a CLIP in small. Both learn to tell, from a caption, the object among all objects
+and the style among three. The last `STYLE_CHANNELS` of an embedding are about the style, the others about the object, and so
+the same in every style: a style that was learned from some objects can be asked of others.
+"""
+
+import json
+import random
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from torch import nn
+from transformers import ByT5Tokenizer, CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer, T5Config, T5EncoderModel
+
+from paella_diffusers.loaders.atomic import atomic_folder
+
+from .captions import Captions
+from .data import STYLES
+from .fit import adamw, autocast, fit, seed
+
+CLIP_DIM, STYLE_CHANNELS = 256, 32
+MAX_TOKENS = 96  # of ByT5 with the end of text, and of CLIP with the start, too
+TOKENIZE = {"padding": "longest", "max_length": MAX_TOKENS, "truncation": True, "return_tensors": "pt"}
+START, END = "<|startoftext|>", "<|endoftext|>"
+
+
+def train_tokenizer(captions: Captions, folder: Path, size: int = 2048, count: int = 20_000) -> CLIPTokenizer:
+    """CLIP's kind of tokenizer, byte pairs of lower-case words, learned from captions once and kept in `folder`."""
+    if folder.exists():
+        return CLIPTokenizer.from_pretrained(folder)
+    rng, like = random.Random(0), CLIPTokenizer().backend_tokenizer
+    rows = (number % len(captions.names) for number in range(count))
+    texts = (captions.draw([row], rng.randrange(len(STYLES)), rng, name_share=0.3) for row in rows)
+    tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = like.normalizer, like.pre_tokenizer
+    tokenizer.train_from_iterator(
+        texts, trainers.BpeTrainer(vocab_size=size - 514, end_of_word_suffix="</w>", show_progress=False)
+    )
+    merges = [tuple(pair) for pair in json.loads(tokenizer.to_str())["model"]["merges"]]
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())  # all bytes, so that nothing is unknown
+    entries = [*letters, *(letter + "</w>" for letter in letters), *("".join(pair) for pair in merges), START, END]
+    vocabulary = {entry: number for number, entry in enumerate(dict.fromkeys(entries))}
+    tokenizer = CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=MAX_TOKENS)
+    with atomic_folder(folder) as unfinished:
+        tokenizer.save_pretrained(unfinished)
+    return tokenizer
+
+
+class TextEncoders(nn.Module):
+    """
+    The text encoders, and what they are trained with: a vector for each object and each style.
+
+    Args:
+        num_objects (`int`): Number of objects.
+        clip_tokenizer ([`CLIPTokenizer`]): Of the CLIP text encoder; ByT5's has the bytes.
+    """
+
+    def __init__(self, num_objects: int, clip_tokenizer: CLIPTokenizer):
+        super().__init__()
+        self.byt5_tokenizer, self.clip_tokenizer = ByT5Tokenizer(extra_ids=0), clip_tokenizer
+        byt5 = T5Config(
+            vocab_size=384, d_model=128, d_kv=32, d_ff=384, num_layers=2, num_heads=4, feed_forward_proj="gated-gelu",
+            dropout_rate=0.0, pad_token_id=0, eos_token_id=1, tie_word_embeddings=False, is_decoder=False, use_cache=False,
+        )  # fmt: skip
+        clip = CLIPTextConfig(
+            vocab_size=len(clip_tokenizer), hidden_size=160, intermediate_size=640, num_hidden_layers=2,
+            num_attention_heads=4, max_position_embeddings=MAX_TOKENS, projection_dim=CLIP_DIM,
+            pad_token_id=clip_tokenizer.pad_token_id, bos_token_id=clip_tokenizer.bos_token_id,
+            eos_token_id=clip_tokenizer.eos_token_id,
+        )  # fmt: skip
+        self.byt5 = T5EncoderModel(byt5)
+        # for such short sequences plain attention has the faster backward pass
+        self.clip = CLIPTextModelWithProjection._from_config(clip, attn_implementation="eager")
+        self.byt5_head = nn.Linear(128, CLIP_DIM)
+        self.objects = nn.Parameter(torch.randn(num_objects, CLIP_DIM - STYLE_CHANNELS))
+        self.styles = nn.Parameter(torch.randn(len(STYLES), STYLE_CHANNELS))
+
+    def byt5_states(self, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        """ByT5 sequences `(n, length, 128)` and their mask `(n, length)`."""
+        inputs = self.byt5_tokenizer(captions, **TOKENIZE)
+        return self.byt5(inputs.input_ids, attention_mask=inputs.attention_mask).last_hidden_state, inputs.attention_mask
+
+    def clip_embeds(self, captions: list[str]) -> torch.Tensor:
+        """CLIP text embeddings `(n, 256)`."""
+        return self.clip(self.clip_tokenizer(captions, **TOKENIZE).input_ids).text_embeds
+
+    def similarities(self, embeds: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scaled cosine similarities of embeddings `(n, 256)` to all objects and to all styles."""
+        about = embeds.float().split([CLIP_DIM - STYLE_CHANNELS, STYLE_CHANNELS], dim=1)
+        pairs = zip(about, (self.objects, self.styles))
+        return tuple(24 * F.normalize(part, dim=1) @ F.normalize(vectors, dim=1).T for part, vectors in pairs)
+
+    def forward(self, captions: list[str]) -> list[torch.Tensor]:
+        """Similarities by CLIP, then by ByT5: of each to objects, and to styles."""
+        states, mask = self.byt5_states(captions)
+        # every byte's output shall carry the whole caption, so that attention to any of them serves the U-Net
+        position = (torch.rand(len(captions)) * mask.sum(1)).long()
+        byt5 = self.byt5_head(states[torch.arange(len(captions)), position])
+        return [*self.similarities(self.clip_embeds(captions)), *self.similarities(byt5)]
+
+
+def draw_cells(cells: torch.BoolTensor, count: int, shares: tuple[float, ...] = (1, 1, 1)) -> tuple[list[int], list[int]]:
+    """Random styles and objects, by torch's global generator, of the true entries of `cells`, styles by their shares."""
+    weights = cells * torch.tensor(shares)[:, None] / cells.sum(1, keepdim=True)
+    drawn = torch.multinomial(weights.flatten(), count, replacement=True)
+    return (drawn // cells.shape[1]).tolist(), (drawn % cells.shape[1]).tolist()
+
+
+def train(captions: Captions, cells: torch.BoolTensor, steps: int, work_dir: Path, batch_size: int = 160) -> TextEncoders:
+    tokenizer = train_tokenizer(captions, work_dir / "tokenizer")
+    seed("text")
+    encoders = TextEncoders(len(captions.names), tokenizer)
+
+    def loss(step: int, rng: random.Random) -> torch.Tensor:
+        styles, rows = draw_cells(cells, batch_size)
+        texts = [captions.draw([row], style, rng, name_share=0.3) for style, row in zip(styles, rows)]
+        with autocast():
+            similarities = encoders(texts)
+        styles, rows = torch.tensor(styles), torch.tensor(rows)
+        return sum(F.cross_entropy(s, target) for s, target in zip(similarities, (rows, styles) * 2)) / 2
+
+    @torch.no_grad()
+    def report() -> str:
+        found = []
+        for style in range(len(STYLES)):
+            texts = captions.names if style == 0 else [captions.in_style(name, style) for name in captions.names]
+            objects, styles = (
+                torch.cat(part) for part in zip(*(encoders(texts[i : i + 256])[:2] for i in range(0, len(texts), 256)))
+            )
+            right = (objects.argmax(1) == torch.arange(len(texts))) & (styles.argmax(1) == style)
+            found.append(f"{STYLES[style]} {right.float().mean():.1%}")
+        return f"names whose object and style the CLIP text encoder tells: {', '.join(found)}"
+
+    fit("text", encoders, adamw(encoders, 2e-3), loss, steps, work_dir, 100, None, None, report)
+    return encoders
