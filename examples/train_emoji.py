@@ -24,6 +24,7 @@ from emoji_model.fit import has_tiles, log
 
 from paella_diffusers import PaellaClassifierFreeGuidance, PaellaPipeline, PaellaScheduler
 from paella_diffusers.schedulers.scheduling_ddim_wuerstchen import DDIMWuerstchenScheduler
+from paella_diffusers.training.lock import FolderLock
 
 SHEET = ["red heart", "pizza", "dog face", "rocket", "sunflower", "green apple", "grinning face", "soccer ball", "guitar"]
 
@@ -35,8 +36,8 @@ def parse_args(args=None):
     held_out = "file with the objects of which one style is kept out of training; drawn and written if there is none"
     parser.add_argument("--held-out", type=Path, default=data.HELD_OUT, help=held_out)
     parser.add_argument("--held-out-count", type=int, default=300, help="how many are drawn, at least")
-    parser.add_argument("--vqgan-steps", type=int, default=5000)
-    parser.add_argument("--text-steps", type=int, default=2500)
+    parser.add_argument("--vqgan-steps", type=int, default=7000)
+    parser.add_argument("--text-steps", type=int, default=4000)
     parser.add_argument("--image-steps", type=int, default=2000)
     parser.add_argument("--prior-steps", type=int, default=8000)
     parser.add_argument("--unet-steps", type=int, default=16_000)
@@ -91,12 +92,14 @@ def train(args) -> tuple[data.Icons, Captions, PaellaPipeline]:
 
 
 def main(args):
+    lock = FolderLock(args.work_dir)
     icons, words, pipe = train(args)
     cells = data.training_cells(icons, args.held_out)
     scorer = scoring.Scorer(pipe, icons, words, cells, args.score_limit)
     make_image_grid(pipe(SHEET, generator=torch.Generator().manual_seed(0)).images, 3, 3).save(args.work_dir / "sheet.png")
     results = scoring.score(scorer, args.work_dir / "scores.json", lambda line: log(args.work_dir, line))
     log(args.work_dir, "done\n" + scoring.table(results, args.output_dir))
+    lock.release()
 
 
 if __name__ == "__main__":

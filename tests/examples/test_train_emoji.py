@@ -7,12 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import train_emoji
 from emoji_model import captions, data, fit, scoring, text, unet, vqgan
 
 from paella_diffusers import PaellaPipeline, VQModel
+from paella_diffusers.training.lock import FolderLock
 
 STEPS = ["--vqgan-steps", "2", "--text-steps", "2", "--image-steps", "2", "--prior-steps", "2", "--unet-steps", "3"]
 COLOURS = ["#f8312f", "#ff822d", "#fcd53f", "#00a6ed", "#8d65c5", "#6d4534"]
@@ -118,6 +120,16 @@ def test_from_nothing_killed_and_resumed(tmp_path, monkeypatch, capsys):
     table = lines[lines.index("| | measured | aim |") :]
     assert any(line.startswith("| 80 sentences") for line in table) and table[-1].startswith("| all files")
     assert resumed("circle 0", num_inference_steps=2).images[0].size == (64, 64)
+
+
+def test_a_second_run_in_the_same_folder_is_refused(tmp_path):
+    lock = FolderLock(tmp_path)
+    lock.release()
+    parent = psutil.Process().parent()  # which runs
+    owner = lock.owner | {"pid": parent.pid, "started": parent.create_time()}
+    (tmp_path / "run.lock").write_text(json.dumps(owner))
+    with pytest.raises(RuntimeError, match="is training in"):
+        train_emoji.main(train_emoji.parse_args(arguments(tmp_path)))
 
 
 def make_icons(pictures: torch.Tensor, names: list[str]) -> data.Icons:
