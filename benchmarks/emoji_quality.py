@@ -6,7 +6,8 @@ How good is the embedded emoji model? Captions that come out right, by steps, an
 
 A picture is right if, of all 1,589 flat icons, the nearest in pixels (squared distance) is the one that was asked for.
 Captions are 200 icon names, drawn once and for all; paraphrases are the 80 of `examples/emoji_model/sentences.json`, which
-training never saw, each with the icons that count as right. Variations are drawn from the CLIP embedding of a caption's icon alone.
+training never saw, each with the icons that count as right. Variations are drawn from the CLIP embedding of a caption's icon
+alone.
 
 With `--table` it prints what `examples/train_emoji.py` prints last: all icons by their names, styles that are new for an
 object, each conditioning alone, larger canvases, guidance scales and negative prompts.
