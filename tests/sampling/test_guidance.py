@@ -23,6 +23,7 @@ from diffusers.guiders import (
     TangentialClassifierFreeGuidance,
 )
 
+from benchmarks.guidance import final_distribution
 from paella_diffusers import (
     PaellaAdaptiveProjectedGuidance,
     PaellaClassifierFreeGuidance,
@@ -107,6 +108,22 @@ def test_limits_are_linear_guidance(method, scale):
         both = posterior_logits(conditional, level), posterior_logits(unconditional, level)
         expected = posterior_logits(tilted / tilted.sum(), level).softmax(1)[..., 0, 0]
         torch.testing.assert_close(guided_posterior(guidance, *both, scale), expected, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("steps", [1, 4, 16])
+def test_what_sampling_ends_with(steps):
+    """
+    Computed exactly, of a single token: linear guidance ends with its prior after any number of steps, even where that is a
+    token which both branches all but exclude.
+    """
+    conditional = torch.tensor([0.9, 0.099, 0.001], dtype=torch.float64)
+    unconditional = torch.tensor([0.9, 0.099999, 0.000001], dtype=torch.float64)
+    tilted = conditional**5.0 * unconditional**-4.0
+    final = lambda guidance: final_distribution(guidance, conditional, unconditional, 5.0, steps)
+    torch.testing.assert_close(final(PaellaClassifierFreeGuidance()), tilted / tilted.sum(), atol=1e-12, rtol=0)
+    assert tilted.argmax() == 2
+    for guidance in (PaellaClassifierFreeGuidance(plausibility_threshold=0.05), PaellaClassifierFreeZeroStarGuidance()):
+        assert final(guidance)[2] < 0.2
 
 
 @pytest.mark.parametrize(
