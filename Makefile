@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := "red heart" "grinning face" "pizza" "dog face" "rocket" "sunflower" "green apple" "soccer ball" "guitar"
 
-.PHONY: demo test test-golden test-kills test-oldest lint clean
+.PHONY: demo test test-golden test-kills test-oldest test-comfyui lint clean
 
 demo: $(VENV)/installed
 	$(BIN)/paella-diffusers generate $(DEMO) --out demo.png
@@ -29,6 +29,14 @@ test-kills: $(VENV)/installed
 test-oldest:
 	$(MAKE) test VENV=.venv-oldest DIFFUSERS=0.42.0
 
+# the nodes for ComfyUI in ComfyUI itself: COMFYUI is a clone of its repository, whose requirements choose the versions
+test-comfyui:
+	test -f "$(COMFYUI)/main.py" || { echo "make test-comfyui COMFYUI=FOLDER, where FOLDER is a clone of ComfyUI"; exit 2; }
+	$(PYTHON) -m venv .venv-comfyui
+	.venv-comfyui/bin/pip install --quiet -r "$(COMFYUI)/requirements.txt"
+	.venv-comfyui/bin/pip install --quiet ".[lora]"
+	.venv-comfyui/bin/python integrations/comfyui/run_workflows.py "$(COMFYUI)"
+
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -43,4 +51,4 @@ $(VENV)/installed: requirements.txt setup.py
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-oldest demo*.png
+	rm -rf $(VENV) .venv-oldest .venv-comfyui demo*.png

@@ -18,6 +18,7 @@ EXTRAS = {
         "accelerate>=1.6",
         "peft>=0.17",
         "datasets>=3.0",
+        "psutil>=5.9",
         "webdataset>=0.2.100",
         "torchdata>=0.11",
         "tensorboard>=2.15",
