@@ -222,6 +222,7 @@ def test_adapters_that_do_not_fit_are_refused_by_name(pipe, tmp_path):
         (contents | {first: contents[first][:, 1:].contiguous()}, f"wrong tensors {module}.lora_A.weight is floating"),
         (contents | {first: contents[first][1:].contiguous()}, f"wrong tensors {module}.lora_B.weight is floating"),
         (contents | {first: contents[first].long()}, f"{module}.lora_A.weight is integer"),
+        (contents | {first: contents[first] * torch.nan}, f"has NaN or infinite values in {module}.lora_A.weight"),
         (without | {"unet.mid_block.to_q.lora_A.weight": contents[first]}, "unexpected keys mid_block.to_q.lora_A"),
         (without | {first.removesuffix(".weight"): contents[first]}, f"unexpected keys {module}.lora_A"),
     ):

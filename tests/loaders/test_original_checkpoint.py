@@ -166,6 +166,9 @@ def test_damaged_files_load_or_are_refused_in_our_words(golden_a, tmp_path, zipp
             refused += 1
             assert type(error) is ValueError and "prior.pt" in str(error), repr(error)
     assert refused > len(places) / 4
+    file.write_bytes((golden_a.folder / "paella.pt").read_bytes()[:2808])  # it names places that are beyond its end
+    with pytest.raises(ValueError, match="is not a state dict that can be loaded safely"):
+        PaellaUNet.from_single_file(file, golden_a.config["paella"])
 
 
 def test_hostile_sizes_are_refused(golden_a):

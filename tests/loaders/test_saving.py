@@ -77,6 +77,26 @@ def test_killed_at_any_file_operation_a_folder_is_old_or_new(tmp_path, monkeypat
     assert contents(folder) == old and not leftovers(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda index: index | {"weight_map": {"a": "../other.safetensors"}}, ValueError, "names files outside its folder"),
+        (lambda index: index | {"weight_map": {"a": ".."}}, ValueError, "names files outside its folder"),
+        (lambda index: index | {"weight_map": {"a": 5}}, ValueError, "its `weight_map` must have a file for each tensor"),
+        (lambda index: {"weight_map": index["weight_map"]}, ValueError, "its `metadata` must be an object"),
+        (lambda index: index | {"weight_map": {"a": "b.safetensors"}}, FileNotFoundError, "has no b.safetensors, which"),
+        (lambda index: [], ValueError, "must hold a JSON object"),
+    ],
+)
+def test_damaged_indices_of_shards_are_refused_by_name(tmp_path, change, error, message):
+    unet = tiny_unet()
+    unet.save_pretrained(tmp_path, max_shard_size="40KB")
+    path = tmp_path / "diffusion_pytorch_model.safetensors.index.json"
+    path.write_text(json.dumps(change(json.loads(path.read_text()))))
+    with pytest.raises(error, match=message):
+        type(unet).from_pretrained(tmp_path)
+
+
 def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):
     pipeline_of(1.0).save_pretrained(tmp_path / "folder")
     before = contents(tmp_path / "folder")

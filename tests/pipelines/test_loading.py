@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -217,6 +218,30 @@ def test_hostile_configurations_are_refused_before_anything_is_built(saved, part
     for low_memory in (False, True):
         with pytest.raises(ValueError, match=message):
             PaellaPipeline.from_pretrained(saved, low_memory=low_memory)
+
+
+@pytest.mark.parametrize("contents", [b"", b"null", b"5", b"{", b"[" * 10**5, b"\xff\xfe{}"])
+@pytest.mark.parametrize("file", ["model_index.json", "unet/config.json", "scheduler/scheduler_config.json"])
+def test_damaged_configurations_are_refused_by_name(saved, file, contents):
+    (saved / file).write_bytes(contents)
+    with pytest.raises(ValueError, match=f"{Path(file).name} (is damaged|must hold a JSON object)"):
+        PaellaPipeline.from_pretrained(saved)
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        (["os", "system"], "which is no class that can be loaded"),
+        (["pathlib", "Path"], "which is no class that can be loaded"),
+        ([5, 5], "which should be a library and a class"),
+    ],
+)
+def test_hostile_entries_are_refused_for_given_components_too(saved, entry, message):
+    path = saved / "model_index.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"vqgan": entry}))
+    for given in ({}, {"vqgan": tiny_pipeline().vqgan}):
+        with pytest.raises(ValueError, match=message):
+            PaellaPipeline.from_pretrained(saved, **given)
 
 
 # ------------------------------------------------------------------------------------------------------------ low memory

@@ -11,7 +11,7 @@ from PIL import Image
 from ..about import pip_install
 from .atomic import atomic_file, check_not_interrupted
 from .config_check import check_config
-from .hub_files import connection_errors, download, loading_errors
+from .hub_files import connection_errors, download, loading_errors, read_json
 from .model_card import earlier_details, is_unedited, model_card, save_samples
 
 STUB = '''"""For diffusers where paella_diffusers was not imported: `custom_pipeline="{repo_id}", trust_remote_code=True`."""
@@ -36,8 +36,16 @@ class PaellaHubMixin:
             return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
     @classmethod
+    def _dict_from_json_file(cls, json_file: str | os.PathLike) -> dict:
+        """What `load_config` reads; diffusers lets through what is no object, and nesting without end."""
+        return read_json(json_file)
+
+    @classmethod
     def extract_init_dict(cls, config_dict, **kwargs):
         """What `from_config` reads; values of other types than declared, and sizes that no model has, are refused."""
+        name = config_dict.get("_class_name", "")
+        if not isinstance(name, str | list):
+            raise ValueError(f"The configuration of {cls.__name__} has _class_name={name!r:.80}, which is no class's name.")
         init_dict, unused, hidden = super().extract_init_dict(config_dict, **kwargs)
         check_config(cls, init_dict)
         return init_dict, unused, hidden

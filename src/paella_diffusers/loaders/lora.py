@@ -19,7 +19,7 @@ from ..about import pip_install
 from .atomic import atomic_file
 from .hub import push_lora
 from .hub_files import HUB_OPTIONS, find_file
-from .weights import TensorInfo, check_tensors, read_state_dict
+from .weights import TensorInfo, check_tensors, read_state_dict, shorten
 
 WEIGHT_NAMES = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin")
 MAX_RANK = 2**16
@@ -278,7 +278,7 @@ def _read_metadata(path: str) -> dict | None:
 
 
 def _check_fits(unet: torch.nn.Module, state_dict: dict[str, torch.Tensor]):
-    """Refuse an adapter of another model, or one that lacks half of a pair."""
+    """Refuse an adapter of another model, one that lacks half of a pair, or has values that are not finite."""
     modules, expected = dict(unet.named_modules()), {}
     found = {key: TensorInfo.of(tensor) for key, tensor in state_dict.items()}
     for name in dict.fromkeys(key.partition(".lora_")[0] for key in found):
@@ -286,6 +286,9 @@ def _check_fits(unet: torch.nn.Module, state_dict: dict[str, torch.Tensor]):
         shapes = _adapter_shapes(getattr(layer, "base_layer", layer), name, found)
         expected |= {f"{name}.lora_{part}": TensorInfo(shape, True) for part, shape in shapes.items()}
     check_tensors(found, expected, "The adapter", "this U-Net")
+    damaged = [key for key, tensor in state_dict.items() if not tensor.isfinite().all()]
+    if damaged:
+        raise ValueError(f"The adapter has NaN or infinite values in {shorten(damaged)}: save or download it again.")
 
 
 def _adapter_shapes(layer: torch.nn.Module | None, name: str, found: dict[str, TensorInfo]) -> dict[str, tuple[int, ...]]:

@@ -9,7 +9,7 @@ from diffusers import ModelMixin
 
 from .atomic import atomic_update
 from .quiet import ignore_message
-from .weights import check_weights, stored_tensors
+from .weights import check_weights, read_shard_index, stored_tensors
 
 
 class AtomicSaveMixin:
@@ -24,6 +24,16 @@ class AtomicSaveMixin:
             raise ImportError(
                 "This version of diffusers loads models in another way: paella-diffusers needs diffusers 0.42."
             )
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs):
+        """As diffusers' `ModelMixin.from_pretrained`; a folder's index of shards is checked first."""
+        folder, variant = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or ""), kwargs.get("variant")
+        index = folder / f"diffusion_pytorch_model.safetensors.index{f'.{variant}' if variant else ''}.json"
+        for name in read_shard_index(index) if index.is_file() else ():
+            if not (folder / name).is_file():
+                raise FileNotFoundError(f"{folder} has no {name}, which {index.name} names.")
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     @classmethod
     def _load_pretrained_model(cls, model, state_dict, resolved_model_file, *args, **kwargs):

@@ -1,5 +1,6 @@
 """Files of weights: what is in them, whether it fits a model, and reading them without executing anything."""
 
+import errno
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -96,9 +97,9 @@ def read_state_dict(path: str | Path) -> dict[str, torch.Tensor]:
             return safetensors.torch.load_file(path)
         # only zip archives, torch's format since 1.6, can be mapped
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except OSError:
-        raise
     except Exception as error:  # damaged files raise whatever happens to come across
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # EINVAL: no such place in the file
+            raise
         raise ValueError(
             f"{path} is not a state dict that can be loaded safely. Nothing in it was executed. It is damaged, or holds "
             "other objects: if you trust it, save its state dict alone with `torch.save(model.state_dict(), path)`. "
@@ -118,6 +119,26 @@ def read_state_dict(path: str | Path) -> dict[str, torch.Tensor]:
     if without_values:
         raise ValueError(f"{path} has sparse tensors or tensors without values: {shorten(without_values)}.")
     return content
+
+
+def read_shard_index(path: str | Path) -> list[str]:
+    """
+    The files that an index of shards names.
+
+    Raises:
+        ValueError: If it is damaged, or names anything but files in its own folder.
+    """
+    index = read_json(path)
+    shards = index.get("weight_map")
+    if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
+        raise ValueError(f"{path} is damaged: its `weight_map` must have a file for each tensor.")
+    if not isinstance(index.get("metadata"), dict):
+        raise ValueError(f"{path} is damaged: its `metadata` must be an object.")
+    names = sorted(set(shards.values()))
+    elsewhere = [name for name in names if Path(name).name != name or name in ("", "..") or "\\" in name]
+    if elsewhere:
+        raise ValueError(f"{path} names files outside its folder, which are not read: {shorten(map(repr, elsewhere))}.")
+    return names
 
 
 class MappedWeights(Mapping):
@@ -147,7 +168,7 @@ class MappedWeights(Mapping):
     def _names(cls, find, stems, part) -> list[str]:
         for stem in stems:
             try:
-                return cls._shards(find(f"{stem}.safetensors.index{part}.json"))
+                return read_shard_index(find(f"{stem}.safetensors.index{part}.json"))
             except FileNotFoundError:
                 pass
             try:
@@ -156,18 +177,6 @@ class MappedWeights(Mapping):
             except FileNotFoundError as error:
                 missing = error
         raise missing
-
-    @staticmethod
-    def _shards(index: str) -> list[str]:
-        """The files that an index names: names, not paths, so that they are in its folder."""
-        shards = read_json(index).get("weight_map")
-        if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
-            raise ValueError(f"{index} is damaged: its `weight_map` must have a file for each tensor.")
-        names = sorted(set(shards.values()))
-        elsewhere = [name for name in names if Path(name).name != name or "\\" in name]
-        if elsewhere:
-            raise ValueError(f"{index} names files outside its folder, which are not read: {shorten(map(repr, elsewhere))}.")
-        return names
 
     def __getitem__(self, key: str) -> torch.Tensor:
         with safe_open(self.files[key], framework="pt") as file:

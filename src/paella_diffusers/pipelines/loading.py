@@ -130,8 +130,8 @@ class LoadingMixin(PaellaHubMixin):
 
     @classmethod
     def _from_folder(cls, folder: Path, source: str, low_memory: bool, **kwargs):
-        names = [name for name in component_names(cls) if name not in kwargs]
-        classes = component_classes(cls.load_config(folder), names, folder)
+        classes = component_classes(cls.load_config(folder), component_names(cls), folder)
+        classes = {name: part for name, part in classes.items() if name not in kwargs}
         for name, part in classes.items():
             config = folder / name / "config.json"
             if issubclass(part, PreTrainedModel) and config.is_file():
@@ -228,7 +228,7 @@ def component_classes(index: dict, names: list[str], folder: str | Path) -> dict
 
     Args:
         index (`dict`): The contents of `model_index.json`.
-        names (`list[str]`): The components that are wanted.
+        names (`list[str]`): The components.
         folder (`str` or `Path`): Where it is, for errors.
 
     Raises:
@@ -246,8 +246,8 @@ def component_classes(index: dict, names: list[str], folder: str | Path) -> dict
         module = importlib.import_module(library) if library in LIBRARIES else sys.modules.get(library)
         if hasattr(module, class_name):
             classes[name] = getattr(module, class_name)
-            if not isinstance(classes[name], type):
-                raise ValueError(f"{what}, which is no class.")
+            if not isinstance(classes[name], type) or not hasattr(classes[name], "from_pretrained"):
+                raise ValueError(f"{what}, which is no class that can be loaded.")
     return classes
 
 
