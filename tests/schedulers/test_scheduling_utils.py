@@ -231,6 +231,19 @@ def test_bad_tensors_are_refused_by_name(scheduler, name, value, error, message)
         step(scheduler(), **{name: value})
 
 
+def test_generators_are_checked_where_none_is_used():
+    with pytest.raises(ValueError, match="`generator` is a list of 0 for a batch of 2"):
+        step(PaellaScheduler(sampling_rule="argmax", renoise_steps=0), generator=[])
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_integers_that_no_float_holds_are_refused_by_name(scheduler):
+    with pytest.raises(ValueError, match="`temperature` must be a number"):
+        scheduler(temperature=10**400)
+    with pytest.raises(ValueError, match="`timestep` must be one of"):
+        step(scheduler(), timestep=10**400)
+
+
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 @pytest.mark.parametrize("shape", [(0, 3, 4), (2, 0, 4)])
 def test_an_empty_batch_is_refused(scheduler, shape):

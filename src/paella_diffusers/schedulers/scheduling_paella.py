@@ -104,7 +104,7 @@ class PaellaScheduler(RenoisingSchedulerBase):
             TypeError: If a dtype is wrong.
         """
         index = self._index(timestep)
-        logits, mask = self._check_step(model_output, sample, noise, mask)
+        logits, mask = self._check_step(model_output, sample, noise, mask, generator)
 
         # 1. sample every position; known tokens are put back
         sampled_tokens = self._sample(logits, index, codebook, generator)

@@ -86,7 +86,7 @@ class PaellaConfidenceScheduler(RenoisingSchedulerBase):
             ValueError, TypeError: As [`PaellaScheduler.step`], or if `grid_size` is missing where it is needed.
         """
         index = self._index(timestep)
-        logits, mask = self._check_step(model_output, sample, noise, mask)
+        logits, mask = self._check_step(model_output, sample, noise, mask, generator)
         renoises = index < self.renoise_steps
 
         # 1. sample every position; known tokens are put back

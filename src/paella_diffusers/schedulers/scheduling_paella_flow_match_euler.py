@@ -104,7 +104,7 @@ class PaellaFlowMatchEulerScheduler(FlowMatchSchedulerBase):
             ValueError, TypeError: As [`PaellaScheduler.step`].
         """
         index = self._index(timestep)
-        logits, mask = self._check_step(model_output, sample, mask=mask)
+        logits, mask = self._check_step(model_output, sample, mask=mask, generator=generator)
         level, next_level = self._levels[index], self._levels[index + 1]
         if index + 1 == self.num_inference_steps:  # the picture is the prediction, whatever `t_end` is
             next_level = 0.0

@@ -9,7 +9,7 @@ from diffusers.utils import BaseOutput
 
 from ..checks import check_choice, check_integer, check_number, check_ramp, is_number
 from ..loaders.hub import PaellaHubMixin
-from .categorical import add_uniform_noise, leave_one_out_shift
+from .categorical import add_uniform_noise, check_generators, leave_one_out_shift
 
 MAX_INFERENCE_STEPS = 10_000  # no run needs more, and a configuration may ask for any number
 MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-6, 1e6  # logits divided by them stay finite in float32
@@ -115,9 +115,11 @@ class PaellaSchedulerBase(PaellaHubMixin, SchedulerMixin, ConfigMixin):
         sample: torch.LongTensor,
         noise: torch.LongTensor | None = None,
         mask: torch.Tensor | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
     ) -> tuple[torch.Tensor, torch.BoolTensor | None]:
-        """Check the tensors of a step; return the logits as `(batch_size, ..., num_tokens)`, and the mask."""
+        """Check what a step is given; return the logits as `(batch_size, ..., num_tokens)`, and the mask."""
         check_tokens("sample", sample)
+        check_generators(generator, len(sample))
         if sample.ndim not in (2, 3):
             raise ValueError(
                 "`sample` must have the shape (batch_size, length) or (batch_size, height, width), "
