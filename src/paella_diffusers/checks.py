@@ -9,13 +9,28 @@ from numbers import Integral, Real
 
 
 def is_number(value) -> bool:
-    """Whether it is a finite real number, of Python or NumPy, and no boolean."""
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether it is a finite real number, of Python or NumPy, and no boolean. Integers that no float holds are none."""
+    try:
+        return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 def is_integer(value) -> bool:
     """Whether it is an integer, of Python or NumPy, and no boolean."""
     return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def is_boolean(value) -> bool:
+    """Whether it is a boolean, of Python or NumPy, which this module does not import."""
+    kind = type(value)
+    return isinstance(value, bool) or (kind.__module__ == "numpy" and kind.__name__ in ("bool", "bool_"))
+
+
+def check_boolean(name: str, value):
+    """Refuse what is no boolean: "no" would count as True."""
+    if not is_boolean(value):
+        raise ValueError(f"`{name}` must be True or False, got {value!r}.")
 
 
 def check_number(
@@ -75,15 +90,20 @@ def check_choice(name: str, value, choices: Iterable[str]):
 
 def suggest_arguments(function: Callable) -> Callable:
     """For a function with an explicit signature: the error for an unknown argument also names the nearest known one."""
-    names = list(inspect.signature(function).parameters)
 
     @functools.wraps(function)
     def wrapper(*args, **kwargs):
-        for name in kwargs:
-            if name not in names:
-                near = difflib.get_close_matches(name, names, n=1)
-                hint = f": did you mean `{near[0]}`?" if near else f". It takes {', '.join(names[1:])}."
-                raise TypeError(f"{function.__qualname__} takes no argument `{name}`{hint}")
+        check_arguments(function, kwargs)
         return function(*args, **kwargs)
 
     return wrapper
+
+
+def check_arguments(function: Callable, names: Iterable[str]):
+    """Refuse arguments that a function does not take, and name the nearest that it does."""
+    known = list(inspect.signature(function).parameters)
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f": did you mean `{near[0]}`?" if near else f". It takes {', '.join(known[1:])}."
+            raise TypeError(f"{function.__qualname__} takes no argument `{name}`{hint}")

@@ -78,6 +78,13 @@ def test_other_modes_are_the_same_picture(mode):
     assert (np.asarray(to_rgb(photo(40, 30).convert(mode))) == expected).all()
 
 
+@pytest.mark.parametrize("mode", ["LA", "La", "RGBA", "RGBa"])
+def test_modes_with_transparency_are_put_on_white(mode):
+    """In `La` and `RGBa`, colours are multiplied by their opacity."""
+    image = Image.new(mode.upper(), (40, 30), 0).convert(mode)
+    assert (np.asarray(to_rgb(image)) == 255).all()
+
+
 def test_cmyk_jpeg():
     image = load_image(saved(photo(64, 48).convert("CMYK"), "JPEG", quality=95))
     assert np.abs(np.asarray(image, int) - np.asarray(photo(64, 48), int)).mean() < 4

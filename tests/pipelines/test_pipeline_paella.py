@@ -642,6 +642,28 @@ def test_bad_interpolations_are_refused(pipe, arguments, message):
         pipe.interpolate(*arguments)
 
 
+@pytest.mark.parametrize(
+    ("end", "arguments", "message"),
+    [
+        ("\ud800", {}, "`b` must be Unicode text"),
+        ("b", {"num_inference_steps": 0}, "`num_inference_steps`"),
+        ("b", {"renoise_steps": -1}, "`renoise_steps`"),
+        ("b", {"height": 20}, "multiples of 16"),
+        ("b", {"num_images_per_prompt": 2}, "`generator` is a list of 3, but 6 images"),
+        ("b", {"conditioning_weights": [1.0] * 5}, "`conditioning_weights` has 5 entries, but there are only 4"),
+        (picture(), {"use_prior": True}, "`use_prior=True` samples an image embedding"),
+        ("b", {"promt": "c"}, "takes no argument `promt`"),
+    ],
+)
+def test_interpolations_are_refused_before_any_work(pipe, end, arguments, message):
+    work = []
+    for name in ("text_encoder", "text_encoder_2", "image_encoder", "unet", "vqgan"):
+        getattr(pipe, name).register_forward_pre_hook(lambda module, args, n=name: work.append(n))
+    with pytest.raises((ValueError, TypeError), match=message):
+        pipe.interpolate("a", end, 3, **{"use_prior": False} | arguments)
+    assert not work
+
+
 # ------------------------------------------------------------------------------------------------------------ bad input
 
 
@@ -666,6 +688,14 @@ def test_bad_interpolations_are_refused(pipe, arguments, message):
         ({"callback_on_step_end_tensor_inputs": 0.5}, "`callback_on_step_end_tensor_inputs` must be a list"),
         ({"conditioning_weights": np.full(2, np.nan)}, "`conditioning_weights` must be finite"),
         ({"height": 0}, "multiples of 16, got 0 and 32"),
+        ({"height": 16 * 10**6}, "at most .* pixels together, got 16000000 and 32"),
+        ({"height": 10**400}, "at most .* pixels together"),
+        ({"guidance_scale": 10**400}, "`guidance_scale` must be a finite number"),
+        ({"num_images_per_prompt": 10**9}, "`num_images_per_prompt` must be an integer of at most 1048576"),
+        ({"max_sequence_length": 10**400}, "`max_sequence_length` must be an integer of at most"),
+        ({"use_prior": np.ones(2)}, "`use_prior` must be True, False or None"),
+        ({"return_dict": "no"}, "`return_dict` must be True or False, got 'no'"),
+        ({"conditioning_weights": [1.0] * 5}, "`conditioning_weights` has 5 entries, but there are only 4"),
         ({"prompt": []}, "`prompt` must be a string or a list of at least one"),
         ({"prompt": 3}, "`prompt` must be a string.*got 3"),
         ({"prompt": ["a", None]}, "`prompt` must be a string"),

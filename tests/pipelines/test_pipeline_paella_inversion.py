@@ -139,6 +139,11 @@ def test_callbacks_see_the_edited_image(pipe):
         ({"prompt": []}, "`prompt` must be a string"),
         ({"residual_scale": -1}, "`residual_scale`.*got -1"),
         ({"smoothing": 1}, "`smoothing`.*got 1"),
+        ({"smoothing": 1 - 1e-16}, "`smoothing`.*got 0.99"),
+        ({"smoothing": 1e-45}, "`smoothing`.*got 1e-45"),
+        ({"source_prompt": None, "source_prompt_embeds": torch.ones(1, 2, 5)}, "`source_prompt_embeds` must have shape"),
+        ({"source_clip_text_embeds": torch.ones(1, 5)}, "`source_clip_text_embeds` must have shape"),
+        ({"source_prompt_attention_mask": [1]}, "`source_prompt_attention_mask` must be a tensor"),
         ({"generator": [seeded()] * 2}, "list of 2, but 1 images"),
         ({"output_type": "jpeg"}, "`output_type`"),
         ({"strength": 2}, "`strength`"),
@@ -147,6 +152,21 @@ def test_callbacks_see_the_edited_image(pipe):
 def test_bad_input_is_refused(pipe, arguments, message):
     with pytest.raises(ValueError, match=message):
         edit(pipe, **{"prompt": "a", "image": grid()} | arguments)
+
+
+@pytest.mark.usefixtures("float64")
+def test_one_source_prompt_with_a_negative_embedding_for_each_image(pipe):
+    embeds = torch.randn(2, 3, 16, generator=seeded())
+    call = {"negative_prompt_embeds": embeds, "source_prompt": "a", "use_prior": False}
+    both = edit(pipe, ["d", "e"], grid(batch=2), generator=[seeded(0), seeded(1)], **call)
+    alone = edit(pipe, "e", grid(batch=2)[1:], generator=[seeded(1)], **call | {"negative_prompt_embeds": embeds[1:]})
+    assert torch.equal(both[1:], alone)
+
+
+@pytest.mark.parametrize("smoothing", [1e-6, 1 - 1e-6])
+def test_the_image_returns_with_the_least_and_the_most_smoothing(pipe, smoothing):
+    result = edit(pipe, "a", grid(), source_prompt="a", residual_scale=1.0, smoothing=smoothing)
+    assert torch.equal(result, grid())
 
 
 @pytest.mark.usefixtures("float64")

@@ -295,6 +295,7 @@ def test_feather_falls_from_one_to_zero():
     assert (row[20:27].diff() < 0).all()
     assert (row[:4] == 0).all() and (row[26:] == 0).all() and row[25] > 0
     assert torch.equal(feather(mask, radius=0), mask)
+    assert (feather(mask, radius=10**9) == 1).all()  # everything is within its reach
     source = prepare_source(photo(48, 32), RULE, mask_image=mask[0, 0].repeat(4, 1)[:32], feather_radius=3)
     assert torch.equal(source.blend, feather((source.blend == 1).float(), 3))
 
@@ -403,6 +404,7 @@ def test_token_grids_are_taken_as_they_are():
         ({"width": "64"}, "`width` must be a number of pixels, got '64'"),
         ({"resize_mode": "stretch"}, "`resize_mode` must be one of 'default', 'fill', 'crop', got 'stretch'"),
         ({"feather_radius": -1}, "`feather_radius`"),
+        ({"keep_original_pixels": "no"}, "`keep_original_pixels` must be True or False, got 'no'"),
         ({"padding_mask_crop": 8}, "`padding_mask_crop` needs `mask_image`"),
         ({"padding_mask_crop": -1}, "`padding_mask_crop` must be an integer of at least 0, got -1"),
         ({"padding_mask_crop": 8, "mask_image": torch.ones(64, 64), "resize_mode": "fill"}, "leave `resize_mode` out"),

@@ -89,15 +89,16 @@ class EncodingMixin:
 
     def _encode_byt5(self, prompts: list[str], max_length: int, device):
         distinct, rows = _distinct(prompts)
-        with _TOKENIZING:
-            inputs = self.tokenizer(
-                distinct, padding="longest", max_length=max_length, truncation=True, return_tensors="pt"
-            ).to(device)
+        inputs = self._tokenize_byt5(distinct, max_length).to(device)
         if inputs.input_ids.shape[1] == max_length and any(len(p.encode()) >= max_length for p in distinct):
             logger.warning(f"Prompts were cut to `max_sequence_length`, {max_length} bytes.")
         mask = None if inputs.attention_mask.all() else inputs.attention_mask  # no mask, no padding
         embeds = self.text_encoder(inputs.input_ids, attention_mask=mask).last_hidden_state
         return embeds[rows], None if mask is None else mask[rows]
+
+    def _tokenize_byt5(self, prompts: list[str], max_length: int):
+        with _TOKENIZING:
+            return self.tokenizer(prompts, padding="longest", max_length=max_length, truncation=True, return_tensors="pt")
 
     def _encode_clip(self, prompts: list[str], device) -> torch.Tensor:
         distinct, rows = _distinct(prompts)

@@ -79,6 +79,8 @@ def to_rgb(image: Image.Image, name: str = "`image`", background: str = "white")
             _say_first_frame()
         image.load()
         image = ImageOps.exif_transpose(image)
+        if image.mode == "La":  # premultiplied, which Pillow converts to nothing else
+            image = image.convert("LA")
         if image.has_transparency_data:
             image = image.convert("RGBA")
             return Image.alpha_composite(Image.new("RGBA", image.size, background), image).convert("RGB")

@@ -13,12 +13,14 @@ import numpy as np
 import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 
-from ..checks import check_choice, check_integer, check_number, check_ramp, is_integer
+from ..checks import check_boolean, check_choice, check_integer, check_number, check_ramp, is_boolean, is_integer
 from .conditioning import repeat_rows
 from .encoding import nested_images
 from .image_reading import to_rgb
 
 MAX_STEPS = 10_000
+MAX_IMAGES_PER_PROMPT = 2**20
+MAX_LENGTH = 2**24  # of prompts, in bytes
 MODEL_DEFAULT = ...  # a guidance scale that was left out: the model's own
 
 
@@ -36,37 +38,53 @@ class PromptInputs:
     negative_clip_text_embeds: Any = None
     max_sequence_length: int = 768
 
-    def check(self, pipe, is_guided: bool, prefix: str = "") -> int:
+    def check(self, pipe, is_guided: bool, prefix: str = "", batch_size: int | None = None) -> int:
         """
-        Refuse what does not fit together or the pipeline; the number of prompts otherwise. Names of arguments have the
-        `prefix`, such as "source_".
+        Refuse what does not fit together or the pipeline; the number of prompts otherwise, of which `batch_size` are
+        expected if given: one may stand for all. Names of arguments have the `prefix`, such as "source_".
         """
         prompt_name, embeds_name = f"{prefix}prompt", f"{prefix}prompt_embeds"
         if (self.prompt is None) == (self.prompt_embeds is None):
             raise ValueError(f"Pass either `{prompt_name}` or `{embeds_name}`: exactly one of them.")
         for name, value in ((prompt_name, self.prompt), ("negative_prompt", self.negative_prompt)):
             check_prompts(name, value)
-        check_integer("max_sequence_length", self.max_sequence_length, 1)
+        check_integer("max_sequence_length", self.max_sequence_length, 1, MAX_LENGTH)
         text_dim, clip_dim = pipe.unet.config.text_embed_dim, pipe.unet.config.clip_embed_dim
         self.prompt_embeds = embeddings(embeds_name, self.prompt_embeds, (3,), text_dim)
         if self.prompt is None:
-            batch_size = len(self.prompt_embeds)
+            count = len(self.prompt_embeds)
         else:
-            batch_size = 1 if isinstance(self.prompt, str) else len(self.prompt)
+            count = 1 if isinstance(self.prompt, str) else len(self.prompt)
             if pipe.text_encoder is None or pipe.tokenizer is None:
                 raise ValueError(
                     f"`{prompt_name}` needs the components `text_encoder` and `tokenizer`: without them, pass "
                     f"`{embeds_name}`."
                 )
+        if batch_size is not None and count not in (1, batch_size):
+            raise ValueError(f"`{prompt_name}` has {count} entries for {batch_size} prompts: pass one, or one each.")
+        batch_size = batch_size or count
         table = {"negative_prompt_embeds": ((3,), text_dim), "clip_text_embeds": ((2,), clip_dim)}
         table["negative_clip_text_embeds"] = table["clip_text_embeds"]
         for name, (dims, width) in table.items():
-            setattr(self, name, embeddings(name, getattr(self, name), dims, width, batch_size))
-        for name in ("prompt", "negative_prompt"):
+            shown = name if name.startswith("negative_") else f"{prefix}{name}"
+            setattr(self, name, embeddings(shown, getattr(self, name), dims, width, batch_size))
+        for name, shown in (("prompt", prompt_name), ("negative_prompt", "negative_prompt")):
             embeds, mask = getattr(self, f"{name}_embeds"), getattr(self, f"{name}_attention_mask")
-            setattr(self, f"{name}_attention_mask", attention_mask(f"{name}_attention_mask", mask, f"{name}_embeds", embeds))
+            mask = attention_mask(f"{shown}_attention_mask", mask, f"{shown}_embeds", embeds)
+            setattr(self, f"{name}_attention_mask", mask)
         self._check_negative(pipe, is_guided, batch_size)
         return batch_size
+
+    def text_length(self, pipe) -> int:
+        """How many tokens the longest prompt has."""
+        if self.prompt_embeds is not None:
+            return self.prompt_embeds.shape[1]
+        prompts = [self.prompt] if isinstance(self.prompt, str) else list(self.prompt)
+        return pipe._tokenize_byt5(prompts, self.max_sequence_length).input_ids.shape[1]
+
+    def has_clip_text(self, pipe) -> bool:
+        """Whether there are CLIP text embeddings."""
+        return self.clip_text_embeds is not None or (pipe.text_encoder_2 is not None and self.prompt is not None)
 
     def _check_negative(self, pipe, is_guided: bool, batch_size: int):
         if self.negative_prompt is not None and self.negative_prompt_embeds is not None:
@@ -89,14 +107,11 @@ class PromptInputs:
             if has_negative and not has_clip_text:
                 raise ValueError("`negative_clip_text_embeds` needs `clip_text_embeds` beside it.")
 
-    def expand(self, batch_size: int, prefix: str):
-        """Let a single prompt stand for all; refuse another number of them."""
+    def expand(self, batch_size: int):
+        """Let a single prompt stand for all."""
         prompts = [self.prompt] if isinstance(self.prompt, str) else self.prompt
-        count = len(prompts) if prompts is not None else len(self.prompt_embeds)
-        if count not in (1, batch_size):
-            raise ValueError(f"`{prefix}prompt` has {count} entries for {batch_size} prompts: pass one, or one each.")
         if prompts is not None:
-            self.prompt = list(prompts) * (batch_size // count)
+            self.prompt = list(prompts) * (batch_size // len(prompts))
         else:
             self.prompt_embeds = repeat_rows(self.prompt_embeds, batch_size)
 
@@ -134,15 +149,30 @@ class ImageConditionInputs:
         check_integer("prior_num_inference_steps", self.prior_num_inference_steps, 1, MAX_STEPS)
         check_number("prior_guidance_scale", self.prior_guidance_scale)
         self._check_prior(pipe, prompts)
+        if self.conditioning_weights is not None:
+            self._check_number_of_weights(pipe, prompts)
+
+    def _check_number_of_weights(self, pipe, prompts: PromptInputs):
+        """Refuse more weights than the conditional pass has conditioning tokens."""
+        num_images = int(self.use_prior)
+        if self.condition_image is not None:
+            num_images = len(self.condition_image[0])
+        elif self.clip_image_embeds is not None:
+            num_images = 1 if self.clip_image_embeds.ndim == 2 else self.clip_image_embeds.shape[1]
+        num_embeddings = prompts.has_clip_text(pipe) + num_images
+        length = prompts.text_length(pipe) + pipe.unet.config.clip_seq_len * num_embeddings
+        if self.conditioning_weights.shape[-1] > length:
+            raise ValueError(
+                f"`conditioning_weights` has {self.conditioning_weights.shape[-1]} entries, but there are only {length} "
+                "conditioning tokens."
+            )
 
     def _check_prior(self, pipe, prompts: PromptInputs):
-        if self.use_prior not in (None, True, False):
+        if not (self.use_prior is None or is_boolean(self.use_prior)):
             raise ValueError(f"`use_prior` must be True, False or None for the model's default, got {self.use_prior!r}.")
         has_prior = pipe.prior is not None and pipe.prior_scheduler is not None
         has_image = self.condition_image is not None or self.clip_image_embeds is not None
-        has_clip_text = prompts.clip_text_embeds is not None or (
-            pipe.text_encoder_2 is not None and prompts.prompt is not None
-        )
+        has_clip_text = prompts.has_clip_text(pipe)
         if self.use_prior:
             if not has_prior:
                 raise ValueError("`use_prior=True` needs the components `prior` and `prior_scheduler`.")
@@ -177,7 +207,7 @@ class SamplingInputs:
     def check(self):
         """Refuse what is out of range."""
         check_integer("num_inference_steps", self.num_inference_steps, 1, MAX_STEPS)
-        check_integer("num_images_per_prompt", self.num_images_per_prompt, 1)
+        check_integer("num_images_per_prompt", self.num_images_per_prompt, 1, MAX_IMAGES_PER_PROMPT)
         check_integer("deep_feature_interval", self.deep_feature_interval, 1)
         if self.guidance_scale is not None:
             check_ramp("guidance_scale", self.guidance_scale, remedy="None turns guidance off.")
@@ -247,6 +277,7 @@ class OutputInputs:
     def check(self, pipe):
         """Refuse what is unknown."""
         check_choice("output_type", self.output_type, ("pil", "np", "pt", "latent"))
+        check_boolean("return_dict", self.return_dict)
         if isinstance(self.callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
             self.callback_on_step_end_tensor_inputs = self.callback_on_step_end.tensor_inputs
         if self.callback_on_step_end is not None and not callable(self.callback_on_step_end):

@@ -166,12 +166,9 @@ class PaellaPipelineBase(LoadingMixin, EncodingMixin, CallStateMixin, DiffusionP
         sampling, output = inputs.sampling, inputs.output
         device = self._execution_device
 
-        # 1. check inputs, and plan the run, which may refuse its arguments
-        state = self.prepare_state(inputs)
-        stepper = stepper or make_stepper(self.scheduler)
-        num_images, regions = self.check_inputs(inputs, state, height, width, region_masks, source, source_prompts)
-        state.plan = stepper.plan(
-            sampling.num_inference_steps, device, sampling.temperature, sampling.renoise_steps, sampling.strength
+        # 1. check inputs, and plan the run
+        state, stepper, num_images, regions = self.prepare(
+            inputs, height, width, region_masks, source, stepper, source_prompts
         )
 
         with self.running(state):
@@ -208,6 +205,23 @@ class PaellaPipelineBase(LoadingMixin, EncodingMixin, CallStateMixin, DiffusionP
             return (images,)
         steps_taken = [on_step.evaluations] * num_images if stop is None else stop.evaluations.tolist()
         return PaellaPipelineOutput(images=images, steps_taken=steps_taken)
+
+    def prepare(
+        self, inputs: CallInputs, height, width, region_masks=None, source=None, stepper=None, source_prompts=None
+    ) -> tuple:
+        """The state of a call, with its plan, its stepper, the number of images and the regions. Bad input is refused."""
+        sampling = inputs.sampling
+        state = self.prepare_state(inputs)
+        stepper = stepper or make_stepper(self.scheduler)
+        num_images, regions = self.check_inputs(inputs, state, height, width, region_masks, source, source_prompts)
+        state.plan = stepper.plan(
+            sampling.num_inference_steps,
+            self._execution_device,
+            sampling.temperature,
+            sampling.renoise_steps,
+            sampling.strength,
+        )
+        return state, stepper, num_images, regions
 
     def prepare_state(self, inputs: CallInputs) -> CallState:
         """This call's copy of the guidance, and its scale: the call's, or else the guider's own."""
@@ -250,8 +264,8 @@ class PaellaPipelineBase(LoadingMixin, EncodingMixin, CallStateMixin, DiffusionP
                 raise ValueError(f"`region_masks` has {len(regions)} masks for {batch_size} prompts: pass one for each.")
             batch_size = 1  # all prompts are for one image
         if source_prompts is not None:
-            source_prompts.check(self, is_guided, prefix="source_")
-            source_prompts.expand(batch_size, prefix="source_")
+            source_prompts.check(self, is_guided, prefix="source_", batch_size=batch_size)
+            source_prompts.expand(batch_size)
         num_images = batch_size * sampling.num_images_per_prompt
         sampling.check_generator(num_images)
         if sampling.latents is not None:

@@ -1,6 +1,8 @@
 """Text to image with Paella."""
 
+import inspect
 from collections.abc import Callable
+from typing import Any
 
 import PIL.Image
 import torch
@@ -8,10 +10,10 @@ import torch.nn.functional as F
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.utils import replace_example_docstring
 
-from ..checks import check_integer, suggest_arguments
+from ..checks import check_arguments, check_integer, suggest_arguments
 from .conditioning import PromptEmbeds
 from .encoding import num_image_rows
-from .inputs import MODEL_DEFAULT, CallInputs
+from .inputs import MODEL_DEFAULT, CallInputs, check_prompts
 from .pipeline_base import PaellaPipelineBase, PaellaPipelineOutput, seeded_generator
 
 EXAMPLE_DOC_STRING = """
@@ -171,12 +173,16 @@ class PaellaPipeline(PaellaPipelineBase):
         Raises:
             ValueError: If an argument is out of range, or needs a component that is not there.
         """
-        inputs = CallInputs.collect(locals())
-        if prompt is None and prompt_embeds is None and condition_image is not None:  # variations
-            inputs.prompts.prompt = [""] * num_image_rows(condition_image)
-        height = self.default_size if height is None else height
-        width = self.default_size if width is None else width
-        return self.generate(inputs, height, width, region_masks)
+        return self.generate(**self._read_arguments(locals()))
+
+    def _read_arguments(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """A call's arguments as those of `generate`, with defaults that depend on the model and on each other."""
+        inputs = CallInputs.collect(arguments)
+        condition_image = arguments["condition_image"]
+        if inputs.prompts.prompt is None and inputs.prompts.prompt_embeds is None and condition_image is not None:
+            inputs.prompts.prompt = [""] * num_image_rows(condition_image)  # variations
+        sides = {name: self.default_size if arguments[name] is None else arguments[name] for name in ("height", "width")}
+        return sides | {"inputs": inputs, "region_masks": arguments["region_masks"]}
 
     @torch.no_grad()
     def interpolate(
@@ -209,6 +215,8 @@ class PaellaPipeline(PaellaPipelineBase):
         for name, end in zip("ab", ends):
             if not isinstance(end, str | PIL.Image.Image):
                 raise ValueError(f"`{name}` must be a prompt or a PIL image, got {type(end).__name__}.")
+            if isinstance(end, str):
+                check_prompts(name, end)
         check_integer("num_images", num_images, 2)
         given = sorted(kwargs.keys() & INTERPOLATED)
         if given:
@@ -223,8 +231,13 @@ class PaellaPipeline(PaellaPipelineBase):
         if with_images and self.text_encoder_2 is None:
             raise ValueError("Interpolating images needs the component `text_encoder_2`.")
         generator = generator or seeded_generator()
-
+        call = {"generator": [generator.clone_state() for _ in range(num_images)]} | kwargs
         prompts = [end if isinstance(end, str) else "" for end in ends]
+        images = torch.zeros(num_images, self.unet.config.clip_embed_dim) if with_images else None
+        self._check_call(
+            prompt=[max(prompts, key=lambda text: len(text.encode()))] * num_images, clip_image_embeds=images, **call
+        )
+
         encoded = PromptEmbeds(*self.encode_prompt(prompts, do_classifier_free_guidance=False))
         embeds, mask, clip_text = encoded.prompt_embeds, encoded.prompt_attention_mask, encoded.clip_text_embeds
         mask = torch.ones(embeds.shape[:2], device=embeds.device) if mask is None else mask
@@ -238,9 +251,15 @@ class PaellaPipeline(PaellaPipelineBase):
             prompt_attention_mask=None if attended.all() else attended,
             clip_text_embeds=None if clip_text is None else slerp(*clip_text, share),
             clip_image_embeds=None if clip_image is None else slerp(*clip_image, share),
-            generator=[generator.clone_state() for _ in range(num_images)],
-            **kwargs,
+            **call,
         )
+
+    def _check_call(self, **kwargs):
+        """Refuse what a call with these arguments would refuse, before any model runs."""
+        check_arguments(type(self).__call__, kwargs)
+        arguments = inspect.signature(self.__call__).bind(**kwargs)
+        arguments.apply_defaults()
+        self.prepare(**self._read_arguments(arguments.arguments))
 
     def _image_embeds(self, end: str | PIL.Image.Image, clip_text: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         """The image embedding `(1, clip_embed_dim)` of one end of an interpolation."""

@@ -26,6 +26,8 @@ EXAMPLE_DOC_STRING = """
         ```
 """
 
+MIN_SMOOTHING = 1e-6  # nearer to 0 or 1, float32 has no room for the other part
+
 
 class PaellaInversionPipeline(PaellaPipelineBase):
     r"""
@@ -116,7 +118,7 @@ class PaellaInversionPipeline(PaellaPipelineBase):
             residual_scale (`float`, defaults to 0.9): λ, at least 0: how much of the image's own is put back.
             strength (`float`, defaults to 0.75): The first noise level, in (0, 1].
             smoothing (`float`, defaults to 0.1):
-                The probability, in (0, 1), that smoothing gives to all tokens alike.
+                The probability, from 1e-6 to 1 - 1e-6, that smoothing gives to all tokens alike.
             source_prompt_embeds, source_prompt_attention_mask, source_clip_text_embeds (`torch.Tensor`, *optional*):
                 In place of `source_prompt`; as `prompt_embeds` and so on.
             height, width (`int`, *optional*):
@@ -140,7 +142,7 @@ class PaellaInversionPipeline(PaellaPipelineBase):
         """
         inputs = CallInputs.collect(locals())
         check_number("residual_scale", residual_scale, at_least=0)
-        check_number("smoothing", smoothing, above=0, below=1)
+        check_number("smoothing", smoothing, at_least=MIN_SMOOTHING, at_most=1 - MIN_SMOOTHING)
         source = self.prepare_source(image, height, width, resize_mode=resize_mode)
         inputs.sampling.generator = generator or seeded_generator()  # both runs have the same noise
         return self.generate(

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import logging
 
-from ..checks import check_choice, check_integer, is_integer
+from ..checks import check_boolean, check_choice, check_integer, is_integer
 from .image_reading import to_grey, to_rgb
 
 logger = logging.get_logger(__name__)
@@ -83,6 +83,12 @@ class SizeRule:
         for name, side in {"height": height, "width": width}.items():
             if not is_integer(side):
                 raise ValueError(f"`{name}` must be an integer, of the multiples of {self.multiple}, got {side!r}.")
+        most = PIL.Image.MAX_IMAGE_PIXELS
+        if most and height * width > most and min(height, width) > 0:
+            raise ValueError(
+                f"`height` and `width` must be at most {most} pixels together, got {height} and {width}: pass less, or "
+                "raise `PIL.Image.MAX_IMAGE_PIXELS`."
+            )
         if height < 1 or width < 1 or not self.allows(height, width):
             raise ValueError(
                 f"`height` and `width` must be multiples of {self.multiple}, got {height} and {width}: the nearest are "
@@ -187,7 +193,7 @@ def prepare_source(
     Raises:
         ValueError: If an argument is out of range, or does not go with the others.
     """
-    _check_options(mask_image, padding, resize_mode, padding_mask_crop, feather_radius)
+    _check_options(mask_image, padding, resize_mode, padding_mask_crop, keep_original_pixels, feather_radius)
     padding = tuple(padding or (0, 0, 0, 0))
     images = read_image(image)
     if isinstance(images, torch.Tensor):
@@ -291,9 +297,12 @@ def feather(mask: torch.Tensor, radius: int) -> torch.Tensor:
     """
     if radius == 0:
         return mask
-    window = 2 * radius + 1
-    wider = F.max_pool2d(mask, window, stride=1, padding=radius)
-    return F.avg_pool2d(wider, window, stride=1, padding=radius, count_include_pad=False)
+    radius = min(radius, max(mask.shape[-2:]))  # then, all of the image is within its reach
+    for side in ((2 * radius + 1, 1), (1, 2 * radius + 1)):  # one after the other is faster, and the same
+        mask = F.max_pool2d(mask, side, stride=1, padding=[one // 2 for one in side])
+    for side in ((2 * radius + 1, 1), (1, 2 * radius + 1)):
+        mask = F.avg_pool2d(mask, side, stride=1, padding=[one // 2 for one in side], count_include_pad=False)
+    return mask
 
 
 def _is_image(image, least_ndim: int = 3) -> bool:
@@ -446,7 +455,7 @@ def _margins(inner: Box, box: Box, grid: list[int]) -> tuple[int, int, int, int]
 # -------------------------------------------------------------------------------------------------------------- checks
 
 
-def _check_options(mask_image, padding, resize_mode, padding_mask_crop, feather_radius):
+def _check_options(mask_image, padding, resize_mode, padding_mask_crop, keep_original_pixels, feather_radius):
     if padding is not None and (
         not isinstance(padding, tuple | list)
         or len(padding) != 4
@@ -454,6 +463,7 @@ def _check_options(mask_image, padding, resize_mode, padding_mask_crop, feather_
     ):
         raise ValueError(f"`padding` must be (left, top, right, bottom) in pixels, at least 0, got {padding}.")
     check_choice("resize_mode", resize_mode, RESIZE_MODES)
+    check_boolean("keep_original_pixels", keep_original_pixels)
     check_integer("feather_radius", feather_radius, 0)
     if padding_mask_crop is None:
         return
