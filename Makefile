@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := "red heart" "grinning face" "pizza" "dog face" "rocket" "sunflower" "green apple" "soccer ball" "guitar"
 
-.PHONY: demo test test-golden test-kills test-oldest test-comfyui lint clean
+.PHONY: demo test test-golden test-kills test-oldest test-comfyui fuzz soak lint clean
 
 demo: $(VENV)/installed
 	$(BIN)/paella-diffusers generate $(DEMO) --out demo.png
@@ -36,6 +36,15 @@ test-comfyui:
 	.venv-comfyui/bin/pip install --quiet -r "$(COMFYUI)/requirements.txt"
 	.venv-comfyui/bin/pip install --quiet ".[lora]"
 	.venv-comfyui/bin/python integrations/comfyui/run_workflows.py "$(COMFYUI)"
+
+# bad and hostile input of every kind, for MINUTES=10 unless given; docs/reliability.md says what is counted
+MINUTES ?= 10
+fuzz: $(VENV)/installed
+	PYTHONPATH=tests $(BIN)/python -m fuzz --minutes $(MINUTES)
+
+# many calls in one process, kills of every writer, and threads; SOAK="--calls 100 --kills 5" tries less
+soak: $(VENV)/installed
+	PYTHONPATH=tests $(BIN)/python -m fuzz.soak $(SOAK)
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

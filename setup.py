@@ -26,7 +26,7 @@ EXTRAS = {
     "emoji": ["resvg_py>=0.2"],  # examples/train_emoji.py
 }
 EXTRAS["all"] = sorted({requirement for extra in EXTRAS.values() for requirement in extra})
-EXTRAS["test"] = ["pytest>=8.0", "pytest-xdist", "ruff", "flow_matching", "scipy"]
+EXTRAS["test"] = ["pytest>=8.0", "pytest-xdist", "ruff", "flow_matching", "scipy", "hypothesis"]
 
 
 def long_description(readme: str, url: str) -> str:
