@@ -76,12 +76,6 @@ def check_integer(name: str, value, at_least: int, at_most: float = math.inf, re
         raise ValueError(f"`{name}` must be an integer of {bound}, got {value!r}.{remedy and ' '}{remedy}")
 
 
-def check_boolean(name: str, value):
-    """Refuse what is neither True nor False."""
-    if not isinstance(value, bool):
-        raise ValueError(f"`{name}` must be True or False, got {value!r}.")
-
-
 def check_choice(name: str, value, choices: Iterable[str]):
     """Refuse what is none of the choices."""
     if not isinstance(value, str) or value not in choices:

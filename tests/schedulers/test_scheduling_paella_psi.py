@@ -150,6 +150,15 @@ def test_leave_one_out_temperature_is_exact_for_a_token_alone(kappa, steps, temp
         assert 0.5 * (result(False) - wanted).abs().sum() > 0.01
 
 
+def test_leave_one_out_temperature_at_high_temperatures_in_float16():
+    """The present token's logit would be beyond the largest number: it gets its share, δ against all others."""
+    scheduler = PaellaPsiScheduler(temperature=1e5, leave_one_out_temperature=True, kappa=0.0)
+    scheduler.set_timesteps(timesteps=[0.5, 0.25])
+    tokens = torch.zeros(1, 10_000, dtype=torch.long)
+    drawn = scheduler.step(torch.zeros(1, 10_000, 16).half(), 0.5, tokens, generator=seeded()).sampled_tokens
+    assert abs((drawn == 0).double().mean() - 17 / (17 + 15)) < 0.02
+
+
 def test_leave_one_out_temperature_in_a_pipeline():
     """With several tokens it is not exact, but nearer to p^(1/T) than plain temperature."""
     pipe = exact_pipeline()

@@ -143,8 +143,10 @@ def leave_one_out_shift(
         temperature (`float`): T.
     """
     delta = math.log1p(logits.shape[-1] * (1 - noise_level) / noise_level)
-    shift = logits.new_full((*tokens.shape, 1), (temperature - 1) * delta)
-    return logits.scatter_add(-1, tokens[..., None], shift)
+    shift = (temperature - 1) * delta
+    if abs(shift) > torch.finfo(logits.dtype).max / 2:  # in float16, at high temperatures
+        logits = logits.float()
+    return logits.scatter_add(-1, tokens[..., None], logits.new_full((*tokens.shape, 1), shift))
 
 
 def _log_probs(logits: torch.Tensor, tokens: torch.LongTensor) -> torch.Tensor:

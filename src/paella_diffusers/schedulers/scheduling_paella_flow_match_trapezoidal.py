@@ -100,7 +100,7 @@ class PaellaFlowMatchTrapezoidalScheduler(FlowMatchSchedulerBase):
             ValueError, TypeError: As [`PaellaScheduler.step`], or if a second stage does not follow its first.
         """
         index = self._index(timestep)
-        logits, mask = self._check_step(model_output, sample, mask=mask)
+        logits, mask = self._check_step(model_output, sample, mask=mask, generator=generator)
 
         log_rates, jump, change = self._jumps(logits, index, sample)
         target = sample_tokens(log_rates.to(logits.dtype), 1.0, generator)

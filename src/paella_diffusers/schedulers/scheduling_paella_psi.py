@@ -77,7 +77,7 @@ class PaellaPsiScheduler(PaellaSchedulerBase):
             ValueError, TypeError: As [`PaellaScheduler.step`].
         """
         index = self._index(timestep)
-        logits, mask = self._check_step(model_output, sample, mask=mask)
+        logits, mask = self._check_step(model_output, sample, mask=mask, generator=generator)
 
         sampled_tokens = sample_tokens(self._tempered(logits, sample, index), self.temperatures[index], generator)
         prev_sample = sampled_tokens
