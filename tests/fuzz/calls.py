@@ -17,10 +17,12 @@ from PIL import Image
 from paella_diffusers import (
     PaellaConfidenceScheduler,
     PaellaFlowMatchEulerScheduler,
+    PaellaFlowMatchTrapezoidalScheduler,
     PaellaImg2ImgPipeline,
     PaellaInpaintPipeline,
     PaellaInversionPipeline,
     PaellaPipeline,
+    PaellaPsiScheduler,
     PaellaScheduler,
 )
 
@@ -38,6 +40,8 @@ SCHEDULERS = {
     "renoising": lambda: PaellaScheduler(num_vq_embeddings=NUM_TOKENS),
     "confidence": lambda: PaellaConfidenceScheduler(num_vq_embeddings=NUM_TOKENS),
     "flow matching": lambda: PaellaFlowMatchEulerScheduler(num_vq_embeddings=NUM_TOKENS),
+    "trapezoidal": lambda: PaellaFlowMatchTrapezoidalScheduler(num_vq_embeddings=NUM_TOKENS),
+    "psi": lambda: PaellaPsiScheduler(num_vq_embeddings=NUM_TOKENS),
     "DiscreteDDIM": lambda: DiscreteDDIMScheduler(),
     "EntropyBound": lambda: EntropyBoundScheduler(),
 }

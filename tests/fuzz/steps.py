@@ -9,13 +9,19 @@ import torch
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 
-from paella_diffusers import PaellaConfidenceScheduler, PaellaFlowMatchEulerScheduler, PaellaScheduler
+from paella_diffusers import (
+    PaellaConfidenceScheduler,
+    PaellaFlowMatchEulerScheduler,
+    PaellaFlowMatchTrapezoidalScheduler,
+    PaellaPsiScheduler,
+    PaellaScheduler,
+)
 
-from .calls import NO_INTEGERS, NO_NUMBERS, NO_RAMPS, POSITIVE_INTEGERS, ramps, seeded, seeds
+from .calls import NO_BOOLEANS, NO_INTEGERS, NO_NUMBERS, NO_RAMPS, POSITIVE_INTEGERS, ramps, seeded, seeds
 from .outcomes import Outcome, attempt, expect
 
 RENOISING = (PaellaScheduler, PaellaConfidenceScheduler)
-SCHEDULERS = (*RENOISING, PaellaFlowMatchEulerScheduler)
+SCHEDULERS = (*RENOISING, PaellaFlowMatchEulerScheduler, PaellaFlowMatchTrapezoidalScheduler, PaellaPsiScheduler)
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 LEAST_P = 1e-9  # a thousand fair tests of a thousand runs stay above it
 
@@ -68,6 +74,11 @@ OWN_KNOBS = {
         "time_grid": st.sampled_from(["linear", "cosine", "polynomial"]),
         "corrector_rate": st.floats(0, 1e6),
     },
+    PaellaFlowMatchTrapezoidalScheduler: {
+        "time_grid": st.sampled_from(["linear", "cosine", "polynomial"]),
+        "theta": st.floats(0.01, 0.99),
+    },
+    PaellaPsiScheduler: {"kappa": st.floats(0, 1), "leave_one_out_temperature": st.booleans()},
 }
 BAD_KNOBS = {
     "num_inference_steps": [*POSITIVE_INTEGERS, 10**9],
@@ -86,6 +97,9 @@ BAD_KNOBS = {
     "time_grid": ["x", 5, None],
     "time_power": [*NO_NUMBERS, 0, -1.0, None],
     "corrector_rate": [*NO_NUMBERS, -1.0, None],
+    "theta": [*NO_NUMBERS, 0, 1, None],
+    "kappa": [*NO_NUMBERS, -1.0, 1.5, None],
+    "leave_one_out_temperature": NO_BOOLEANS,
 }
 BAD_RUN = {
     "num_inference_steps": [*POSITIVE_INTEGERS[:-1], 10**9],
@@ -155,6 +169,9 @@ def _run(case: Step):
     if case.run:
         scheduler.set_timesteps(**case.run)
     arguments = _arguments(case, scheduler)
+    if case.scheduler is PaellaFlowMatchTrapezoidalScheduler and case.index % len(scheduler.timesteps) % 2:
+        first = {"timestep": scheduler.timesteps[case.index % len(scheduler.timesteps) - 1]}
+        scheduler.step(**arguments | first)
     return scheduler, arguments, scheduler.step(**arguments)
 
 
@@ -246,6 +263,8 @@ def draws(draw) -> Draw:
         PaellaScheduler: st.fixed_dictionaries({"typical_mass": st.none() | st.floats(0.3, 1)}),
         PaellaConfidenceScheduler: st.just({"choice_temperature": 1e6}),
         PaellaFlowMatchEulerScheduler: st.fixed_dictionaries({"corrector_rate": st.sampled_from([0.0, 0.5, 3.0])}),
+        PaellaFlowMatchTrapezoidalScheduler: st.just({}),
+        PaellaPsiScheduler: st.fixed_dictionaries({"kappa": st.floats(0, 1)}),
     }[scheduler]
     numbers = (st.integers(2, 300), st.floats(0.2, 3), st.floats(0.1, 0.9), seeds, knobs)
     choices = (st.sampled_from(DTYPES), st.booleans(), st.booleans())
@@ -258,7 +277,7 @@ def attempt_draw(case: Draw) -> tuple[Outcome, str]:
 
 def _draw(case: Draw):
     """Logits, tokens after the step and predicted ones, and tokens noised directly, each of 4 × 5,000 positions."""
-    knobs = {} if case.scheduler is PaellaFlowMatchEulerScheduler else {"noise_source": "fresh"}
+    knobs = {"noise_source": "fresh"} if case.scheduler in RENOISING else {}
     scheduler = case.scheduler(num_vq_embeddings=case.num_tokens, temperature=case.temperature, **knobs | case.knobs)
     scheduler.set_timesteps(timesteps=[1.0, case.level])
     logits = torch.randn(case.num_tokens, generator=seeded(case.seed)).mul(2).to(case.dtype)
@@ -285,6 +304,10 @@ def _judge_draws(case: Draw, logits, output, noised):
     if case.scheduler is PaellaFlowMatchEulerScheduler:
         corrected = 1 - math.exp(-case.knobs["corrector_rate"] * (1 - level))
         after = corrected * after + (1 - corrected) * ((1 - level) * clean + level * first)
+    if case.scheduler is PaellaFlowMatchTrapezoidalScheduler:  # its first stage: a jump to another token, at its rate
+        others = clean.clone().index_fill(0, torch.tensor(0), 0)
+        stays = level ** others.sum()
+        after = (1 - stays) * others / others.sum() + stays * first
     _judge_shares("predicted tokens", output.sampled_tokens, clean)
     _judge_shares("tokens after the step", output.prev_sample, after)
     _judge_shares("noised tokens", noised, (1 - level) * first + level * uniform)
