@@ -5,6 +5,7 @@ import functools
 import inspect
 import math
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,17 +15,8 @@ from diffusers import DiscreteDDIMScheduler, EntropyBoundScheduler
 from hypothesis import strategies as st
 from PIL import Image
 
-from paella_diffusers import (
-    PaellaConfidenceScheduler,
-    PaellaFlowMatchEulerScheduler,
-    PaellaFlowMatchTrapezoidalScheduler,
-    PaellaImg2ImgPipeline,
-    PaellaInpaintPipeline,
-    PaellaInversionPipeline,
-    PaellaPipeline,
-    PaellaPsiScheduler,
-    PaellaScheduler,
-)
+import paella_diffusers
+from paella_diffusers import PaellaImg2ImgPipeline, PaellaInpaintPipeline, PaellaInversionPipeline, PaellaPipeline
 
 from .outcomes import Outcome, attempt, expect
 
@@ -36,25 +28,20 @@ TASKS = {
     "inversion": PaellaInversionPipeline,
     "interpolation": PaellaPipeline,
 }
-SCHEDULERS = {
-    "renoising": lambda: PaellaScheduler(num_vq_embeddings=NUM_TOKENS),
-    "confidence": lambda: PaellaConfidenceScheduler(num_vq_embeddings=NUM_TOKENS),
-    "flow matching": lambda: PaellaFlowMatchEulerScheduler(num_vq_embeddings=NUM_TOKENS),
-    "trapezoidal": lambda: PaellaFlowMatchTrapezoidalScheduler(num_vq_embeddings=NUM_TOKENS),
-    "psi": lambda: PaellaPsiScheduler(num_vq_embeddings=NUM_TOKENS),
-    "DiscreteDDIM": lambda: DiscreteDDIMScheduler(),
-    "EntropyBound": lambda: EntropyBoundScheduler(),
-}
+OWN = {name: getattr(paella_diffusers, name) for name in paella_diffusers.__all__ if name.startswith("Paella")}
+SCHEDULERS = {name: partial(cls, num_vq_embeddings=NUM_TOKENS) for name, cls in OWN.items() if name.endswith("Scheduler")}
+SCHEDULERS |= {"DiscreteDDIMScheduler": DiscreteDDIMScheduler, "EntropyBoundScheduler": EntropyBoundScheduler}
+GUIDERS = {"no guider": lambda: None} | {name: cls for name, cls in OWN.items() if name.endswith("Guidance")}
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 
 
 @functools.cache
-def pipeline(task: str, dtype: str, scheduler: str):
+def pipeline(task: str, dtype: str, scheduler: str, guider: str = "no guider"):
     pipe = _components(dtype)
     if type(pipe) is not TASKS[task]:
         pipe = TASKS[task].from_pipe(pipe)
     pipe = copy.copy(pipe)
-    pipe.scheduler = SCHEDULERS[scheduler]()
+    pipe.scheduler, pipe.guider = SCHEDULERS[scheduler](), GUIDERS[guider]()
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -79,12 +66,13 @@ class Call:
     scheduler: str
     num_images: int
     arguments: dict[str, Any]
+    guider: str = "no guider"
     bad: dict[str, Any] = field(default_factory=dict)
     late: bool = False
 
     def __repr__(self):
         shown = {name: _short(value) for name, value in (self.bad or self.arguments).items()}
-        return f"{self.task}, {self.dtype}, {self.scheduler}: {shown}"
+        return f"{self.task}, {self.dtype}, {self.scheduler}, {self.guider}: {shown}"
 
 
 def _short(value):
@@ -148,9 +136,9 @@ def good_calls(draw, task: str) -> Call:
             st.sampled_from(["latents", "pred_original_sample", "prompt_embeds"])
         ),
     }
-    if task != "inversion" and scheduler != "EntropyBound":
+    if task != "inversion" and scheduler != "EntropyBoundScheduler":
         optional["temperature"] = ramps(st.floats(1e-6, 1e3))
-    if scheduler in ("renoising", "confidence"):
+    if scheduler in ("PaellaScheduler", "PaellaConfidenceScheduler"):
         optional["renoise_steps"] = st.integers(0, 5)
     for name in draw(st.lists(st.sampled_from(sorted(optional)), unique=True, max_size=4)):
         call[name] = draw(optional[name])
@@ -168,7 +156,28 @@ def good_calls(draw, task: str) -> Call:
         call["region_masks"] = masks
     if "image" not in call and draw(st.booleans()):
         call["latents"] = tokens(draw(seeds), num_images, size[0] // 4, size[1] // 4)
-    return Call(task, draw(st.sampled_from(sorted(DTYPES))), scheduler, num_images, call)
+    guider = draw(st.sampled_from(sorted(GUIDERS)) | st.just("no guider"))
+    if (
+        guider in ("no guider", "PaellaSemanticGuidance")
+        and call.get("guidance_scale", 1) is not None
+        and draw(st.booleans())
+    ):
+        call |= draw(EDITING)
+    return Call(task, draw(st.sampled_from(sorted(DTYPES))), scheduler, num_images, call, guider)
+
+
+EDITING = st.fixed_dictionaries(
+    {"editing_prompt": prompts.filter(bool)},
+    optional={
+        "reverse_editing_direction": st.booleans(),
+        "edit_guidance_scale": st.floats(-5, 20),
+        "edit_warmup_steps": st.integers(0, 5),
+        "edit_cooldown_steps": st.integers(0, 5),
+        "edit_threshold": st.floats(0, 0.99),
+        "edit_momentum_scale": st.floats(0, 1),
+        "edit_mom_beta": st.floats(0, 0.9),
+    },
+)
 
 
 def _generator(draw, num_images: int):
@@ -333,6 +342,15 @@ BAD = {
     "return_dict": NO_BOOLEANS,
     "callback_on_step_end": [5, "x"],
     "callback_on_step_end_tensor_inputs": [0.5, "latents", ["foo"], [5], [[]], [None]],
+    "editing_prompt": [*NO_PROMPTS[:2], *NO_PROMPTS[3:], "", [""]],
+    "reverse_editing_direction": [*NO_BOOLEANS, [True] * 9],
+    "edit_guidance_scale": [*NO_NUMBERS[:5], *NO_NUMBERS[6:], [1.0] * 9],
+    "edit_warmup_steps": NO_INTEGERS[:5],
+    "edit_cooldown_steps": NO_INTEGERS[:5],
+    "edit_threshold": [*NO_NUMBERS[:5], 1.0, -0.5],
+    "edit_momentum_scale": [*NO_NUMBERS, -1.0],
+    "edit_mom_beta": [*NO_NUMBERS, 1.0, -1.0],
+    "edit_weights": [*NO_NUMBERS[:5], [-1.0], [math.nan], [1.0] * 9],
     "image": NO_IMAGES,
     "mask_image": NO_MASKS,
     "strength": [*NO_NUMBERS, 0, -1.0, 1.5, None],
@@ -379,6 +397,8 @@ def bad_calls(draw, task: str) -> Call:
     else:
         name = draw(st.sampled_from(names))
         call.bad = {name: draw(st.sampled_from(BAD[name]))}
+        if name.startswith(("edit_", "reverse_")):
+            call.bad["editing_prompt"] = "a"
         if name == "temperature" and call.task == "inversion":
             call.bad = {name: 0.5}
     return call
@@ -388,10 +408,10 @@ def bad_calls(draw, task: str) -> Call:
 
 
 def attempt_call(call: Call) -> tuple[Outcome, str]:
-    pipe = pipeline(call.task, call.dtype, call.scheduler)
+    pipe = pipeline(call.task, call.dtype, call.scheduler, call.guider)
     function = pipe.interpolate if call.task == "interpolation" else pipe
     arguments = {name: _own_copy(value) for name, value in (call.arguments | call.bad).items() if _takes(pipe, name)}
-    before = _probe(call.task, call.dtype, call.scheduler) if call.bad else None
+    before = _probe(call.task, call.dtype, call.scheduler, call.guider) if call.bad else None
     return attempt(
         lambda: function(**arguments),
         judge=lambda result: _judge(call, result),
@@ -503,13 +523,13 @@ def _run_probe(pipe, task: str):
 
 
 @functools.cache
-def _probe(task: str, dtype: str, scheduler: str):
-    return _run_probe(pipeline(task, dtype, scheduler), task)
+def _probe(task: str, dtype: str, scheduler: str, guider: str):
+    return _run_probe(pipeline(task, dtype, scheduler, guider), task)
 
 
 def _check_usable(call: Call, before):
     if before is not None:
-        again = _run_probe(pipeline(call.task, call.dtype, call.scheduler), call.task)
+        again = _run_probe(pipeline(call.task, call.dtype, call.scheduler, call.guider), call.task)
         expect(again.shape == before.shape, "the pipeline draws another picture after the refusal")
         differing = (again != before).float().mean().item()
         expect(differing <= (0 if call.dtype == "float64" else 0.2), "the pipeline draws another picture after the refusal")

@@ -1,6 +1,8 @@
 """Configurations with other values than any real model has, and files that are damaged or made to do harm."""
 
+import copy
 import functools
+import inspect
 import io
 import json
 import os
@@ -22,18 +24,9 @@ from diffusers.utils import logging
 from hypothesis import strategies as st
 from safetensors.torch import save as safetensors_bytes
 
-from paella_diffusers import (
-    PaellaClassifierFreeGuidance,
-    PaellaConfidenceScheduler,
-    PaellaFlowMatchEulerScheduler,
-    PaellaPipeline,
-    PaellaPrior,
-    PaellaScheduler,
-    PaellaUNet,
-    VQModel,
-)
+from paella_diffusers import PaellaPipeline, PaellaPrior, PaellaUNet, VQModel
 
-from .calls import normal, seeded, tokens
+from .calls import GUIDERS, OWN, SCHEDULERS, normal, seeded, tokens
 from .outcomes import Outcome, attempt, expect
 
 FILE_ERRORS = (ValueError, OSError)
@@ -46,9 +39,9 @@ def good() -> Path:
     folder = Path(tempfile.mkdtemp(prefix="paella-fuzz-"))
     pipe = tiny_pipeline()
     pipe.save_pretrained(folder / "pipeline")
-    PaellaConfidenceScheduler(num_vq_embeddings=32).save_pretrained(folder / "confidence")
-    PaellaFlowMatchEulerScheduler(num_vq_embeddings=32).save_pretrained(folder / "flow")
-    PaellaClassifierFreeGuidance(3.0, 0.2).save_pretrained(folder / "guider")
+    for name, make in (SCHEDULERS | GUIDERS).items():
+        if name in OWN:
+            make().save_pretrained(folder / name)
     pipe.unet.save_pretrained(folder / "shards", max_shard_size="40KB")
     _save_adapter(folder / "adapter")
     golden = load_golden("a")
@@ -133,31 +126,30 @@ def _run_prior(prior):
 
 
 def _run_scheduler(scheduler):
-    sample = tokens(0, 1, 4, 4)
-    noise = {} if isinstance(scheduler, PaellaFlowMatchEulerScheduler) else {"noise": sample}
-    codebook = {"codebook": normal(0, 32, 4)} if isinstance(scheduler, PaellaScheduler) else {}
-    output = scheduler.step(normal(0, 1, 32, 4, 4), scheduler.timesteps[0], sample, **noise, **codebook)
+    sample, options = tokens(0, 1, 4, 4), {"noise": tokens(1, 1, 4, 4), "codebook": normal(0, 32, 4)}
+    known = inspect.signature(scheduler.step).parameters
+    options = {name: value for name, value in options.items() if name in known}
+    output = scheduler.step(normal(0, 1, 32, 4, 4), scheduler.timesteps[0], sample, **options)
     expect(output.prev_sample.shape == sample.shape, "tokens of another shape")
     scheduler.add_noise(sample, None, 0.5)
 
 
 def _run_guider(guider):
-    logits = normal(0, 1, 32, 4, 4)
-    mixed = [logits for _ in guider.mixing_weights(3.0, 2)]
-    expect(guider.forward(*mixed, step=None, guidance_scale=3.0).isfinite().all(), "logits that are not finite")
-    guider.needs_unconditional(guider.guidance_scale)
+    pipe = copy.copy(_tiny_pipeline())
+    pipe.guider = guider
+    _run_pipeline(pipe)
 
 
 CONFIGURATIONS = {  # file: how its folder is loaded, and used
     "pipeline/vqgan/config.json": (VQModel.from_pretrained, _run_vqgan),
     "pipeline/unet/config.json": (PaellaUNet.from_pretrained, _run_unet),
     "pipeline/prior/config.json": (PaellaPrior.from_pretrained, _run_prior),
-    "pipeline/scheduler/scheduler_config.json": (PaellaScheduler.from_pretrained, _run_scheduler),
-    "confidence/scheduler_config.json": (PaellaConfidenceScheduler.from_pretrained, _run_scheduler),
-    "flow/scheduler_config.json": (PaellaFlowMatchEulerScheduler.from_pretrained, _run_scheduler),
-    "guider/guider_config.json": (PaellaClassifierFreeGuidance.from_pretrained, _run_guider),
     "pipeline/model_index.json": (_load_pipeline, _run_pipeline),
 }
+CONFIGURATIONS |= {
+    f"{name}/scheduler_config.json": (OWN[name].from_pretrained, _run_scheduler) for name in SCHEDULERS if name in OWN
+}
+CONFIGURATIONS |= {f"{name}/guider_config.json": (OWN[name].from_pretrained, _run_guider) for name in GUIDERS if name in OWN}
 
 
 @contextmanager
@@ -410,8 +402,8 @@ class Hostile:
 HOSTILE_FILES = {
     **WEIGHTS,
     "pipeline/low_memory": lambda folder: _load_pipeline(folder, low_memory=True),
-    "adapter/pytorch_lora_weights.bin": lambda folder: _adapter_pipeline().load_lora_weights(folder),
-    "adapter/pytorch_lora_weights.safetensors": lambda folder: _adapter_pipeline().load_lora_weights(folder),
+    "adapter/pytorch_lora_weights.bin": lambda folder: _tiny_pipeline().load_lora_weights(folder),
+    "adapter/pytorch_lora_weights.safetensors": lambda folder: _tiny_pipeline().load_lora_weights(folder),
 }
 INDICES = [
     "../secret.safetensors",
@@ -500,13 +492,13 @@ def adapters(draw) -> Adapter:
 
 
 @functools.cache
-def _adapter_pipeline():
+def _tiny_pipeline():
     return tiny_pipeline(prior=None, prior_scheduler=None)
 
 
 @torch.no_grad()
 def _logits():
-    return _adapter_pipeline().unet(tokens(0, 1, 4, 4), 0.5, normal(0, 1, 3, 16)).sample
+    return _tiny_pipeline().unet(tokens(0, 1, 4, 4), 0.5, normal(0, 1, 3, 16)).sample
 
 
 @functools.cache
@@ -515,7 +507,7 @@ def _plain_logits():
 
 
 def attempt_adapter(case: Adapter) -> tuple[Outcome, str]:
-    pipe, _ = _adapter_pipeline(), _plain_logits()
+    pipe, _ = _tiny_pipeline(), _plain_logits()
     with _copy_of("adapter") as place:
         path = place / "pytorch_lora_weights.safetensors"
         path.write_bytes(case.damage(path.read_bytes()) if case.damage else _other_adapter(path, case))
@@ -532,7 +524,7 @@ def attempt_adapter(case: Adapter) -> tuple[Outcome, str]:
 
 
 def _remove_adapter():
-    pipe = _adapter_pipeline()
+    pipe = _tiny_pipeline()
     pipe.unload_lora_weights()
     expect(torch.equal(_logits(), _plain_logits()), "the U-Net is another after the adapter was removed")
 

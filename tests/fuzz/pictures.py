@@ -124,7 +124,7 @@ def _attempt_mode(case: Picture) -> tuple[Outcome, str]:
 
 
 def _attempt_call(image: Image.Image, may_be_refused: bool) -> tuple[Outcome, str]:
-    pipe = pipeline("image to image", "float32", "renoising")
+    pipe = pipeline("image to image", "float32", "PaellaScheduler")
     call = {"num_inference_steps": 1, "use_prior": False, "guidance_scale": None, "output_type": "pil"}
     return attempt(
         lambda: pipe("a", image=image, **call).images[0],

@@ -188,7 +188,7 @@ def call_from_threads(report: Report, threads: int, each: int):
     """Every call in float64 gives the tokens that it gives alone."""
     rng = random.Random(0)
     cases = [_text_call(rng) for _ in range(threads * each)]
-    pipe = pipeline("text to image", "float64", "renoising")
+    pipe = pipeline("text to image", "float64", "PaellaScheduler")
     draw = lambda call: pipe(**call | {"generator": seeded(call["generator"])}).images
     alone = [draw(call) for call in cases]
     with ThreadPoolExecutor(threads) as pool:

@@ -1,5 +1,6 @@
 """Steps of every scheduler over all knobs and dtypes, and χ² tests of what they draw."""
 
+import inspect
 import math
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,19 +10,11 @@ import torch
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 
-from paella_diffusers import (
-    PaellaConfidenceScheduler,
-    PaellaFlowMatchEulerScheduler,
-    PaellaFlowMatchTrapezoidalScheduler,
-    PaellaPsiScheduler,
-    PaellaScheduler,
-)
-
-from .calls import NO_BOOLEANS, NO_INTEGERS, NO_NUMBERS, NO_RAMPS, POSITIVE_INTEGERS, ramps, seeded, seeds
+from .calls import NO_BOOLEANS, NO_INTEGERS, NO_NUMBERS, NO_RAMPS, OWN, POSITIVE_INTEGERS, ramps, seeded, seeds
 from .outcomes import Outcome, attempt, expect
 
-RENOISING = (PaellaScheduler, PaellaConfidenceScheduler)
-SCHEDULERS = (*RENOISING, PaellaFlowMatchEulerScheduler, PaellaFlowMatchTrapezoidalScheduler, PaellaPsiScheduler)
+RENOISING = ("PaellaScheduler", "PaellaConfidenceScheduler")
+SCHEDULERS = sorted(name for name in OWN if name.endswith("Scheduler"))
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 LEAST_P = 1e-9  # a thousand fair tests of a thousand runs stay above it
 
@@ -37,7 +30,7 @@ class Step:
         bad (`str`): Which of `knobs`, `run` or `step` must be refused; empty if none.
     """
 
-    scheduler: type
+    scheduler: str
     dtype: torch.dtype
     shape: tuple[int, ...]
     num_tokens: int
@@ -56,7 +49,7 @@ KNOBS = {
     "temperature": ramps(st.floats(1e-6, 1e6)),
 }
 OWN_KNOBS = {
-    PaellaScheduler: {
+    "PaellaScheduler": {
         "renoise_steps": st.none() | st.integers(0, 20),
         "noise_source": st.sampled_from(["initial", "fresh", "previous"]),
         "sampling_rule": st.sampled_from(["multinomial", "argmax", "quantized"]),
@@ -64,21 +57,21 @@ OWN_KNOBS = {
         "typical_mass": st.none() | st.floats(1e-3, 1),
         "typical_min_tokens": st.integers(1, 50),
     },
-    PaellaConfidenceScheduler: {
+    "PaellaConfidenceScheduler": {
         "renoise_steps": st.none() | st.integers(0, 20),
         "noise_source": st.sampled_from(["initial", "fresh", "previous"]),
         "ranking": st.sampled_from(["confidence", "halton"]),
         "choice_temperature": st.floats(0, 1e6),
     },
-    PaellaFlowMatchEulerScheduler: {
+    "PaellaFlowMatchEulerScheduler": {
         "time_grid": st.sampled_from(["linear", "cosine", "polynomial"]),
         "corrector_rate": st.floats(0, 1e6),
     },
-    PaellaFlowMatchTrapezoidalScheduler: {
+    "PaellaFlowMatchTrapezoidalScheduler": {
         "time_grid": st.sampled_from(["linear", "cosine", "polynomial"]),
         "theta": st.floats(0.01, 0.99),
     },
-    PaellaPsiScheduler: {"kappa": st.floats(0, 1), "leave_one_out_temperature": st.booleans()},
+    "PaellaPsiScheduler": {"kappa": st.floats(0, 1), "leave_one_out_temperature": st.booleans()},
 }
 BAD_KNOBS = {
     "num_inference_steps": [*POSITIVE_INTEGERS, 10**9],
@@ -131,7 +124,7 @@ def steps(draw) -> Step:
     scheduler = draw(st.sampled_from(SCHEDULERS))
     shape = draw(st.tuples(st.integers(1, 3), st.integers(1, 6)) | st.tuples(*[st.integers(1, 3), *[st.integers(1, 5)] * 2]))
     case = Step(scheduler, draw(st.sampled_from(DTYPES)), shape, draw(st.integers(1, 40)), draw(seeds))
-    known = KNOBS | OWN_KNOBS[scheduler]
+    known = KNOBS | OWN_KNOBS.get(scheduler, {})
     case.knobs = {name: draw(known[name]) for name in draw(st.lists(st.sampled_from(sorted(known)), unique=True))}
     case.masked, case.index = draw(st.booleans()), draw(st.integers(0, 30))
     if draw(st.booleans()):
@@ -147,9 +140,8 @@ def steps(draw) -> Step:
     return case
 
 
-def _takes(scheduler: type, where: str, name: str) -> bool:
-    import inspect
-
+def _takes(scheduler: str, where: str, name: str) -> bool:
+    scheduler = OWN[scheduler]
     function = {"knobs": scheduler.__init__, "run": scheduler.set_timesteps, "step": scheduler.step}[where]
     return name in inspect.signature(function).parameters
 
@@ -160,16 +152,16 @@ def attempt_step(case: Step) -> tuple[Outcome, str]:
         what = f"logits that are {case.step['model_output']}"
     elif case.bad:
         name, value = list(getattr(case, case.bad).items())[-1]
-        what = f"{case.scheduler.__name__}, {case.bad}: {name}={value!r:.40}"
+        what = f"{case.scheduler}, {case.bad}: {name}={value!r:.40}"
     return attempt(lambda: _run(case), judge=lambda result: _judge(case, *result), must_be_refused=what)
 
 
 def _run(case: Step):
-    scheduler = case.scheduler(**{"num_vq_embeddings": case.num_tokens} | case.knobs)
+    scheduler = OWN[case.scheduler](**{"num_vq_embeddings": case.num_tokens} | case.knobs)
     if case.run:
         scheduler.set_timesteps(**case.run)
     arguments = _arguments(case, scheduler)
-    if case.scheduler is PaellaFlowMatchTrapezoidalScheduler and case.index % len(scheduler.timesteps) % 2:
+    if case.scheduler == "PaellaFlowMatchTrapezoidalScheduler" and case.index % len(scheduler.timesteps) % 2:
         first = {"timestep": scheduler.timesteps[case.index % len(scheduler.timesteps) - 1]}
         scheduler.step(**arguments | first)
     return scheduler, arguments, scheduler.step(**arguments)
@@ -199,9 +191,9 @@ def _arguments(case: Step, scheduler) -> dict[str, Any]:
         arguments["mask"] = torch.rand(case.shape, generator=random) < 0.5
     if case.scheduler in RENOISING:
         arguments["noise"] = integers()
-    if case.scheduler is PaellaScheduler:
+    if case.scheduler == "PaellaScheduler":
         arguments["codebook"] = torch.randn(case.num_tokens, 3, generator=random)
-    if case.scheduler is PaellaConfidenceScheduler and len(case.shape) == 2:
+    if case.scheduler == "PaellaConfidenceScheduler" and len(case.shape) == 2:
         arguments["grid_size"] = (1, case.shape[1])
     return arguments if case.bad == "logits" else arguments | case.step
 
@@ -245,7 +237,7 @@ def _judge_alone(case: Step, scheduler, arguments, output):
 class Draw:
     """What a scheduler draws for many positions with one distribution."""
 
-    scheduler: type
+    scheduler: str
     dtype: torch.dtype
     as_grid: bool
     by_image: bool
@@ -260,11 +252,11 @@ class Draw:
 def draws(draw) -> Draw:
     scheduler = draw(st.sampled_from(SCHEDULERS))
     knobs = {
-        PaellaScheduler: st.fixed_dictionaries({"typical_mass": st.none() | st.floats(0.3, 1)}),
-        PaellaConfidenceScheduler: st.just({"choice_temperature": 1e6}),
-        PaellaFlowMatchEulerScheduler: st.fixed_dictionaries({"corrector_rate": st.sampled_from([0.0, 0.5, 3.0])}),
-        PaellaFlowMatchTrapezoidalScheduler: st.just({}),
-        PaellaPsiScheduler: st.fixed_dictionaries({"kappa": st.floats(0, 1)}),
+        "PaellaScheduler": st.fixed_dictionaries({"typical_mass": st.none() | st.floats(0.3, 1)}),
+        "PaellaConfidenceScheduler": st.just({"choice_temperature": 1e6}),
+        "PaellaFlowMatchEulerScheduler": st.fixed_dictionaries({"corrector_rate": st.sampled_from([0.0, 0.5, 3.0])}),
+        "PaellaFlowMatchTrapezoidalScheduler": st.just({}),
+        "PaellaPsiScheduler": st.fixed_dictionaries({"kappa": st.floats(0, 1)}),
     }[scheduler]
     numbers = (st.integers(2, 300), st.floats(0.2, 3), st.floats(0.1, 0.9), seeds, knobs)
     choices = (st.sampled_from(DTYPES), st.booleans(), st.booleans())
@@ -278,7 +270,7 @@ def attempt_draw(case: Draw) -> tuple[Outcome, str]:
 def _draw(case: Draw):
     """Logits, tokens after the step and predicted ones, and tokens noised directly, each of 4 × 5,000 positions."""
     knobs = {"noise_source": "fresh"} if case.scheduler in RENOISING else {}
-    scheduler = case.scheduler(num_vq_embeddings=case.num_tokens, temperature=case.temperature, **knobs | case.knobs)
+    scheduler = OWN[case.scheduler](num_vq_embeddings=case.num_tokens, temperature=case.temperature, **knobs | case.knobs)
     scheduler.set_timesteps(timesteps=[1.0, case.level])
     logits = torch.randn(case.num_tokens, generator=seeded(case.seed)).mul(2).to(case.dtype)
     shape = (4, 50, 100) if case.as_grid else (4, 5000)
@@ -301,10 +293,10 @@ def _judge_draws(case: Draw, logits, output, noised):
         kept = torch.bincount(output.sampled_tokens.flatten(), minlength=case.num_tokens) > 0
         clean = (logits / case.temperature).masked_fill(~kept, -torch.inf).softmax(0)
     after = (1 - level) * clean + level * uniform
-    if case.scheduler is PaellaFlowMatchEulerScheduler:
+    if case.scheduler == "PaellaFlowMatchEulerScheduler":
         corrected = 1 - math.exp(-case.knobs["corrector_rate"] * (1 - level))
         after = corrected * after + (1 - corrected) * ((1 - level) * clean + level * first)
-    if case.scheduler is PaellaFlowMatchTrapezoidalScheduler:  # its first stage: a jump to another token, at its rate
+    if case.scheduler == "PaellaFlowMatchTrapezoidalScheduler":  # its first stage: a jump to another token, at its rate
         others = clean.clone().index_fill(0, torch.tensor(0), 0)
         stays = level ** others.sum()
         after = (1 - stays) * others / others.sum() + stays * first
@@ -312,7 +304,7 @@ def _judge_draws(case: Draw, logits, output, noised):
     _judge_shares("tokens after the step", output.prev_sample, after)
     _judge_shares("noised tokens", noised, (1 - level) * first + level * uniform)
     _judge_pairs("predicted tokens", output.sampled_tokens, clean)
-    if case.scheduler is PaellaConfidenceScheduler:
+    if case.scheduler == "PaellaConfidenceScheduler":
         count = (output.prev_sample != output.sampled_tokens).flatten(1).sum(1)
         expect((count <= round(level * 5000)).all(), "more tokens are re-noised than the level says")
 

@@ -36,7 +36,7 @@ SUBJECTS = {
     "damaged weights": Subject(lambda: files.damages(sorted(files.WEIGHTS)), files.attempt_weights, 30, 40),
     "hostile files": Subject(files.hostile_files, files.attempt_hostile_file, 25, 30),
     "LoRA adapters": Subject(files.adapters, files.attempt_adapter, 10, 15),
-    "damaged shards": Subject(lambda: files.damages(["shard/0.tar"]), files.attempt_shard, 0, 50),
+    "damaged shards": Subject(lambda: files.damages(["shard/0.tar"]), files.attempt_shard, 15, 50),
     "pictures": Subject(pictures.pictures, pictures.attempt_picture, 30, 40),
 }
 

@@ -686,6 +686,7 @@ def test_interpolations_are_refused_before_any_work(pipe, end, arguments, messag
         ({"cross_attention_kwargs": "x"}, "`cross_attention_kwargs` must be"),
         ({"cross_attention_kwargs": {"scales": 1}}, "`cross_attention_kwargs` must be"),
         ({"callback_on_step_end_tensor_inputs": 0.5}, "`callback_on_step_end_tensor_inputs` must be a list"),
+        ({"callback_on_step_end_tensor_inputs": [[]]}, "`callback_on_step_end_tensor_inputs` must be a list"),
         ({"conditioning_weights": np.full(2, np.nan)}, "`conditioning_weights` must be finite"),
         ({"height": 0}, "multiples of 16, got 0 and 32"),
         ({"height": 16 * 10**6}, "at most .* pixels together, got 16000000 and 32"),

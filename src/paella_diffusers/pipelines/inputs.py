@@ -283,11 +283,9 @@ class OutputInputs:
         if self.callback_on_step_end is not None and not callable(self.callback_on_step_end):
             raise ValueError(f"`callback_on_step_end` must be a function, got {self.callback_on_step_end!r}.")
         names = self.callback_on_step_end_tensor_inputs
-        if not isinstance(names, list | tuple | set | None) or set(names or ()) - set(pipe._callback_tensor_inputs):
-            raise ValueError(
-                f"`callback_on_step_end_tensor_inputs` must be a list, of names in {pipe._callback_tensor_inputs}, got "
-                f"{names!r}."
-            )
+        known = pipe._callback_tensor_inputs
+        if not isinstance(names, list | tuple | set | None) or not all(name in known for name in names or ()):
+            raise ValueError(f"`callback_on_step_end_tensor_inputs` must be a list, of names in {known}, got {names!r}.")
         self.callback_on_step_end_tensor_inputs = list(names or ())
 
 
