@@ -6,17 +6,28 @@ What do approximations save, and what do they cost? On the embedded emoji model.
 
 Each way draws 100 icon names from the same seeds: time against the plain run beside it (the median of pairs, in turns,
 batches of 25), the share of tokens that are those of the plain run, and the share of pictures whose nearest icon is the
-right one. int8 is torchao's dynamic quantization of all linears, through diffusers' `TorchAoConfig`, the rest in bfloat16.
+right one. Caches are diffusers', as `pipe.unet.enable_cache` takes them; MagCache is calibrated on other names. int8 is
+torchao's dynamic quantization of all linears, through diffusers' `TorchAoConfig`, the rest in bfloat16.
 """
 
 import argparse
+import ast
+import contextlib
+import io
 import random
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from diffusers import (
+    FirstBlockCacheConfig,
+    MagCacheConfig,
+    PyramidAttentionBroadcastConfig,
+    TaylorSeerCacheConfig,
+)
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 from emoji_model.data import load_icons
@@ -25,14 +36,37 @@ from emoji_model.scoring import nearest
 from paella_diffusers import EMOJI_MODEL, PaellaPipeline, PaellaUNet
 
 WAYS = {
-    "deep features in every 2nd step": {"deep_feature_interval": 2},
-    "deep features in every 3rd step": {"deep_feature_interval": 3},
+    "DeepCache, every 2nd step": {"deep_feature_interval": 2},
+    "DeepCache, every 3rd step": {"deep_feature_interval": 3},
     "guidance in the first half": {"guidance_steps": 6},
     "guidance in the middle half": {"guidance_steps": (3, 9)},
     "no guidance": {"guidance_scale": None},
     "half of the steps": {"num_inference_steps": 6},
     "early stop, confidence 0.1": {"confidence_threshold": 0.1},
 }
+
+
+CACHES = {
+    "FirstBlockCache, threshold 0.5": FirstBlockCacheConfig(threshold=0.5),
+    "TaylorSeer, attention in every 2nd step": TaylorSeerCacheConfig(cache_interval=2, disable_cache_before_step=2),
+    "TaylorSeer lite, every 2nd step": TaylorSeerCacheConfig(
+        cache_interval=2, disable_cache_before_step=2, use_lite_mode=True
+    ),
+    "PyramidAttentionBroadcast, every 2nd step": PyramidAttentionBroadcastConfig(
+        spatial_attention_block_skip_range=2, spatial_attention_timestep_skip_range=(0.0, 1.0)
+    ),
+}
+
+
+def mag_cache(draw: Callable, unet: PaellaUNet, threshold: float) -> MagCacheConfig:
+    """MagCache with ratios from a run of its own, which prints them."""
+    unet.enable_cache(MagCacheConfig(calibrate=True, num_inference_steps=12))
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        draw()
+    unet.disable_cache()
+    ratios = next(line for line in printed.getvalue().splitlines() if line.startswith("[1.0"))
+    return MagCacheConfig(threshold, num_inference_steps=12, mag_ratios=ast.literal_eval(ratios))
 
 
 def int8_unet() -> PaellaUNet:
@@ -49,25 +83,28 @@ def main():
     parser.add_argument("--guidance-scale", type=float, default=1.5)
     parser.add_argument("--count", type=int, default=100, help="of names")
     parser.add_argument("--int8", action="store_true", help="needs torchao")
+    parser.add_argument("--only", nargs="+", metavar="WORD", help="ways whose name has one")
     args = parser.parse_args()
 
     args.work_dir.mkdir(parents=True, exist_ok=True)
     names, images = load_icons(args.work_dir)
-    captions = random.Random(0).sample(names, args.count)
+    captions, others = random.Random(0).sample(names, args.count), random.Random(1).sample(names, 25)
     pipe = PaellaPipeline.from_pretrained(EMOJI_MODEL)
-    ways = {name: (pipe, call) for name, call in WAYS.items()}
-    if args.int8:
-        ways["int8 linears"] = (PaellaPipeline(**pipe.components | {"unet": int8_unet()}), {})
 
-    def draw(pipe, first, **call):
+    def draw(pipe, first, prompts=captions, cache=None, **call):
         """Tokens of one batch, and how long they took."""
         pipe.set_progress_bar_config(disable=True)
-        prompts = captions[first : first + 25]
+        if cache is not None:
+            pipe.unet.enable_cache(cache)
+        prompts = prompts[first : first + 25]
         generators = [torch.Generator().manual_seed(first + i) for i in range(len(prompts))]
         call = {"num_inference_steps": 12, "guidance_scale": args.guidance_scale} | call
         start = time.perf_counter()
         tokens = pipe(prompts, generator=generators, output_type="latent", **call).images
-        return tokens, time.perf_counter() - start
+        seconds = time.perf_counter() - start
+        if cache is not None:
+            pipe.unet.disable_cache()
+        return tokens, seconds
 
     @torch.no_grad()
     def right(tokens) -> float:
@@ -75,6 +112,15 @@ def main():
         return sum(names[i] == caption for i, caption in zip(nearest(pictures, images), captions)) / len(captions)
 
     draw(pipe, 0)  # to warm up
+    ways = {name: (pipe, call) for name, call in WAYS.items()}
+    ways |= {name: (pipe, {"cache": config}) for name, config in CACHES.items()}
+    for threshold in (0.06, 0.12):
+        config = mag_cache(lambda: draw(pipe, 0, others), pipe.unet, threshold)
+        ways[f"MagCache, threshold {threshold}"] = (pipe, {"cache": config})
+    if args.int8:
+        ways["int8 linears"] = (PaellaPipeline(**pipe.components | {"unet": int8_unet()}), {})
+    if args.only:
+        ways = {name: way for name, way in ways.items() if any(word in name for word in args.only)}
     print("| way | × faster | same tokens | right pictures |\n|---|---|---|---|")
     for number, (name, (other, call)) in enumerate(ways.items()):
         both = [(draw(pipe, first), draw(other, first, **call)) for first in range(0, args.count, 25)]

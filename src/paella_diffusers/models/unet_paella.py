@@ -17,6 +17,7 @@ from ..loaders.lora import PaellaPeftAdapterMixin
 from ..loaders.original_checkpoint import OriginalCheckpointMixin
 from ..loaders.saving import AtomicSaveMixin
 from .attention import AttentionPerturbation, LayerNorm, PaellaAttention, PaellaAttnBlock, tile_batch
+from .caching import PaellaCacheMixin
 
 
 @dataclass
@@ -220,7 +221,14 @@ class PaellaUpsample(nn.Module):
 
 
 class PaellaUNet(
-    PaellaHubMixin, AtomicSaveMixin, ModelMixin, AttentionMixin, ConfigMixin, PaellaPeftAdapterMixin, OriginalCheckpointMixin
+    PaellaHubMixin,
+    AtomicSaveMixin,
+    ModelMixin,
+    AttentionMixin,
+    PaellaCacheMixin,
+    ConfigMixin,
+    PaellaPeftAdapterMixin,
+    OriginalCheckpointMixin,
 ):
     r"""
     The denoiser of Paella (https://huggingface.co/papers/2211.07292, section 3.2; released version 3). The defaults are
@@ -451,6 +459,8 @@ class PaellaUNet(
         hidden_states = self.token_norm(self.token_embedding(sample)).permute(0, 3, 1, 2)
         hidden_states = F.pixel_unshuffle(hidden_states, self.config.patch_size).permute(0, 2, 3, 1)
         hidden_states = self.norm_in(self.proj_in(hidden_states))
+        if self._caches_all_blocks:  # what the first block and the last make must have one shape
+            hidden_states = tile_batch(hidden_states, batch_size)
 
         # 3. down and up
         def run(block, *args):

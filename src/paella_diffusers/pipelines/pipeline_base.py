@@ -266,6 +266,9 @@ class PaellaPipelineBase(LoadingMixin, EncodingMixin, CallStateMixin, DiffusionP
         if source_prompts is not None:
             source_prompts.check(self, is_guided, prefix="source_", batch_size=batch_size)
             source_prompts.expand(batch_size)
+        if (source_prompts is not None or sampling.deep_feature_interval > 1) and self.unet.is_cache_enabled:
+            use = "`deep_feature_interval`" if source_prompts is None else "inversion, which has two runs in one"
+            raise ValueError(f"A cache of the U-Net cannot be used with {use}: call `unet.disable_cache()` before.")
         num_images = batch_size * sampling.num_images_per_prompt
         sampling.check_generator(num_images)
         if sampling.latents is not None:

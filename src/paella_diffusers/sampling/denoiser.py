@@ -1,10 +1,12 @@
 """From tokens to guided logits: the U-Net with its conditioning, guidance, prompts for regions and feature cache."""
 
+import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
 
+from ..models.caching import has_other_hooks
 from .guidance.base import CONDITIONAL, Branch
 
 
@@ -40,7 +42,7 @@ class Denoiser:
         self.unet, self.guidance, self.guidance_scale, self.regions = unet, guidance, guidance_scale, regions
         self.deep_feature_interval = deep_feature_interval
         self.unet_kwargs = {"cross_attention_kwargs": cross_attention_kwargs}
-        self.deep_features, self._cached_branches = None, ()
+        self.deep_features, self._cached_branches, self._context_branches = None, (), ()
         self.set_conditioning(conditioning)
 
     def set_conditioning(self, conditioning: Mapping):
@@ -55,14 +57,15 @@ class Denoiser:
             branches = (CONDITIONAL,)  # a callback cannot turn on guidance by what was not encoded
         weights = self.guidance.mixing_weights(scale, branches) if len(branches) > 1 else None
         rows = len(branches) * (1 if self.regions is None else len(self.regions))
-        logits = self.unet(
-            tokens.repeat(rows, 1, 1),
-            step.level,
-            **self._arguments(branches),
-            mixing_weights=weights,
-            deep_features=self._deep_features(step, branches),
-            **self.unet_kwargs,
-        ).sample
+        with self._cache_context(step, branches):
+            logits = self.unet(
+                tokens.repeat(rows, 1, 1),
+                step.level,
+                **self._arguments(branches),
+                mixing_weights=weights,
+                deep_features=self._deep_features(step, branches),
+                **self.unet_kwargs,
+            ).sample
         if self.regions is not None:  # rows are branches, then regions, then images
             logits = logits.unflatten(0, (-1, len(self.regions), len(tokens)))
             logits = (self.regions.to(logits)[:, None, None] * logits).sum(1).flatten(0, 1)
@@ -85,6 +88,15 @@ class Denoiser:
             self._encoded[branches] = arguments
         return self._encoded[branches]
 
+    def _cache_context(self, step, branches: tuple[Branch, ...]):
+        """Where diffusers' caches, if one is enabled, keep what they reuse: it is dropped when the batch changes."""
+        if not getattr(self.unet, "is_cache_enabled", False):
+            return contextlib.nullcontext()
+        if self._context_branches != branches:
+            self.unet._reset_stateful_cache()
+            self._context_branches = branches
+        return self.unet.cache_context("denoiser", step_index=step.index, sigma=float(step.level))
+
     def _deep_features(self, step, branches: tuple[Branch, ...]) -> list[torch.Tensor] | None:
         """The U-Net's feature cache for this step: empty when it is to be filled, None where it is not used."""
         if self.deep_feature_interval == 1 or step.is_sweep:
@@ -97,6 +109,5 @@ class Denoiser:
 def is_offloaded(model: torch.nn.Module) -> bool:
     """Whether hooks of accelerate or diffusers move the parts of a model about, or change them, when they are called."""
     return any(
-        module is not model and (hasattr(module, "_hf_hook") or hasattr(module, "_diffusers_hook"))
-        for module in model.modules()
+        module is not model and (hasattr(module, "_hf_hook") or has_other_hooks(module)) for module in model.modules()
     )
