@@ -200,7 +200,7 @@ def plot(path: Path, steps: list[int], curves: dict[str, list[float]], label: st
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    figure, axes = plt.subplots(figsize=(11, 5), layout="constrained")
     for number, (name, values) in enumerate(curves.items()):
         style = {"marker": "osD^vP*X<>"[number % 10], "linestyle": "--" if number >= 10 else "-"}  # colours repeat after ten
         axes.plot(steps, values, markersize=4, linewidth=1.2, label=name, **style)
@@ -211,7 +211,7 @@ def plot(path: Path, steps: list[int], curves: dict[str, list[float]], label: st
     axes.set_xlabel("U-Net evaluations")
     axes.set_ylabel(label)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8, frameon=False)
+    figure.legend(loc="outside right upper", fontsize=8, frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
 
@@ -241,8 +241,8 @@ def emoji(args):
     captions = random.Random(0).sample(names, args.captions)
     pipe = PaellaPipeline.from_pretrained(args.model)
     pipe.set_progress_bar_config(disable=True)
-    base, steps = pipe.scheduler.config, [1, 2, 4, 6, 8, 12, 24, 48]
-    for guidance_scale in (2.0, None):
+    base, steps = pipe.scheduler.config, args.steps
+    for guidance_scale in args.guidance_scales:
         curves = {}
 
         def rows(guidance_scale=guidance_scale, curves=curves):
@@ -258,7 +258,7 @@ def emoji(args):
         print(f"\nGuidance {guidance_scale}, {len(captions)} captions:\n")
         table(["right after steps", *steps], rows())
         if args.plot:
-            name = f"{args.plot.stem}-{'guided' if guidance_scale else 'unguided'}{args.plot.suffix}"
+            name = f"{args.plot.stem}-{'guided' if guidance_scale > 1 else 'unguided'}{args.plot.suffix}"
             plot(args.plot.with_name(name), steps, curves, "share of captions right", log=False)
 
 
@@ -306,6 +306,8 @@ def main():
     )
     parser.add_argument("--samples", type=int, default=100_000, help="truth: grids for each figure")
     parser.add_argument("--captions", type=int, default=100, help="emoji: how many")
+    parser.add_argument("--steps", type=int, nargs="+", default=[1, 2, 4, 6, 8, 12, 24, 48], help="emoji: numbers of steps")
+    parser.add_argument("--guidance-scales", type=float, nargs="+", default=[2.0, 1.0], help="emoji: 1 is no guidance")
     parser.add_argument("--model", default=EMOJI_MODEL)
     parser.add_argument("--work-dir", type=Path, default=Path("emoji-training"), help="emoji: where the icons are, or go")
     parser.add_argument("--repeats", type=int, default=9, help="cost: steps of each")
