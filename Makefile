@@ -21,7 +21,7 @@ test-golden: $(VENV)/installed
 	$(PLAIN) $(BIN)/python -m pytest -k test_golden
 	$(AVX2) $(BIN)/python -m pytest -k test_golden
 
-# each trainer killed at five moments in each way of training, 60 kills; and two nodes of which one dies
+# each of five trainers killed at five moments in each of three ways of training; and two nodes of which one dies
 test-kills: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -v -m kills tests/examples
 

@@ -11,9 +11,10 @@ The training loop is `paella_diffusers.training.unet.train_unet`.
 
 from peft import LoraConfig
 
+from paella_diffusers.loaders.lora import WEIGHT_NAMES
 from paella_diffusers.training.adapter import Adapter
 from paella_diffusers.training.arguments import training_arguments
-from paella_diffusers.training.card import publish_adapter
+from paella_diffusers.training.card import publish_files
 from paella_diffusers.training.run import TrainingRun
 from paella_diffusers.training.unet import FrozenParts, add_unet_arguments, train_unet
 
@@ -51,7 +52,7 @@ def main(args):
     weights = run.finish()
     if weights is not None:
         adapter.write(weights, args.output_dir)
-        publish_adapter(run, frozen.pipe)
+        publish_files(run, frozen.pipe, WEIGHT_NAMES[:1], is_lora=True)
 
 
 if __name__ == "__main__":

@@ -45,6 +45,7 @@ PRELOADED = [
     "train_paella",
     "train_paella_lora",
     "train_prior",
+    "train_textual_inversion",
     "train_vqgan",
     "datasets",
     "webdataset",

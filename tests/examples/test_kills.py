@@ -19,6 +19,7 @@ OPTIONS = {
     "train_paella": ["--clip-image-dropout", "0.5", "--ema-decay", "0.9"],
     "train_paella_lora": ["--rank", "2", "--clip-image-dropout", "0.5", "--ema-decay", "0.9"],
     "train_prior": ["--ema-start", "3"],
+    "train_textual_inversion": ["--placeholder-token", "<x>", "--initializer-token", "red", "--ema-decay", "0.9"],
     "train_vqgan": [*SIZES, "--adversarial-start", "3", "--restart-every", "4", "--ema-decay", "0.9"],
 }
 # the process that is killed, and the newest checkpoint that it leaves

@@ -48,6 +48,7 @@ def model_card(
     training: dict | None = None,
     samples: list[dict] | None = None,
     is_lora: bool = False,
+    inversion_token: str | None = None,
 ) -> str:
     """
     The model card of a pipeline, model, scheduler or adapter.
@@ -58,6 +59,8 @@ def model_card(
         tags (`list[str]`, *optional*): Beside `paella` and `text-to-image`.
         training (`dict`, *optional*): Settings of the training, for a table.
         samples (`list[dict]`, *optional*): `image` (PIL), `prompt` and `seed` of pictures to show.
+        is_lora (`bool`, defaults to `False`): Whether it is an adapter for `thing`.
+        inversion_token (`str`, *optional*): The token whose vectors it is, for `thing`.
     """
     class_name = type(thing).__name__
     origin = base_model or getattr(thing.config, "_name_or_path", "") or ""
@@ -65,11 +68,17 @@ def model_card(
     is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", str(origin)) and not Path(origin).exists()
     what = f"A `{class_name}`"
     usage = f'from paella_diffusers import {class_name}\n\n{class_name}.from_pretrained("{repo_id}")'
+    base = origin if is_hub_id else "BASE_MODEL"
+    load_base = f'from paella_diffusers import PaellaPipeline\n\npipe = PaellaPipeline.from_pretrained("{base}")\n'
+    kind = []
     if is_lora:
-        what = "A LoRA adapter"
-        base = origin if is_hub_id else "BASE_MODEL"
-        usage = f'from paella_diffusers import PaellaPipeline\n\npipe = PaellaPipeline.from_pretrained("{base}")\n'
-        usage += f'pipe.load_lora_weights("{repo_id}")\nimage = pipe("a prompt").images[0]'
+        what, kind = "A LoRA adapter", ["lora"]
+        usage = f'{load_base}pipe.load_lora_weights("{repo_id}")\nimage = pipe("a prompt").images[0]'
+    elif inversion_token is not None:
+        what, kind = f"Textual inversion's vectors of the token `{inversion_token}`", ["textual_inversion"]
+        usage = (
+            f'{load_base}pipe.load_textual_inversion("{repo_id}")\nimage = pipe("a photo of {inversion_token}").images[0]'
+        )
     elif "Pipeline" in class_name:
         usage = f'from paella_diffusers import {class_name}\n\npipe = {class_name}.from_pretrained("{repo_id}")'
     samples = samples or []
@@ -78,7 +87,7 @@ def model_card(
         license=license,
         library_name="diffusers",
         pipeline_tag="text-to-image",
-        tags=["paella", "paella-diffusers", "text-to-image", *(["lora"] if is_lora else []), *(tags or [])],
+        tags=["paella", "paella-diffusers", "text-to-image", *kind, *(tags or [])],
         widget=[{"text": sample["prompt"], "output": {"url": sample["path"]}} for sample in samples] or None,
     )
     card = ModelCard.from_template(

@@ -98,12 +98,14 @@ class EncodingMixin:
 
     def _tokenize_byt5(self, prompts: list[str], max_length: int):
         with _TOKENIZING:
+            prompts = self.maybe_convert_prompt(prompts, self.tokenizer)  # a learned token may stand for several
             return self.tokenizer(prompts, padding="longest", max_length=max_length, truncation=True, return_tensors="pt")
 
     def _encode_clip(self, prompts: list[str], device) -> torch.Tensor:
         distinct, rows = _distinct(prompts)
         max_length = min(self.tokenizer_2.model_max_length, self.text_encoder_2.config.max_position_embeddings)
         with _TOKENIZING:
+            distinct = self.maybe_convert_prompt(distinct, self.tokenizer_2)
             inputs = self.tokenizer_2(
                 distinct, padding="longest", max_length=max_length, truncation=True, return_tensors="pt"
             ).to(device)

@@ -18,6 +18,7 @@ from transformers import (
 from transformers.image_processing_utils import BaseImageProcessor
 
 from ..loaders.lora import PaellaLoraLoaderMixin
+from ..loaders.textual_inversion import PaellaTextualInversionMixin
 from ..models.prior_paella import PaellaPrior
 from ..models.unet_paella import PaellaUNet
 from ..models.vq_model import PaellaVQModel
@@ -65,7 +66,9 @@ class PaellaPipelineOutput(ImagePipelineOutput):
     steps_taken: list[int] | None = None
 
 
-class PaellaPipelineBase(LoadingMixin, EncodingMixin, CallStateMixin, DiffusionPipeline, PaellaLoraLoaderMixin):
+class PaellaPipelineBase(
+    LoadingMixin, EncodingMixin, CallStateMixin, DiffusionPipeline, PaellaTextualInversionMixin, PaellaLoraLoaderMixin
+):
     r"""
     Components and steps of every Paella pipeline. One pipeline may be called by several threads at once.
 

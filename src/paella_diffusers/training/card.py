@@ -5,7 +5,6 @@ from pathlib import Path
 
 from huggingface_hub import create_repo, upload_folder
 
-from ..loaders.lora import WEIGHT_NAMES
 from ..loaders.model_card import model_card
 
 SETTINGS = [
@@ -34,14 +33,17 @@ def publish(run, result):
     print(f"{type(result).__name__} is in {run.args.output_dir}.")
 
 
-def publish_adapter(run, pipe):
-    """The same for a LoRA adapter, which the output folder has already: `pipe` is the pipeline that it is for."""
-    _write_card(run, pipe, {"base_model": base_model(run.args), "training": training_table(run), "is_lora": True})
+def publish_files(run, pipe, files: list[str], **kind):
+    """
+    The same for files that the output folder has already: `pipe` is the pipeline that they are for, and `kind` are arguments
+    of `model_card`.
+    """
+    _write_card(run, pipe, {"base_model": base_model(run.args), "training": training_table(run)} | kind)
     if run.args.push_to_hub:
         hub_id = create_repo(run.hub_id, exist_ok=True, token=run.args.hub_token).repo_id
-        files = ["README.md", "images/*", WEIGHT_NAMES[0]]
+        files = ["README.md", "images/*", *files]
         upload_folder(repo_id=hub_id, folder_path=run.args.output_dir, allow_patterns=files, token=run.args.hub_token)
-    print(f"The adapter is in {run.args.output_dir}.")
+    print(f"The result is in {run.args.output_dir}.")
 
 
 def _write_card(run, thing, details: dict):

@@ -82,11 +82,7 @@ class FrozenParts:
             raise ValueError(f"--resolution must be divisible by {multiple}, for VQGAN and U-Net, got {resolution}.")
         self._expect_arrays(computed, resolution)
         self.pipe.set_progress_bar_config(disable=True)
-        with torch.no_grad():
-            encoded = self.pipe.encode_prompt(args.prompts) if args.prompts else ()
-        names = ("prompt_embeds", "negative_prompt_embeds", "prompt_attention_mask", "negative_prompt_attention_mask")
-        names += ("clip_text_embeds", "negative_clip_text_embeds")
-        self.prompts = {name: None if part is None else part.to(device) for name, part in zip(names, encoded)}
+        self.encode_prompts()
         self.pipe.register_modules(**dict.fromkeys(computed.spare))
         if self.pipe.prior is not None:
             self.pipe.prior.eval().requires_grad_(False).to(device)
@@ -98,6 +94,14 @@ class FrozenParts:
         shapes = {"tokens": (side, side), "prompt_embeds": (None, sizes.text_embed_dim)}
         shapes |= dict.fromkeys(("clip_text_embeds", "clip_image_embeds"), (sizes.clip_embed_dim,))
         self.run.stream.transform.arrays = StoredArrays(shapes, sizes.num_vq_embeddings, computed.required)
+
+    def encode_prompts(self):
+        """Encode what is drawn on sample sheets."""
+        prompts, device = self.run.args.prompts, self.run.accelerator.device
+        encoded = self.pipe.encode_prompt(prompts) if prompts else ()
+        names = ("prompt_embeds", "negative_prompt_embeds", "prompt_attention_mask", "negative_prompt_attention_mask")
+        names += ("clip_text_embeds", "negative_clip_text_embeds")
+        self.prompts = {name: None if part is None else part.to(device) for name, part in zip(names, encoded)}
 
     def draw(self) -> Image.Image:
         """A row of pictures of the batches' size, one for each of `--prompts`."""

@@ -1,0 +1,57 @@
+"""
+Teach a Paella a new word from a few pictures, by textual inversion (https://huggingface.co/papers/2208.01618): only the
+word's vectors in the text encoders are trained, a few kilobytes.
+
+    accelerate launch examples/train_textual_inversion.py --pretrained dome272/Paella --data pictures --output-dir my-horse \
+        --placeholder-token "<horse>" --initializer-token horse
+
+    pipe.load_textual_inversion("my-horse")
+    pipe.load_textual_inversion("my-horse", weight_name="learned_embeds_2.safetensors", text_encoder=pipe.text_encoder_2)
+    pipe("a photo of <horse>")
+
+`--data` is a folder of pictures, which needs no captions. The training loop is `paella_diffusers.training.unet.train_unet`.
+"""
+
+from paella_diffusers.loaders.textual_inversion import WEIGHT_NAMES
+from paella_diffusers.training.arguments import training_arguments
+from paella_diffusers.training.card import publish_files
+from paella_diffusers.training.inversion import TEMPLATES, InversionParts, LearnedTokens
+from paella_diffusers.training.run import TrainingRun
+from paella_diffusers.training.unet import add_unet_arguments, train_unet
+
+
+def parse_args(args=None):
+    defaults = dict(learning_rate=5e-3, warmup_steps=50, weight_decay=0.0, batch_size=4, save_every=500, sample_every=500)
+    dropouts = dict(text_dropout=0.0, clip_text_dropout=0.5, clip_image_dropout=1.0)
+    parser = training_arguments(__doc__, default_steps=1000, text_column=None)
+    add_unet_arguments(parser)
+    parser.set_defaults(**defaults, **dropouts)
+    add = parser.add_argument_group("textual inversion").add_argument
+    add("--placeholder-token", required=True, help='the new word, such as "<horse>"')
+    add("--initializer-token", required=True, help="the word that it means at first, such as horse")
+    add("--num-vectors", type=int, default=4, help="vectors of the word; ByT5 has one for each byte of other words")
+    add("--learnable-property", choices=list(TEMPLATES), default="object", help="what the captions call it")
+    args = parser.parse_args(args)
+    if args.num_vectors < 1:
+        parser.error(f"--num-vectors must be at least 1, got {args.num_vectors}")
+    return args
+
+
+def main(args):
+    run = TrainingRun(args)
+    run.load_data()
+    frozen = InversionParts(run)
+    learned = LearnedTokens(frozen.pipe, args.placeholder_token, args.initializer_token, args.num_vectors)
+    frozen.leave_captions(learned, TEMPLATES[args.learnable_property])
+    vectors = run.prepare("learned_embeds", learned, learned.write, learned.read, shard=False)
+
+    train_unet(run, vectors, frozen)
+
+    weights = run.finish()
+    if weights is not None:
+        learned.write(weights, args.output_dir)
+        publish_files(run, frozen.pipe, list(WEIGHT_NAMES.values()), inversion_token=args.placeholder_token)
+
+
+if __name__ == "__main__":
+    main(parse_args())

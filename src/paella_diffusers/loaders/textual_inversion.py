@@ -1,0 +1,95 @@
+"""Textual inversion (https://huggingface.co/papers/2208.01618): new tokens for text encoders, through diffusers' mixin."""
+
+import copy
+
+from diffusers.loaders import TextualInversionLoaderMixin
+
+TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
+# what a training writes for each text encoder, in the layout of diffusers: the token's name and its vectors
+WEIGHT_NAMES = {"text_encoder": "learned_embeds.safetensors", "text_encoder_2": "learned_embeds_2.safetensors"}
+
+
+class PaellaTextualInversionMixin(TextualInversionLoaderMixin):
+    """New tokens for ByT5 (`text_encoder`) and for CLIP (`text_encoder_2`)."""
+
+    def load_textual_inversion(self, pretrained_model_name_or_path, token=None, tokenizer=None, text_encoder=None, **kwargs):
+        """
+        Add tokens and their vectors to a text encoder and its tokenizer, as diffusers' pipelines do.
+
+            pipe.load_textual_inversion("my-horse")  # ByT5's
+            pipe.load_textual_inversion(
+                "my-horse", weight_name="learned_embeds_2.safetensors", text_encoder=pipe.text_encoder_2
+            )
+            pipe("a photo of <horse>")
+
+        Args:
+            pretrained_model_name_or_path (`str`, `dict`, `torch.Tensor` or a list of them):
+                A Hub id, a folder, a file, or tensors: from a token to its vector `(dim,)` or vectors `(n, dim)`.
+            token (`str` or `list[str]`, *optional*): The token's name, in place of the stored one.
+            tokenizer, text_encoder (*optional*): ByT5's unless given. The tokenizer follows from the text encoder.
+            kwargs: `weight_name`, `subfolder`, `revision` and others of diffusers' method.
+
+        Raises:
+            ValueError: If the pipeline has no such encoder, it has the token already, or the vectors are another encoder's.
+        """
+        text_encoder = self.text_encoder if text_encoder is None else text_encoder
+        name = self._encoder_name(text_encoder)
+        tokenizer = getattr(self, TOKENIZERS[name]) if tokenizer is None else tokenizer
+        before = copy.deepcopy(tokenizer), text_encoder.get_input_embeddings().num_embeddings
+        width = text_encoder.get_input_embeddings().embedding_dim
+        try:
+            super().load_textual_inversion(
+                pretrained_model_name_or_path, token=token, tokenizer=tokenizer, text_encoder=text_encoder, **kwargs
+            )
+        except ValueError as error:
+            if "incorrect shape" not in str(error):
+                raise
+            raise ValueError(
+                f"{pretrained_model_name_or_path} has no vectors of `{name}`, which have {width} entries: give the "
+                "`text_encoder` that they are for."
+            ) from error
+        self.__dict__.setdefault("_before_inversion", {}).setdefault(name, before)
+
+    def unload_textual_inversion(self, tokens=None, tokenizer=None, text_encoder=None):
+        """
+        Remove the tokens that were loaded, from both text encoders or from the given one.
+
+        Args:
+            tokens (`str` or `list[str]`, *optional*): Remove these only.
+            tokenizer, text_encoder (*optional*): Of the encoder to remove them from. One of them is enough.
+
+        Raises:
+            ValueError: If `tokens` names one that was not loaded.
+        """
+        loaded = self.__dict__.get("_before_inversion", {})
+        wanted = [
+            name
+            for name in loaded
+            if (text_encoder is None or text_encoder is getattr(self, name))
+            and (tokenizer is None or tokenizer is getattr(self, TOKENIZERS[name]))
+        ]
+        present = {name: self._loaded_vectors(name) for name in wanted}
+        all_tokens = {token for vectors in present.values() for token in vectors}
+        removed = all_tokens if tokens is None else {tokens} if isinstance(tokens, str) else set(tokens)
+        if not removed <= all_tokens:
+            raise ValueError(f"`tokens` has {sorted(removed - all_tokens)}, but loaded are {sorted(all_tokens)}.")
+        removed |= {token for token in all_tokens if token.rpartition("_")[0] in removed}  # a token's further vectors
+        for name in wanted:
+            original, rows = loaded.pop(name)
+            self.register_modules(**{TOKENIZERS[name]: original})
+            getattr(self, name).resize_token_embeddings(rows)
+            for token, vector in present[name].items():
+                if token not in removed:
+                    self.load_textual_inversion({token: vector}, text_encoder=getattr(self, name))
+
+    def _loaded_vectors(self, name: str) -> dict:
+        """The loaded tokens of a text encoder, with their vectors."""
+        before, now = self._before_inversion[name][0].get_added_vocab(), getattr(self, TOKENIZERS[name]).get_added_vocab()
+        weight = getattr(self, name).get_input_embeddings().weight
+        return {token: weight[index].detach().clone() for token, index in now.items() if token not in before}
+
+    def _encoder_name(self, text_encoder) -> str:
+        for name in TOKENIZERS:
+            if text_encoder is not None and getattr(self, name) is text_encoder:
+                return name
+        raise ValueError("`text_encoder` must be the pipeline's `text_encoder` or `text_encoder_2`; load it with one.")

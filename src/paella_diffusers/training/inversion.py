@@ -1,0 +1,135 @@
+"""Textual inversion (https://huggingface.co/papers/2208.01618): vectors of new tokens in training, and nothing else."""
+
+import random
+from pathlib import Path
+
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.nn.utils import parametrize
+
+from ..loaders.textual_inversion import TOKENIZERS, WEIGHT_NAMES
+from .conditioning import Encoder
+from .unet import FrozenParts
+
+# captions of pictures that have none, as in the paper's code; {} is the token
+TEMPLATES = {
+    "object": ["{}", "a {}", "a photo of a {}", "a picture of a {}", "the photo of a {}", "a close-up photo of a {}"],
+    "style": ["a picture in the style of {}", "a painting in the style of {}", "a drawing in the style of {}", "{}"],
+}
+
+
+class NewRows(nn.Module):
+    """An embedding's weight with rows for new tokens: a parametrization of it."""
+
+    def __init__(self, ids: list[int], rows: nn.Parameter):
+        super().__init__()
+        self.rows, self.count = [rows], max(ids) + 1  # in a list: the rows are the parameters of one module only
+        self.ids = ids
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        missing = weight.new_zeros(max(0, self.count - len(weight)), weight.shape[1])
+        ids = torch.tensor(self.ids, device=weight.device)
+        return torch.cat([weight, missing]).index_copy(0, ids, self.rows[0].to(weight.dtype))
+
+
+class LearnedTokens(nn.Module):
+    """
+    A token's vectors for each text encoder of a pipeline. The encoders then know the token, and only its vectors are
+    trained.
+
+    Args:
+        pipe ([`PaellaPipeline`]): It is changed in place.
+        token (`str`): The token's name, such as `"<horse>"`.
+        initializer (`str`): The word whose vectors the token's are at first.
+        num_vectors (`int`, defaults to 1): Number of vectors. ByT5 has one for each byte of a word.
+
+    Raises:
+        ValueError: If a tokenizer knows the token already.
+    """
+
+    def __init__(self, pipe, token: str, initializer: str, num_vectors: int = 1):
+        super().__init__()
+        self.pipe, self.token = pipe, token
+        pipe.unet.requires_grad_(False)
+        vectors = {}
+        for name in TOKENIZERS:
+            encoder, tokenizer = getattr(pipe, name), getattr(pipe, TOKENIZERS[name])
+            if encoder is None:
+                continue
+            encoder.requires_grad_(False)
+            start = tokenizer(initializer, add_special_tokens=False).input_ids
+            tokens = [token, *(f"{token}_{i}" for i in range(1, num_vectors))]
+            if tokenizer.add_tokens(tokens) != num_vectors:
+                raise ValueError(f"`{TOKENIZERS[name]}` knows {token} already: take another --placeholder-token.")
+            weight = encoder.get_input_embeddings().weight
+            rows = weight[[start[i % len(start)] for i in range(num_vectors)]].detach().float().clone()
+            vectors[name] = nn.Parameter(rows)
+            rows = NewRows(tokenizer.convert_tokens_to_ids(tokens), vectors[name])
+            # T5 has its embedding twice, with one weight
+            tables = [part for part in encoder.modules() if isinstance(part, nn.Embedding) and part.weight is weight]
+            for table in tables:
+                parametrize.register_parametrization(table, "weight", rows, unsafe=True)  # unsafe: the shape changes
+        self.vectors = nn.ParameterDict(vectors)
+
+    def forward(self, sample, timestep, text: list[str], dropped: tuple[bool, bool, bool], empty: dict, **conditioning):
+        """The U-Net's output for captions, which are encoded here, as their encoding depends on what is trained."""
+        embeds, mask, clip = empty["prompt_embeds"], None, empty["clip_text_embeds"]
+        device, size = sample.device, len(text)
+        embeds = embeds.expand(size, -1, -1)
+        clip = None if clip is None else clip.expand(size, -1)
+        if not dropped[0]:
+            embeds, mask = self.pipe._encode_byt5(text, 768, device)
+        if not dropped[1] and clip is not None:
+            clip = self.pipe._encode_clip(text, device).float()
+        return self.pipe.unet(
+            sample,
+            timestep,
+            embeds.float(),
+            clip_text_embeds=clip,
+            encoder_attention_mask=mask,
+            **conditioning,
+        )
+
+    def write(self, weights: dict[str, torch.Tensor], folder: Path):
+        """Write the vectors as `load_textual_inversion` reads them, with a file for each text encoder."""
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, vectors in weights.items():
+            save_file({self.token: vectors}, folder / WEIGHT_NAMES[name.removeprefix("vectors.")])
+
+    def read(self, folder: Path) -> dict[str, torch.Tensor]:
+        """The vectors by the names of this module's parameters."""
+        return {f"vectors.{name}": load_file(folder / WEIGHT_NAMES[name])[self.token] for name in self.vectors}
+
+
+class CaptionsLeft(Encoder):
+    """An encoder that leaves captions to [`LearnedTokens`]. Pictures without a caption have one of the templates."""
+
+    def __init__(self, run, pipe, empty: dict, learned: LearnedTokens, templates: list[str]):
+        super().__init__(pipe, empty)
+        self.run, self.token, self.templates = run, learned.token, templates
+
+    def conditioning(self, batch: dict, dropped: tuple[bool, bool, bool] = (False, False, False)) -> dict:
+        rng = random.Random(f"{self.run.args.seed} {self.run.passes} {self.run.part[0]}")
+        text = [caption or rng.choice(self.templates).format(self.token) for caption in batch["text"]]
+        image = None if dropped[2] else self.clip_image_embeds(batch)
+        return {"text": text, "dropped": dropped, "empty": self.empty, "clip_image_embeds": image}
+
+
+class InversionParts(FrozenParts):
+    """The pipeline around tokens in training: all of it is frozen, the U-Net too."""
+
+    def leave_captions(self, learned: LearnedTokens, templates: list[str]):
+        """Have the captions encoded in each pass, with the vectors as they then are."""
+        if self.pipe.text_encoder is None:
+            raise ValueError(f"{self.run.args.data} has computed embeddings, but the captions must be encoded in each step.")
+        unet = self.pipe.unet.eval().to(self.run.accelerator.device)
+        if self.run.args.gradient_checkpointing:
+            unet.enable_gradient_checkpointing()
+            unet.train()
+        self.encoder = CaptionsLeft(self.run, self.pipe, self.encoder.empty, learned, templates)
+
+    def draw(self) -> Image.Image:
+        self.encode_prompts()
+        return super().draw()
