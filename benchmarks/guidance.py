@@ -7,7 +7,8 @@ Which guidance draws best? On the embedded model by guidance scale, and on a pos
 `emoji`: icon names are drawn by each method at each scale, without the prior, all from the same seeds. A picture is right
 if, of all icons, the nearest in pixels is the one that was asked for; PSNR is to that icon. Standard errors are over the
 pictures. A cell is marked + if its PSNR or its share right is above that of linear guidance at the same scale by more than
-two standard errors of the paired difference, and - if one of them is below by as much and none above.
+two standard errors of the paired difference, and - if one of them is below by as much and none above. A method without a +
+where at least half of its pictures are right is "never better".
 
 `truth`: the model is replaced by the exact posterior of a single token out of 8, with a conditional prior p_c and an
 unconditional one p_u. The distribution that 16 steps end with is computed exactly, without sampling (`PaellaScheduler` with
@@ -89,7 +90,8 @@ def emoji(args):
                 mark = compared(right, psnr, results[LINEAR, scale])
                 cells.append(f"{right.mean():.0%}, {psnr.mean():.1f} ± {standard_error(psnr):.1f}{mark and ' '}{mark}")
                 print(name, scale, cells[-1], file=sys.stderr, flush=True)
-            better = any(cell.endswith("+") for cell in cells)
+            is_right = [results[name, scale][0].mean() >= 0.5 for scale in args.scales]
+            better = any(cell.endswith("+") for cell, counts in zip(cells, is_right) if counts)
             yield [name, *cells, "" if better or name == LINEAR else "never better"]
 
     print(f"{len(captions)} names, {args.steps} steps; right, and PSNR in dB ± its standard error:\n")
