@@ -73,6 +73,17 @@ def test_automatic_pipelines_between_tasks(saved):
     assert run(code, saved) == f"{three} PaellaImg2ImgPipeline PaellaInpaintPipeline PaellaPipeline True"
 
 
+def test_modular_pipelines(saved):
+    """From the folder of a plain pipeline, without remote code."""
+    code = (
+        "import sys, paella_diffusers; from diffusers import ModularPipeline; "
+        "lazy = 'paella_diffusers.modular' not in sys.modules; pipe = ModularPipeline.from_pretrained(sys.argv[1]); "
+        "pipe.load_components(); images = pipe(prompt='a', num_inference_steps=1, output='images'); "
+        "print(lazy, type(pipe).__name__, type(pipe.unet).__name__, images[0].size)"
+    )
+    assert run(code, saved) == "True PaellaModularPipeline PaellaUNet (32, 32)"
+
+
 def test_names_on_diffusers_load_lazily():
     code = (
         "import sys, paella_diffusers, diffusers, diffusers.pipelines; from diffusers import DiffusionPipeline; "
@@ -142,6 +153,7 @@ TABLES = {
     "diffusers.pipelines": "_class_to_module",
     "diffusers.pipelines.pipeline_loading_utils": "LOADABLE_CLASSES",
     "diffusers.pipelines.auto_pipeline": "AUTO_IMAGE2IMAGE_PIPELINES_MAPPING",
+    "diffusers.modular_pipelines.modular_pipeline": "MODULAR_PIPELINE_MAPPING",
 }
 IMPORTS = "import " + ", ".join(TABLES)
 

@@ -30,6 +30,8 @@ _MODULES = {
     "PaellaImg2ImgPipeline": "pipelines.pipeline_paella_img2img",
     "PaellaInversionPipeline": "pipelines.pipeline_paella_inversion",
     "PaellaInpaintPipeline": "pipelines.pipeline_paella_inpaint",
+    "PaellaModularPipeline": "modular.modular_pipeline_paella",
+    "PaellaAutoBlocks": "modular.modular_blocks_paella",
 }
 
 EMOJI_MODEL = str(Path(__file__).parent / "pretrained" / "emoji")  # the embedded model, in diffusers' layout

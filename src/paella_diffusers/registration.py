@@ -32,6 +32,7 @@ COMPONENTS = [
     "PaellaSmoothedEnergyGuidance",
     "PaellaSemanticGuidance",
 ]
+MODULAR = ["PaellaModularPipeline", "PaellaAutoBlocks"]
 # Base classes of components of kinds that diffusers does not know, and their methods to save and to load.
 COMPONENT_BASES = {"GuidanceMixin": ["save_pretrained", "from_pretrained"]}
 # What the automatic pipelines of each task give for a model; the first model with a pipeline's class is that pipeline's.
@@ -57,13 +58,14 @@ _warned = False
 def install():
     """
     Let diffusers find our pipelines and components by name, `paella_diffusers` as the library of a `model_index.json`, our
-    models in the automatic pipelines, and our schedulers among those that swap with its discrete ones; now, or when the
-    module concerned is imported.
+    models in the automatic and the modular pipelines, and our schedulers among those that swap with its discrete ones; now,
+    or when the module concerned is imported.
     """
-    _after_import("diffusers", lambda module: _add_names(module, "pipelines.", [*PIPELINES, *COMPONENTS]))
+    _after_import("diffusers", lambda module: _add_names(module, "pipelines.", [*PIPELINES, *COMPONENTS, *MODULAR]))
     _after_import("diffusers.pipelines", lambda module: _add_names(module, "", PIPELINES))
     _after_import("diffusers.pipelines.pipeline_loading_utils", _add_component_bases)
     _after_import("diffusers.pipelines.auto_pipeline", _add_tasks)
+    _after_import("diffusers.modular_pipelines.modular_pipeline", _add_modular)
     for name, module in DISCRETE_SCHEDULERS.items():
         _after_import(module, lambda module, name=name: _add_compatibles(getattr(module, name)))
 
@@ -103,6 +105,12 @@ def _add_component_bases(module):
 def _add_tasks(module):
     for task, models in TASKS.items():
         _update(module, task, {model: getattr(sys.modules[LIBRARY], name) for model, name in models.items()})
+
+
+def _add_modular(module):
+    """Let `ModularPipeline.from_pretrained` find ours from the `model_index.json` of a plain pipeline."""
+    models = {model for task in TASKS.values() for model in task}
+    _update(module, "MODULAR_PIPELINE_MAPPING", dict.fromkeys(models, lambda config=None: MODULAR[0]))
 
 
 def _add_compatibles(scheduler: type):
