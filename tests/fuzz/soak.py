@@ -6,22 +6,25 @@ operations; several threads on one pipeline, against results without threads. It
 """
 
 import argparse
+import functools
 import gc
+import io
 import random
 import shutil
 import sys
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import redirect_stderr, redirect_stdout
 from functools import partial
 from pathlib import Path
 
 import psutil
 import torch
-from conftest import tiny_pipeline, tiny_unet
+from conftest import tiny_pipeline
 from kills import contents, killed_before, leftovers
 
-from paella_diffusers import PaellaClassifierFreeGuidance, PaellaScheduler
+from paella_diffusers import PaellaClassifierFreeGuidance, PaellaPipeline, PaellaScheduler
 from paella_diffusers.cli.output import write
 from paella_diffusers.convert import convert_to_diffusers, convert_to_original
 
@@ -97,6 +100,7 @@ def random_call(rng: random.Random) -> Call:
 # --------------------------------------------------------------------------------------------------------------- kills
 
 
+@functools.cache
 def _pipeline(scale: float):
     pipe = tiny_pipeline()
     with torch.no_grad():
@@ -105,15 +109,8 @@ def _pipeline(scale: float):
     return pipe
 
 
-def _save_model(scale: float, folder: Path):
-    unet = tiny_unet()
-    unet.proj_in.weight.data.mul_(scale)
-    unet.save_pretrained(folder)
-
-
 def _save_adapter(scale: float, folder: Path):
-    tiny = tiny_pipeline()
-    tiny.save_lora_weights(folder, {"to_q.lora_A.weight": normal(0, 2, 16) * scale})
+    PaellaPipeline.save_lora_weights(folder, {"to_q.lora_A.weight": normal(0, 2, 16) * scale})
 
 
 def _picture(seed: int, folder: Path):
@@ -127,7 +124,10 @@ WRITERS: dict[str, tuple[Writer | None, Writer]] = {  # what writes the first ve
         lambda folder: _pipeline(1.0).save_pretrained(folder),
         lambda folder: _pipeline(2.0).save_pretrained(folder),
     ),
-    "a model": (partial(_save_model, 1.0), partial(_save_model, 2.0)),
+    "a model": (
+        lambda folder: _pipeline(1.0).unet.save_pretrained(folder),
+        lambda folder: _pipeline(2.0).unet.save_pretrained(folder, max_shard_size="40KB"),
+    ),
     "a scheduler": (
         lambda folder: PaellaScheduler().save_pretrained(folder),
         lambda folder: PaellaScheduler(num_inference_steps=8).save_pretrained(folder),
@@ -152,7 +152,12 @@ def kill(report: Report, name: str, parent: Path, first: Writer | None, second: 
     parent = parent / name.replace(" ", "-")
     folder, kept, kills = parent / "folder", parent / "kept", 0
     parent.mkdir()
-    second(parent / "finished")
+
+    def write_second(folder: Path):
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):  # paths and bars
+            second(folder)
+
+    write_second(parent / "finished")
     new = contents(parent / "finished")
     old = {}
     if first is not None:
@@ -161,7 +166,7 @@ def kill(report: Report, name: str, parent: Path, first: Writer | None, second: 
     while kills < least:
         operation = 0
         _reset(folder, kept)
-        while killed_before(operation, folder, lambda: second(folder)):
+        while killed_before(operation, parent, lambda: write_second(folder)):
             operation += 1
             now = contents(folder)
             whole = now in (old, new) or (not now and first is None)

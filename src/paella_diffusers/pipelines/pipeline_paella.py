@@ -113,7 +113,9 @@ class PaellaPipeline(PaellaPipelineBase):
             renoise_steps (`int`, *optional*): The scheduler's, for this call.
             num_images_per_prompt (`int`, defaults to 1): Images for each prompt.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
-                The source of randomness; a list has one for each image, which then does not depend on its batch.
+                The source of randomness. A list has one for each image, which then does not depend on its batch: in float32
+                up to the rounding of kernels, which a token seldom shows. In bfloat16 rounding is coarser, and about a
+                fifteenth of the tokens differ between a batch and the image alone (`docs/reliability.md`).
             latents (`torch.LongTensor` of shape `(num_images, height / 4, width / 4)`, *optional*):
                 Tokens to start from in place of random ones, int64 in `[0, num_vq_embeddings)`.
             condition_image (`PIL.Image.Image` or list, *optional*):
