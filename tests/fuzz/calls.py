@@ -519,7 +519,7 @@ def _run_probe(pipe, task: str):
         call["image"] = tokens(0, 4, 4)
     if task == "inpainting":
         call["mask_image"] = torch.ones(4, 4)
-    return pipe(**call).images
+    return pipe(**{name: value for name, value in call.items() if _takes(pipe, name)}).images
 
 
 @functools.cache
