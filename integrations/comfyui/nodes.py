@@ -20,30 +20,17 @@ from paella_diffusers import (
     PaellaImg2ImgPipeline,
     PaellaInpaintPipeline,
     PaellaPipeline,
+    PaellaScheduler,
 )
 from paella_diffusers.pipelines.conditioning import PromptEmbeds
+from paella_diffusers.registration import COMPONENTS
 
 EMBEDDED = "embedded"
 MODELS_OWN = "the model's own"
-SCHEDULERS = [
-    MODELS_OWN,
-    "PaellaScheduler",
-    "PaellaConfidenceScheduler",
-    "PaellaFlowMatchEulerScheduler",
-    "PaellaFlowMatchTrapezoidalScheduler",
-    "PaellaPsiScheduler",
-    "DiscreteDDIMScheduler",
-    "EntropyBoundScheduler",
-]
-GUIDERS = [
-    "PaellaClassifierFreeGuidance",
-    "PaellaAdaptiveProjectedGuidance",
-    "PaellaClassifierFreeZeroStarGuidance",
-    "PaellaRescaledGuidance",
-    "PaellaPerturbedAttentionGuidance",
-    "PaellaSmoothedEnergyGuidance",
-]
+SCHEDULERS = [MODELS_OWN, *PaellaScheduler._compatibles]
+GUIDERS = [name for name in COMPONENTS if name.endswith("Guidance") and name != "PaellaSemanticGuidance"]
 
+MODEL, CONDITIONING = ("PAELLA_MODEL",), ("PAELLA_CONDITIONING",)
 TEXT = ("STRING", {"multiline": True, "default": ""})
 SIZE = ("INT", {"default": 0, "min": 0, "max": 4096, "tooltip": "in pixels; 0 is the input picture's size, or the model's"})
 SAMPLING = {
@@ -70,6 +57,7 @@ class Model:
         if guidance is not None:
             pipe.guider = guidance
         if self.adapters:
+            pipe.enable_lora()
             pipe.set_adapters(*map(list, zip(*self.adapters)))
         elif pipe.get_list_adapters():
             pipe.disable_lora()
@@ -109,10 +97,15 @@ def to_pixels(image: torch.Tensor) -> torch.Tensor:
 
 
 class Node:
-    """What ComfyUI asks of every node; `run` is what it does."""
+    """What ComfyUI asks of every node: `run` takes `INPUTS`, and `OPTIONAL` if they are connected."""
 
     CATEGORY = "Paella"
     FUNCTION = "run"
+    INPUTS, OPTIONAL = {}, {}
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": cls.INPUTS, "optional": cls.OPTIONAL}
 
 
 class PaellaLoad(Node):
@@ -120,16 +113,11 @@ class PaellaLoad(Node):
     DESCRIPTION = "A model in diffusers' or the published layout: a folder or a Hub id. `embedded` is the package's own."
     RETURN_TYPES = ("PAELLA_MODEL",)
     RETURN_NAMES = ("model",)
-
-    @classmethod
-    def INPUT_TYPES(cls):
-        return {
-            "required": {
-                "model": ("STRING", {"default": EMBEDDED}),
-                "dtype": (["float32", "bfloat16", "float16"],),
-                "low_memory": ("BOOLEAN", {"default": False, "tooltip": "keep only the running model's weights in memory"}),
-            }
-        }
+    INPUTS = {
+        "model": ("STRING", {"default": EMBEDDED}),
+        "dtype": (["float32", "bfloat16", "float16"],),
+        "low_memory": ("BOOLEAN", {"default": False, "tooltip": "keep only the running model's weights in memory"}),
+    }
 
     def run(self, model: str, dtype: str, low_memory: bool):
         source = EMOJI_MODEL if model == EMBEDDED else model
@@ -147,16 +135,11 @@ class PaellaLora(Node):
     DESCRIPTION = "Adds an adapter to a model. Several of these nodes in a row mix adapters."
     RETURN_TYPES = ("PAELLA_MODEL",)
     RETURN_NAMES = ("model",)
-
-    @classmethod
-    def INPUT_TYPES(cls):
-        return {
-            "required": {
-                "model": ("PAELLA_MODEL",),
-                "lora": ("STRING", {"default": "", "tooltip": "a file, a folder or a Hub id"}),
-                "scale": ("FLOAT", {"default": 1.0, "min": -10.0, "max": 10.0, "step": 0.05}),
-            }
-        }
+    INPUTS = {
+        "model": MODEL,
+        "lora": ("STRING", {"default": "", "tooltip": "a file, a folder or a Hub id"}),
+        "scale": ("FLOAT", {"default": 1.0, "min": -10.0, "max": 10.0, "step": 0.05}),
+    }
 
     def run(self, model: Model, lora: str, scale: float):
         name = re.sub(r"\W", "_", lora)
@@ -173,10 +156,7 @@ class PaellaEncode(Node):
     DESCRIPTION = "Encodes what the picture shall show, and what it shall not show."
     RETURN_TYPES = ("PAELLA_CONDITIONING",)
     RETURN_NAMES = ("conditioning",)
-
-    @classmethod
-    def INPUT_TYPES(cls):
-        return {"required": {"model": ("PAELLA_MODEL",), "prompt": TEXT, "negative_prompt": TEXT}}
+    INPUTS = {"model": MODEL, "prompt": TEXT, "negative_prompt": TEXT}
 
     def run(self, model: Model, prompt: str, negative_prompt: str):
         embeds = PromptEmbeds(*model.pipe.encode_prompt(prompt, negative_prompt))
@@ -188,16 +168,7 @@ class PaellaEncodeImage(Node):
     DESCRIPTION = "Adds the CLIP embeddings of pictures to a prompt's encoding; several pictures are mixed."
     RETURN_TYPES = ("PAELLA_CONDITIONING",)
     RETURN_NAMES = ("conditioning",)
-
-    @classmethod
-    def INPUT_TYPES(cls):
-        return {
-            "required": {
-                "model": ("PAELLA_MODEL",),
-                "conditioning": ("PAELLA_CONDITIONING",),
-                "condition_image": ("IMAGE",),
-            }
-        }
+    INPUTS = {"model": MODEL, "conditioning": CONDITIONING, "condition_image": ("IMAGE",)}
 
     def run(self, model: Model, conditioning: dict, condition_image: torch.Tensor):
         images = model.pipe.image_processor.numpy_to_pil(condition_image[..., :3].numpy())
@@ -209,11 +180,10 @@ class PaellaGuidance(Node):
     DESCRIPTION = "How the prompt guides sampling. Methods are described in docs/guidance.md."
     RETURN_TYPES = ("PAELLA_GUIDANCE",)
     RETURN_NAMES = ("guidance",)
-
-    @classmethod
-    def INPUT_TYPES(cls):
-        scale = ("FLOAT", {"default": 3.0, "min": 0.0, "max": 50.0, "step": 0.1})
-        return {"required": {"method": (GUIDERS,), "guidance_scale": scale}}
+    INPUTS = {
+        "method": (GUIDERS,),
+        "guidance_scale": ("FLOAT", {"default": 3.0, "min": 0.0, "max": 50.0, "step": 0.1}),
+    }
 
     def run(self, method: str, guidance_scale: float):
         return (getattr(paella_diffusers, method)(guidance_scale=guidance_scale),)
@@ -224,12 +194,15 @@ class PaellaSample(Node):
     DESCRIPTION = "Text to image, or variations: samples token grids, which the decode node turns into pictures."
     RETURN_TYPES = ("PAELLA_TOKENS",)
     RETURN_NAMES = ("tokens",)
-
-    @classmethod
-    def INPUT_TYPES(cls):
-        inputs = {"model": ("PAELLA_MODEL",), "conditioning": ("PAELLA_CONDITIONING",), "height": SIZE, "width": SIZE}
-        count = {"num_images_per_prompt": ("INT", {"default": 1, "min": 1, "max": 64})}
-        return {"required": inputs | count | SAMPLING, "optional": GUIDANCE}
+    INPUTS = {
+        "model": MODEL,
+        "conditioning": CONDITIONING,
+        "height": SIZE,
+        "width": SIZE,
+        "num_images_per_prompt": ("INT", {"default": 1, "min": 1, "max": 64}),
+        **SAMPLING,
+    }
+    OPTIONAL = GUIDANCE
 
     def run(self, model: Model, conditioning: dict, **options):
         return (model(PaellaPipeline, conditioning, output_type="latent", **options),)
@@ -239,10 +212,7 @@ class PaellaDecode(Node):
     TITLE = "Paella: decode tokens"
     DESCRIPTION = "Token grids to pictures."
     RETURN_TYPES = ("IMAGE",)
-
-    @classmethod
-    def INPUT_TYPES(cls):
-        return {"required": {"model": ("PAELLA_MODEL",), "tokens": ("PAELLA_TOKENS",)}}
+    INPUTS = {"model": MODEL, "tokens": ("PAELLA_TOKENS",)}
 
     def run(self, model: Model, tokens: torch.Tensor):
         return (to_image(model.pipe.decode(tokens, "pt")),)
@@ -252,12 +222,16 @@ class PaellaImageToImage(Node):
     TITLE = "Paella: image to image"
     DESCRIPTION = "Changes a picture to match a prompt. The result has the picture's size unless height and width are given."
     RETURN_TYPES = ("IMAGE",)
-
-    @classmethod
-    def INPUT_TYPES(cls):
-        inputs = {"model": ("PAELLA_MODEL",), "conditioning": ("PAELLA_CONDITIONING",), "image": ("IMAGE",)}
-        strength = {"strength": ("FLOAT", {"default": 0.75, "min": 0.01, "max": 1.0, "step": 0.01})}
-        return {"required": inputs | strength | {"height": SIZE, "width": SIZE} | SAMPLING, "optional": GUIDANCE}
+    INPUTS = {
+        "model": MODEL,
+        "conditioning": CONDITIONING,
+        "image": ("IMAGE",),
+        "strength": ("FLOAT", {"default": 0.75, "min": 0.01, "max": 1.0, "step": 0.01}),
+        "height": SIZE,
+        "width": SIZE,
+        **SAMPLING,
+    }
+    OPTIONAL = GUIDANCE
 
     def run(self, model: Model, conditioning: dict, image: torch.Tensor, **options):
         images = model(PaellaImg2ImgPipeline, conditioning, image=to_pixels(image), output_type="pt", **options)
@@ -268,12 +242,15 @@ class PaellaInpaint(Node):
     TITLE = "Paella: inpaint"
     DESCRIPTION = "Replaces a picture where the mask is white; all other pixels stay as they are."
     RETURN_TYPES = ("IMAGE",)
-
-    @classmethod
-    def INPUT_TYPES(cls):
-        inputs = {"model": ("PAELLA_MODEL",), "conditioning": ("PAELLA_CONDITIONING",), "image": ("IMAGE",)}
-        strength = {"strength": ("FLOAT", {"default": 1.0, "min": 0.01, "max": 1.0, "step": 0.01})}
-        return {"required": inputs | {"mask_image": ("MASK",)} | strength | SAMPLING, "optional": GUIDANCE}
+    INPUTS = {
+        "model": MODEL,
+        "conditioning": CONDITIONING,
+        "image": ("IMAGE",),
+        "mask_image": ("MASK",),
+        "strength": ("FLOAT", {"default": 1.0, "min": 0.01, "max": 1.0, "step": 0.01}),
+        **SAMPLING,
+    }
+    OPTIONAL = GUIDANCE
 
     def run(self, model: Model, conditioning: dict, image: torch.Tensor, mask_image: torch.Tensor, **options):
         pictures = {"image": to_pixels(image), "mask_image": mask_image[:, None]}
@@ -284,13 +261,14 @@ class PaellaOutpaint(Node):
     TITLE = "Paella: outpaint"
     DESCRIPTION = "Extends a picture by so many pixels at each side (`padding`)."
     RETURN_TYPES = ("IMAGE",)
-
-    @classmethod
-    def INPUT_TYPES(cls):
-        inputs = {"model": ("PAELLA_MODEL",), "conditioning": ("PAELLA_CONDITIONING",), "image": ("IMAGE",)}
-        pixels = ("INT", {"default": 0, "min": 0, "max": 4096})
-        sides = dict.fromkeys(("left", "top", "right", "bottom"), pixels)
-        return {"required": inputs | sides | SAMPLING, "optional": GUIDANCE}
+    INPUTS = {
+        "model": MODEL,
+        "conditioning": CONDITIONING,
+        "image": ("IMAGE",),
+        **dict.fromkeys(("left", "top", "right", "bottom"), ("INT", {"default": 0, "min": 0, "max": 4096})),
+        **SAMPLING,
+    }
+    OPTIONAL = GUIDANCE
 
     def run(self, model: Model, conditioning: dict, image: torch.Tensor, left, top, right, bottom, **options):
         padding = (left, top, right, bottom)

@@ -139,6 +139,8 @@ def test_adapters_belong_to_the_models_that_have_them(package, tmp_path):
     (adapted,) = nodes["PaellaLora"]().run(model, str(tmp_path), 1.0)
     (with_adapter,) = sample(adapted, conditioning, **options)
     (after,) = sample(model, conditioning, **options)
+    (again,) = sample(adapted, conditioning, **options)
+    assert torch.equal(again, with_adapter)
     assert not torch.equal(with_adapter, before)
     assert torch.equal(after, before)
 
