@@ -102,6 +102,8 @@ def _try(action, judge, must_be_refused, may_be_refused, errors, named, models_m
                 found = Outcome.RESULT, ""
             except WrongResult as error:
                 found = Outcome.SILENT, str(error)
+            except Exception as error:
+                found = Outcome.SILENT, f"a result that cannot be judged: {describe(error)}"
     return (Outcome.EXECUTED, f"{must_be_refused}: {seen.executed}") if seen.executed else found
 
 
