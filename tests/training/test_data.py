@@ -11,6 +11,7 @@ from images import animation, grey_png_16, phone_photo, photo, saved, transparen
 from PIL import Image
 from torchdata.stateful_dataloader import StatefulDataLoader
 
+from benchmarks.data import simulate
 from paella_diffusers.pipelines.image_reading import load_image
 from paella_diffusers.training.data import QualityFilter, SampleTransform, ShardStream, StoredArrays, collate, load_stream
 
@@ -142,6 +143,15 @@ def test_no_sample_is_left_out_or_repeated_for_long(shards):
 )
 def test_what_sharing_costs(shards, readers, split, twice):
     assert ShardStream.sharing(shards, readers) == (split, pytest.approx(twice, abs=1e-3))
+
+
+@pytest.mark.parametrize("readers, shards", [(4, 40), (16, 50), (24, 7)])
+def test_the_simulation_agrees_with_what_sharing_promises(readers, shards):
+    """Many readers: the shares of samples that come twice, and not yet, after as many samples as there are."""
+    result = simulate(readers, shards, size=24, epochs=1)
+    split, twice = ShardStream.sharing(shards, readers)
+    assert (result["counts"] > 1).mean() == pytest.approx(twice, abs=0.02)
+    assert result["read"].sum() >= split * shards * 24 * 0.8 and result["again"].max() < 2 * 24
 
 
 @pytest.mark.parametrize("before, after", [(1, 2), (2, 1), (3, 2)])
