@@ -26,6 +26,7 @@ def test_what_fits_is_taken(config):
         (PaellaUNet, {"dropout": float("inf")}, r"dropout=inf, which should be float \| tuple"),
         (PaellaUNet, {"kernel_size": 2**30}, "kernel_size=1073741824, more than 16777216, which no real model has"),
         (PaellaScheduler, {"num_vq_embeddings": "many"}, "PaellaScheduler has num_vq_embeddings='many'"),
+        (PaellaScheduler, {"temperature": 10**400}, "PaellaScheduler has temperature=1000"),
         (PaellaScheduler, {"_class_name": 10**30}, "PaellaScheduler has _class_name=10{30}, which is no class's name"),
     ],
 )

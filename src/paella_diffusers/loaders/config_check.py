@@ -1,10 +1,11 @@
 """Configurations from files: types, and sizes that no real model has, are refused before anything is built from them."""
 
 import inspect
-import math
-from numbers import Integral, Real
+from numbers import Integral
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
+
+from ..checks import is_integer, is_number
 
 MAX_LAYERS = 1000  # of a kind in a row: more would only keep the machine busy
 MAX_INTEGER = 2**24  # sizes, steps and numbers of tokens
@@ -83,7 +84,7 @@ def _is_of_type(value, hint) -> bool:
     if hint is bool or hint is str or hint is NoneType:
         return isinstance(value, hint)
     if hint is int:
-        return isinstance(value, Integral) and not isinstance(value, bool)
+        return is_integer(value)
     if hint is float:
-        return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+        return is_number(value)
     return True
