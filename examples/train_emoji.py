@@ -5,8 +5,8 @@ Train the text-to-image Paella that ships inside the package, from nothing to th
     python examples/train_emoji.py --work-dir emoji-training --output-dir my-emoji
 
 It downloads three icon sets and two sets of keywords from npm (`npm` must be installed). It trains (1) a VQGAN, (2) two text
-encoders, (3) CLIP's image encoder, (4) the prior and (5) the U-Net. Then it measures the model and prints a table. The
-stages are in the folder `emoji_model`.
+encoders, (3) CLIP's image encoder, (4) the prior and (5) the U-Net. Then it writes pictures to look at, measures the
+model and prints a table. The stages are in the folder `emoji_model`.
 
 All is saved to the work folder every few minutes. Run the same command again to resume, whatever stopped it: the model is
 the same as without a stop. `log.txt` there has each start, and how long the steps take.
@@ -17,8 +17,7 @@ import os
 from pathlib import Path
 
 import torch
-from diffusers.utils import make_image_grid
-from emoji_model import data, image, scoring, text, unet, vqgan
+from emoji_model import data, image, scoring, sheets, text, unet, vqgan
 from emoji_model.captions import Captions, colours_of, keywords_of
 from emoji_model.fit import has_tiles, log
 
@@ -26,12 +25,12 @@ from paella_diffusers import PaellaClassifierFreeGuidance, PaellaPipeline, Paell
 from paella_diffusers.schedulers.scheduling_ddim_wuerstchen import DDIMWuerstchenScheduler
 from paella_diffusers.training.lock import FolderLock
 
-SHEET = ["red heart", "pizza", "dog face", "rocket", "sunflower", "green apple", "grinning face", "soccer ball", "guitar"]
-
 
 def parse_args(args=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work-dir", type=Path, default=Path("emoji-training"), help="downloads, checkpoints, log, scores")
+    parser.add_argument(
+        "--work-dir", type=Path, default=Path("emoji-training"), help="downloads, checkpoints, log, scores, pictures"
+    )
     parser.add_argument("--output-dir", type=Path, default=Path("emoji-model"), help="the trained pipeline")
     held_out = "file with the objects of which one style is kept out of training; drawn and written if there is none"
     parser.add_argument("--held-out", type=Path, default=data.HELD_OUT, help=held_out)
@@ -96,7 +95,7 @@ def main(args):
     icons, words, pipe = train(args)
     cells = data.training_cells(icons, args.held_out)
     scorer = scoring.Scorer(pipe, icons, words, cells, args.score_limit)
-    make_image_grid(pipe(SHEET, generator=torch.Generator().manual_seed(0)).images, 3, 3).save(args.work_dir / "sheet.png")
+    sheets.write(pipe, icons, words, cells, args.work_dir, args.score_limit or 100)
     results = scoring.score(scorer, args.work_dir / "scores.json", lambda line: log(args.work_dir, line))
     log(args.work_dir, "done\n" + scoring.table(results, args.output_dir))
     lock.release()

@@ -115,6 +115,7 @@ def test_from_nothing_killed_and_resumed(tmp_path, monkeypatch, capsys):
     assert len(held_out) >= 3 and held_out == json.loads(whole.held_out.read_text())
     log = (tmp_path / "killed" / "log.txt").read_text()
     assert log.count(" start: ") == 2 and "unet: resumed at step 2 of 3" in log
+    assert {"names.png", "styles.png", "canvas.png"} <= {path.name for path in (tmp_path / "killed").iterdir()}
     # the last lines are the table, as in the output
     lines = capsys.readouterr().out.strip().splitlines()
     table = lines[lines.index("| | measured | aim |") :]
