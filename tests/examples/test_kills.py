@@ -34,7 +34,7 @@ FEW = [
     ("train_paella", "fsdp", ["before a checkpoint has its name"]),
     ("train_paella_lora", "one", ["while a checkpoint is written"]),
     ("train_prior", "ddp", ["while an older one is deleted"]),
-    ("train_vqgan", "ddp", ["after the first checkpoint"]),
+    ("train_vqgan", "fsdp", ["after the first checkpoint"]),
 ]
 ALL = [(script, way, list(MOMENTS)) for script in OPTIONS for way in WAYS]
 

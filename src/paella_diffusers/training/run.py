@@ -210,7 +210,10 @@ class TrainingRun:
         writer = partial(write_pretrained, type(model), getattr(model, "config", None))
         if self.sharded and not shard:
             model = nn.parallel.DistributedDataParallel(model.to(self.accelerator.device), find_unused_parameters=True)
-            optimizer, schedule = self.accelerator.prepare(optimizer, schedule)
+            # what accelerate calls in a step's passes before the last
+            model.set_requires_gradient_sync = partial(setattr, model, "require_backward_grad_sync")
+            optimizer = self.accelerator.prepare_optimizer(optimizer)
+            schedule = self.accelerator.prepare_scheduler(schedule)
         else:
             model, optimizer, schedule = self.accelerator.prepare(model, optimizer, schedule)
             # losses take logits in half precision: a float32 copy of them would be gigabytes
