@@ -1,5 +1,6 @@
 """Configurations with other values than any real model has, and files that are damaged or made to do harm."""
 
+import atexit
 import copy
 import functools
 import inspect
@@ -37,6 +38,7 @@ ENCODERS = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "image
 def good() -> Path:
     """A folder with a pipeline, other schedulers, an adapter, the published layout and a shard."""
     folder = Path(tempfile.mkdtemp(prefix="paella-fuzz-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     pipe = tiny_pipeline()
     pipe.save_pretrained(folder / "pipeline")
     for name, make in (SCHEDULERS | GUIDERS).items():
