@@ -149,6 +149,7 @@ def test_shards_are_in_their_folder(tmp_path):
     names = load_file(weights)
     weights.rename(tmp_path / "outside.safetensors")
     for name in ("../../outside.safetensors", str(tmp_path / "outside.safetensors")):
-        (folder / f"{weights.name}.index.json").write_text(json.dumps({"weight_map": dict.fromkeys(names, name)}))
+        index = {"metadata": {}, "weight_map": dict.fromkeys(names, name)}
+        (folder / f"{weights.name}.index.json").write_text(json.dumps(index))
         with pytest.raises(ValueError, match="names files outside its folder, which are not read: .*outside.safetensors"):
             convert_to_original(tmp_path / "diffusers", tmp_path / "original")
