@@ -27,6 +27,14 @@ def is_boolean(value) -> bool:
     return isinstance(value, bool) or (kind.__module__ == "numpy" and kind.__name__ in ("bool", "bool_"))
 
 
+def check_unicode(name: str, text: str):
+    """Refuse a text that cannot be encoded."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"`{name}` must be Unicode text, but {text!r} has a lone surrogate: {error.reason}.") from error
+
+
 def check_boolean(name: str, value):
     """Refuse what is no boolean: "no" would count as True."""
     if not is_boolean(value):

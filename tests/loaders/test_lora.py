@@ -295,6 +295,7 @@ def test_hostile_metadata_are_refused_or_not_evaluated(pipe, tmp_path):
         ({"rank_pattern": {"(x+x+)+y": 2}}, "`rank_pattern` in the adapter's metadata must have names of layers"),
         ({"alpha_pattern": {"(x+x+)+y": 2}}, "`alpha_pattern` in the adapter's metadata must have names of layers"),
         ({"alpha_pattern": {"to_q": float("nan")}}, "`lora_alpha` in the adapter's metadata must be a finite number"),
+        ({"lora_alpha": 1e300}, "`lora_alpha` in the adapter's metadata must be a finite number up to 1000000 in size"),
         ({"lora_alpha": float("inf")}, "`lora_alpha` in the adapter's metadata must be a finite number"),
         ({"lora_dropout": 7}, "`lora_dropout` in the adapter's metadata must be"),
         ({"peft_type": "LOKR"}, "must be a LoRA, got 'LOKR'"),

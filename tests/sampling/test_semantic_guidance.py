@@ -200,6 +200,8 @@ def test_safe_directions():
     [
         ({"editing_prompt": ""}, "`editing_prompt` must be a text or a list of them, none empty, got ''"),
         ({"editing_prompt": ["a", 3]}, "`editing_prompt` must be a text"),
+        ({"editing_prompt": 5}, "`editing_prompt` must be a text or a list of them"),
+        ({"editing_prompt": ["a", "b\udfff"]}, "`editing_prompt` must be Unicode text"),
         ({"edit_guidance_scale": [1.0]}, "`edit_guidance_scale` has 1 values for 2 editing prompts: pass one for each"),
         ({"edit_guidance_scale": "5"}, "`edit_guidance_scale` must be a finite number, got '5'"),
         ({"edit_threshold": 1.0}, r"`edit_threshold` must be a number in \[0, 1\), got 1.0"),

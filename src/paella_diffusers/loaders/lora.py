@@ -23,6 +23,7 @@ from .weights import TensorInfo, check_tensors, read_state_dict, shorten
 
 WEIGHT_NAMES = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin")
 MAX_RANK = 2**16
+MAX_ALPHA = 10**6
 
 
 class PaellaPeftAdapterMixin(PeftAdapterMixin):
@@ -335,8 +336,10 @@ def _adapter_config(state_dict: dict[str, torch.Tensor], metadata: dict) -> dict
     default = metadata.get("lora_alpha")
     alphas = {name: _of_layer(name, patterns["alpha_pattern"], default) or rank for name, rank in ranks.items()}
     for alpha in alphas.values():
-        if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
-            raise ValueError(f"`lora_alpha` in the adapter's metadata must be a finite number, got {alpha!r}.")
+        if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not abs(alpha) <= MAX_ALPHA:
+            raise ValueError(
+                f"`lora_alpha` in the adapter's metadata must be a finite number up to {MAX_ALPHA} in size, got {alpha!r}."
+            )
     dropout = metadata.get("lora_dropout") or 0.0
     if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
         raise ValueError(f"`lora_dropout` in the adapter's metadata must be in [0, 1), got {dropout!r}.")

@@ -13,7 +13,16 @@ import numpy as np
 import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 
-from ..checks import check_boolean, check_choice, check_integer, check_number, check_ramp, is_boolean, is_integer
+from ..checks import (
+    check_boolean,
+    check_choice,
+    check_integer,
+    check_number,
+    check_ramp,
+    check_unicode,
+    is_boolean,
+    is_integer,
+)
 from .conditioning import repeat_rows
 from .encoding import nested_images
 from .image_reading import to_rgb
@@ -315,10 +324,7 @@ def check_prompts(name: str, value):
     if value is not None and not (texts and all(isinstance(text, str) for text in texts)):
         raise ValueError(f"`{name}` must be a string or a list of at least one, got {value!r}; '' is fine.")
     for text in texts if value is not None else ():
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(f"`{name}` must be Unicode text, but {text!r} has a lone surrogate: {error.reason}.") from error
+        check_unicode(name, text)
 
 
 def check_cross_attention_kwargs(value):

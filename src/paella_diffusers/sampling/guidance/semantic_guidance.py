@@ -3,7 +3,7 @@
 import torch
 from diffusers.configuration_utils import register_to_config
 
-from ...checks import check_integer, check_number
+from ...checks import check_integer, check_number, check_unicode
 from .base import CONDITIONAL, UNCONDITIONAL, Branch, identity
 from .classifier_free_guidance import PaellaClassifierFreeGuidance, plausible
 
@@ -64,9 +64,12 @@ class PaellaSemanticGuidance(PaellaClassifierFreeGuidance):
         edit_weights: list[float] | None = None,
     ):
         super().__init__(guidance_scale, plausibility_threshold)
-        prompts = [editing_prompt] if isinstance(editing_prompt, str) else list(editing_prompt or ())
+        prompts = [] if editing_prompt is None else editing_prompt
+        prompts = list(prompts) if isinstance(prompts, list | tuple) else [prompts]
         if not all(isinstance(prompt, str) and prompt for prompt in prompts):
             raise ValueError(f"`editing_prompt` must be a text or a list of them, none empty, got {editing_prompt!r}.")
+        for prompt in prompts:
+            check_unicode("editing_prompt", prompt)
         columns = {
             "reverse": _each("reverse_editing_direction", reverse_editing_direction, prompts, _check_bool),
             "scale": _each("edit_guidance_scale", edit_guidance_scale, prompts, check_number),
