@@ -372,6 +372,8 @@ def test_token_grids_are_taken_as_they_are():
     assert source.is_tokens and torch.equal(source.image, tokens[None]) and source.mask is None
     mask = torch.zeros(12, 20)
     mask[2:4] = 1
+    with pytest.raises(ValueError, match="padding"):
+        prepare_source(tokens, RULE, mask_image=mask, padding=(10**9, 0, 0, 0))
     source = prepare_source(tokens, RULE, mask_image=mask, padding=(16, 0, 0, 32), height=48, width=80)
     assert torch.equal(source.image[:, :12, 4:], tokens[None]) and source.image.shape == (1, 20, 24)
     assert torch.equal(source.mask[0, :12, 4:], mask.bool()) and source.mask[:, 12:].all() and source.mask[..., :4].all()

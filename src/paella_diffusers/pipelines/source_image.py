@@ -355,6 +355,7 @@ def _token_source(tokens, rule: SizeRule, mask_image, padding, height, width) ->
         )
     if any(side % rule.vae_scale_factor for side in padding):
         raise ValueError(f"Around a token grid, `padding` must be multiples of {rule.vae_scale_factor}, got {padding}.")
+    _check_pixels((-padding[0], -padding[1], own_width + padding[2], own_height + padding[3]))
     left, top, right, bottom = (side // rule.vae_scale_factor for side in padding)
     around = (left, right, top, bottom)
     source = SourceImage(F.pad(tokens, around))
