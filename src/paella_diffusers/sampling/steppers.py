@@ -28,9 +28,8 @@ def make_stepper(scheduler) -> "PaellaStepper | DiscreteStepper":
         reason = "it is made for continuous latents, but Paella's latents are tokens"
     if reason is not None:
         raise ValueError(
-            f"`scheduler`, a {type(scheduler).__name__}, cannot sample from Paella: {reason}. Take PaellaScheduler, "
-            "PaellaConfidenceScheduler, PaellaFlowMatchEulerScheduler, PaellaFlowMatchTrapezoidalScheduler, "
-            "PaellaPsiScheduler, or diffusers' DiscreteDDIMScheduler or EntropyBoundScheduler."
+            f"`scheduler`, a {type(scheduler).__name__}, cannot sample from Paella: {reason}. Take one of "
+            f"{', '.join(PaellaSchedulerBase._compatibles)}."
         )
     return DiscreteStepper(scheduler)
 

@@ -3,7 +3,7 @@
 import torch
 from diffusers.configuration_utils import register_to_config
 
-from ...checks import check_integer, check_number, check_unicode
+from ...checks import check_boolean, check_integer, check_number, check_unicode
 from .base import CONDITIONAL, UNCONDITIONAL, Branch, identity
 from .classifier_free_guidance import PaellaClassifierFreeGuidance, plausible
 
@@ -71,7 +71,7 @@ class PaellaSemanticGuidance(PaellaClassifierFreeGuidance):
         for prompt in prompts:
             check_unicode("editing_prompt", prompt)
         columns = {
-            "reverse": _each("reverse_editing_direction", reverse_editing_direction, prompts, _check_bool),
+            "reverse": _each("reverse_editing_direction", reverse_editing_direction, prompts, check_boolean),
             "scale": _each("edit_guidance_scale", edit_guidance_scale, prompts, check_number),
             "warmup": _each("edit_warmup_steps", edit_warmup_steps, prompts, check_integer, at_least=0),
             "cooldown": [None] * len(prompts),
@@ -211,8 +211,3 @@ def _each(name: str, value, prompts: list[str], check, **bounds) -> list:
     for one in values or [value]:
         check(name, one, **bounds)
     return values
-
-
-def _check_bool(name: str, value):
-    if not isinstance(value, bool):
-        raise ValueError(f"`{name}` must be True or False, got {value!r}.")
