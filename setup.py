@@ -22,11 +22,22 @@ EXTRAS = {
         "webdataset>=0.2.100",
         "torchdata>=0.11",
         "tensorboard>=2.15",
+        "prodigyopt>=1.1",
     ],
+    "web": ["gradio>=6.0"],
+    "serve": ["fastapi>=0.115", "uvicorn>=0.30", "python-multipart>=0.0.18", "prometheus-client>=0.20"],
+    "batch": ["datasets>=3.0", "pyarrow>=16.0", "webdataset>=0.2.100"],
+    "ray": ["ray[data]>=2.40"],
     "emoji": ["resvg_py>=0.2"],  # examples/train_emoji.py
 }
 EXTRAS["all"] = sorted({requirement for extra in EXTRAS.values() for requirement in extra})
-EXTRAS["test"] = ["pytest>=8.0", "pytest-xdist", "ruff", "flow_matching", "scipy", "hypothesis"]
+EXTRAS["docs"] = ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.27"]
+EXTRAS["test"] = [
+    *("pytest>=8.0", "pytest-xdist", "pytest-cov", "nbmake", "hypothesis"),
+    *("ruff", "pyright", "codespell"),
+    *("flow_matching", "scipy"),
+    *("openai>=2.0", "playwright>=1.49"),  # clients of the server and of the web page
+]
 
 
 def long_description(readme: str, url: str) -> str:
