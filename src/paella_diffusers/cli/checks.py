@@ -32,7 +32,8 @@ def check(args: argparse.Namespace) -> dict[str, Any]:
     is_film = args.command == "interpolate"
     check_output(args.out, is_film, 1 if is_film else count(args))
     _check_together(args)
-    model = _local_model(args)
+    check_adapters(args)
+    model = local_model(args)
     pictures = _read_pictures(args)
     _check_size(args, model, pictures.get("image"))
     return pictures
@@ -73,6 +74,13 @@ def _check_together(args):
         raise ValueError(f"--region-masks has {len(masks)} masks for {len(args.prompt)} prompts: give one for each.")
     if "padding" in args and not any(args.padding):
         raise ValueError("--padding 0 0 0 0 leaves nothing to draw: at one side at least there must be new pixels.")
+
+
+# ------------------------------------------------------------------------------------------------------------------ model
+
+
+def check_adapters(args: argparse.Namespace):
+    """Refuse adapters that are not there, or that do not go with the other options."""
     if args.lora and args.low_memory:
         raise ValueError("--lora does not go with --low-memory: adapters need the weights in memory.")
     if len(args.lora_scale) not in (0, len(args.lora)):
@@ -83,9 +91,6 @@ def _check_together(args):
         raise ValueError(f"--lora needs PEFT: {pip_install('lora')}")
     for source in args.lora:
         check_source("--lora", source)
-
-
-# ------------------------------------------------------------------------------------------------------------------ model
 
 
 @dataclass
@@ -107,7 +112,7 @@ class LocalModel:
 RELEASED = LocalModel(side=256, multiple=32, patch_size=4, num_tokens=8192)
 
 
-def _local_model(args) -> LocalModel | None:
+def local_model(args) -> LocalModel | None:
     """What the configuration in a local folder says; None for a Hub id, the published layout, or where it leaves it open."""
     if not check_source("--model", args.model):
         return None

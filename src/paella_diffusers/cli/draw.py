@@ -11,13 +11,10 @@ from tqdm import tqdm
 from .checks import check, count
 from .output import numbered, write, write_film, write_sheet
 
-PIPELINES = {
-    "generate": "PaellaPipeline",
+PIPELINES = {  # of the other commands `PaellaPipeline`
     "edit": "PaellaImg2ImgPipeline",
     "inpaint": "PaellaInpaintPipeline",
     "outpaint": "PaellaInpaintPipeline",
-    "vary": "PaellaPipeline",
-    "interpolate": "PaellaPipeline",
 }
 ARGUMENTS = {  # of the pipelines' calls, by option
     "steps": "num_inference_steps",
@@ -129,7 +126,9 @@ def load(args: argparse.Namespace):
 def _load(args):
     import paella_diffusers
 
-    name = "PaellaInversionPipeline" if getattr(args, "source_prompt", None) is not None else PIPELINES[args.command]
+    name = PIPELINES.get(args.command, "PaellaPipeline")
+    if getattr(args, "source_prompt", None) is not None:
+        name = "PaellaInversionPipeline"
     pipeline = getattr(paella_diffusers, name)  # imports all that is heavy, quicker than if torch were imported before
 
     import diffusers

@@ -3,15 +3,15 @@
 import argparse
 from pathlib import Path
 
-from .. import EMOJI_MODEL, __version__
+from .. import __version__
 from ..about import pip_install
 from .convert import convert
 from .draw import draw
 from .examples import copy_examples
+from .model_options import DTYPES, add_hub_options, add_model_options
 from .output import FILMS
-from .values import SCHEDULERS, Scheduler, Temperature, device, number, size
+from .values import SCHEDULERS, Scheduler, Temperature, number, size
 
-DTYPES = ("float32", "bfloat16", "float16")
 OPTIONAL_COMPONENTS = (
     "text_encoder",
     "tokenizer",
@@ -188,7 +188,7 @@ def _add_convert(commands):
         metavar="NAME",
         help=f"components to leave out: {', '.join(OPTIONAL_COMPONENTS)}",
     )
-    _add_hub(parser)
+    add_hub_options(parser)
 
 
 def _add_examples(commands):
@@ -232,7 +232,7 @@ def _add_drawing(parser, is_film: bool = False):
     """What all commands that draw have."""
     _add_output(parser.add_argument_group("output"), is_film)
     _add_sampling(parser.add_argument_group("sampling"))
-    _add_model(parser.add_argument_group("model"))
+    add_model_options(parser.add_argument_group("model"))
 
 
 def _add_output(group, is_film: bool):
@@ -317,39 +317,3 @@ def _add_sampling(group):
         metavar=("NAME", "SETTING=VALUE"),
         help=f"scheduler and its settings: {', '.join(SCHEDULERS)} (default: the model's own)",
     )
-
-
-def _add_model(group):
-    group.add_argument(
-        "--model",
-        default=EMOJI_MODEL,
-        help="a folder or Hub id, in diffusers' or the published layout (default: the model in the package)",
-    )
-    _add_hub(group)
-    group.add_argument("--variant", metavar="NAME", help="variant of the weight files, such as bf16")
-    group.add_argument(
-        "--lora",
-        action="append",
-        default=[],
-        metavar="SOURCE",
-        help="LoRA adapter: a file, a folder or a Hub id; may be given several times",
-    )
-    group.add_argument(
-        "--lora-scale",
-        action="append",
-        default=[],
-        type=number(float),
-        metavar="S",
-        help="scale of the --lora in the same place; may be given several times (default: 1)",
-    )
-    group.add_argument("--no-prior", action="store_true", help="do not load the prior")
-    group.add_argument("--low-memory", action="store_true", help="keep only the weights of the running model in memory")
-    group.add_argument("--dtype", choices=DTYPES, default="float32", help="data type of the weights (default: %(default)s)")
-    group.add_argument(
-        "--device", type=device, help="device, such as cpu or cuda (default: an accelerator, if there is one)"
-    )
-
-
-def _add_hub(parser):
-    parser.add_argument("--revision", metavar="NAME", help="branch, tag or commit of the Hub repository")
-    parser.add_argument("--cache-dir", type=Path, metavar="FOLDER", help="where downloads are kept")
