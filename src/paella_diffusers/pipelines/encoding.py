@@ -5,6 +5,7 @@ import threading
 
 import PIL.Image
 import torch
+import torch.nn.functional as F
 from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
 
@@ -34,6 +35,7 @@ class EncodingMixin:
         negative_clip_text_embeds: torch.Tensor | None = None,
         max_sequence_length: int = 768,
         device: torch.device | None = None,
+        padded_length: int | None = None,
     ) -> tuple[torch.Tensor | None, ...]:
         """
         Prompts to embeddings, each repeated `num_images_per_prompt` times. Embeddings that are passed in are kept.
@@ -47,6 +49,9 @@ class EncodingMixin:
                 In place of what would be encoded: the names of [`PromptEmbeds`], with one row for each prompt.
             max_sequence_length (`int`, defaults to 768): Prompts are cut to so many bytes.
             device (`torch.device`, *optional*): Where to compute; the pipeline's unless given.
+            padded_length (`int`, *optional*):
+                Pad all texts to so many tokens, more than the longest has, and encode every row, equal ones too: then the
+                shapes of all tensors, and what a row becomes, do not depend on the other prompts.
 
         Returns:
             `tuple`: The parts of [`PromptEmbeds`], in its order; `__call__` takes them by these names.
@@ -59,18 +64,18 @@ class EncodingMixin:
         negative = negative * batch_size if len(negative) == 1 else negative
 
         if prompt_embeds is None:
-            prompt_embeds, prompt_attention_mask = self._encode_byt5(prompt, max_sequence_length, device)
+            prompt_embeds, prompt_attention_mask = self._encode_byt5(prompt, max_sequence_length, device, padded_length)
         if clip_text_embeds is None and prompt is not None and self.text_encoder_2 is not None:
-            clip_text_embeds = self._encode_clip(prompt, device)
+            clip_text_embeds = self._encode_clip(prompt, device, padded_length is not None)
         if do_classifier_free_guidance:
             if negative_prompt_embeds is None:
                 negative_prompt_embeds, negative_prompt_attention_mask = self._encode_byt5(
-                    negative, max_sequence_length, device
+                    negative, max_sequence_length, device, padded_length
                 )
             if clip_text_embeds is None:
                 negative_clip_text_embeds = None  # both passes have the same parts
             elif negative_clip_text_embeds is None:
-                negative_clip_text_embeds = self._encode_clip(negative, device)
+                negative_clip_text_embeds = self._encode_clip(negative, device, padded_length is not None)
 
         rows = lambda part: None if part is None else repeat_rows(part.to(device), batch_size, num_images_per_prompt)
         prompt_embeds, negative_prompt_embeds = rows(prompt_embeds), rows(negative_prompt_embeds)
@@ -87,13 +92,19 @@ class EncodingMixin:
             negative_clip_text_embeds,
         )
 
-    def _encode_byt5(self, prompts: list[str], max_length: int, device):
-        distinct, rows = _distinct(prompts)
+    def _encode_byt5(self, prompts: list[str], max_length: int, device, padded_length: int | None = None):
+        distinct, rows = _distinct(prompts) if padded_length is None else (prompts, slice(None))
         inputs = self._tokenize_byt5(distinct, max_length).to(device)
         if inputs.input_ids.shape[1] == max_length and any(len(p.encode()) >= max_length for p in distinct):
             logger.warning(f"Prompts were cut to `max_sequence_length`, {max_length} bytes.")
-        mask = None if inputs.attention_mask.all() else inputs.attention_mask  # no mask, no padding
-        embeds = self.text_encoder(inputs.input_ids, attention_mask=mask).last_hidden_state
+        ids, mask = inputs.input_ids, inputs.attention_mask
+        if padded_length is not None:
+            missing = padded_length - ids.shape[1]
+            if missing < 1:
+                raise ValueError(f"`padded_length` must be above {ids.shape[1]}, the longest text's, got {padded_length}.")
+            ids, mask = F.pad(ids, (0, missing), value=self.tokenizer.pad_token_id), F.pad(mask, (0, missing))
+        mask = None if mask.all() else mask  # no mask, no padding
+        embeds = self.text_encoder(ids, attention_mask=mask).last_hidden_state
         return embeds[rows], None if mask is None else mask[rows]
 
     def _tokenize_byt5(self, prompts: list[str], max_length: int):
@@ -101,13 +112,17 @@ class EncodingMixin:
             prompts = self.maybe_convert_prompt(prompts, self.tokenizer)  # a learned token may stand for several
             return self.tokenizer(prompts, padding="longest", max_length=max_length, truncation=True, return_tensors="pt")
 
-    def _encode_clip(self, prompts: list[str], device) -> torch.Tensor:
-        distinct, rows = _distinct(prompts)
+    def _encode_clip(self, prompts: list[str], device, pad: bool = False) -> torch.Tensor:
+        distinct, rows = (prompts, slice(None)) if pad else _distinct(prompts)
         max_length = min(self.tokenizer_2.model_max_length, self.text_encoder_2.config.max_position_embeddings)
         with _TOKENIZING:
             distinct = self.maybe_convert_prompt(distinct, self.tokenizer_2)
             inputs = self.tokenizer_2(
-                distinct, padding="longest", max_length=max_length, truncation=True, return_tensors="pt"
+                distinct,
+                padding="max_length" if pad else "longest",
+                max_length=max_length,
+                truncation=True,
+                return_tensors="pt",
             ).to(device)
         # causal, and pooled at the end-of-text token: padding behind it changes nothing
         return self.text_encoder_2(inputs.input_ids).text_embeds[rows]

@@ -61,9 +61,12 @@ class PaellaPipelineOutput(ImagePipelineOutput):
         images (`list[PIL.Image.Image]`, `np.ndarray` or `torch.Tensor`):
             The images, of the wanted type; for `output_type="latent"` int64 tokens `(num_images, height / 4, width / 4)`.
         steps_taken (`list[int]`): For every image, how many evaluations of the U-Net it took.
+        initial_noise (`torch.LongTensor` of shape `(num_images, height / 4, width / 4)`):
+            The random tokens, or `latents`, that each image's re-noising returned to.
     """
 
     steps_taken: list[int] | None = None
+    initial_noise: torch.LongTensor | None = None
 
 
 class PaellaPipelineBase(
@@ -207,7 +210,7 @@ class PaellaPipelineBase(
         if not output.return_dict:
             return (images,)
         steps_taken = [on_step.evaluations] * num_images if stop is None else stop.evaluations.tolist()
-        return PaellaPipelineOutput(images=images, steps_taken=steps_taken)
+        return PaellaPipelineOutput(images=images, steps_taken=steps_taken, initial_noise=noise)
 
     def prepare(
         self, inputs: CallInputs, height, width, region_masks=None, source=None, stepper=None, source_prompts=None
