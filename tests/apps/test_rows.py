@@ -101,8 +101,8 @@ def test_rows_with_pictures(pipe, float64):
     for task, some in ((pipe, rows), (PaellaImg2ImgPipeline.from_pipe(pipe), edits)):
         task.set_progress_bar_config(disable=True)
         drawn = draw(task, some, 2, exact=True, output_type="latent")
-        for row, one in zip(rows, drawn):
-            output = pipe(
+        for row, one in zip(some, drawn):
+            output = task(
                 row.prompt, **row.arguments, generator=torch.Generator().manual_seed(row.seed), output_type="latent"
             )
             assert torch.equal(one.image, output.images[0])
