@@ -21,7 +21,7 @@ test-golden: $(VENV)/installed
 	$(PLAIN) $(BIN)/python -m pytest -k test_golden
 	$(AVX2) $(BIN)/python -m pytest -k test_golden
 
-# each of five trainers killed at five moments in each of three ways of training; and two nodes of which one dies
+# each of six trainers killed at five moments in each of three ways of training; and two nodes of which one dies
 test-kills: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -v -m kills tests/examples
 

@@ -10,11 +10,10 @@ Train Paella's U-Net, from scratch or onwards (https://huggingface.co/papers/221
 
 import json
 
-from paella_diffusers import PaellaPipeline, PaellaUNet
-from paella_diffusers.training.arguments import pretrained_options, training_arguments
-from paella_diffusers.training.card import publish
+from paella_diffusers import PaellaUNet
+from paella_diffusers.training.arguments import training_arguments
 from paella_diffusers.training.run import TrainingRun
-from paella_diffusers.training.unet import FrozenParts, add_unet_arguments, stored_config, train_unet
+from paella_diffusers.training.unet import FrozenParts, add_unet_arguments, publish_unet, stored_config, train_unet
 
 
 def parse_args(args=None):
@@ -42,9 +41,7 @@ def main(args):
 
     weights = run.finish()
     if weights is not None:
-        trained = PaellaUNet.from_config(config)
-        trained.load_state_dict(weights)
-        publish(run, PaellaPipeline.from_pretrained(args.pretrained, unet=trained, **pretrained_options(args)))
+        publish_unet(run, config, weights)
 
 
 if __name__ == "__main__":

@@ -42,6 +42,7 @@ FSDP = {
 # children of a server that has imported everything start at once
 FORKS = multiprocessing.get_context("forkserver")
 PRELOADED = [
+    "train_dreambooth",
     "train_paella",
     "train_paella_lora",
     "train_prior",

@@ -15,7 +15,9 @@ from trainers import MOMENTS, TINY, Launch
 
 WAYS = {"one": {}, "ddp": {"processes": 2}, "fsdp": {"processes": 2, "fsdp": True}}
 SIZES = ["--config", '{"embed_dim": 16, "bottleneck_blocks": 1, "num_vq_embeddings": 32}']
+DREAMBOOTH = ["--instance-prompt", "a qxz", "--class-prompt", "red", "--num-class-images", "3", "--sample-batch-size", "2"]
 OPTIONS = {
+    "train_dreambooth": [*DREAMBOOTH, "--with-prior-preservation", "--rank", "2", "--ema-decay", "0.9"],
     "train_paella": ["--clip-image-dropout", "0.5", "--ema-decay", "0.9"],
     "train_paella_lora": ["--rank", "2", "--clip-image-dropout", "0.5", "--ema-decay", "0.9"],
     "train_prior": ["--ema-start", "3"],
@@ -62,6 +64,7 @@ def contents(folder: Path) -> dict[str, torch.Tensor]:
 def test_killed_and_resumed_it_ends_as_if_it_had_not_been(script, way, moments, pictures, pretrained, tmp_path):
     options = [*TINY, "--data", pictures, "--batch-size", "2", *OPTIONS[script], "--max-steps", 8, "--save-every", 2]
     options += [] if script == "train_vqgan" else ["--pretrained", pretrained]
+    options += ["--class-data-dir", tmp_path / "class"] if script == "train_dreambooth" else []
     folder, processes = tmp_path / "killed", WAYS[way].get("processes", 1)
     with Launch(script, [*options, "--output-dir", tmp_path / "whole"], **WAYS[way]) as whole:
         options += ["--output-dir", folder, "--resume", "latest"]

@@ -3,6 +3,7 @@
 import sys
 
 import pytest
+import train_dreambooth
 import train_paella
 import train_paella_lora
 import train_prior
@@ -75,6 +76,39 @@ def test_they_mean_the_same():
         assert parsed(*theirs) == parsed(*own) != parsed()
 
 
+# those of its examples/dreambooth/train_dreambooth.py and train_dreambooth_lora.py that are not among them
+DREAMBOOTH = {
+    "instance_data_dir": "pictures", "class_data_dir": "class", "instance_prompt": "a photo of sks dog",
+    "class_prompt": "a photo of a dog", "with_prior_preservation": None, "prior_loss_weight": "0.5", "num_class_images": "7",
+    "sample_batch_size": "2", "prior_generation_precision": "bf16", "validation_prompt": "a dog", "validation_steps": "5",
+    "lr_num_cycles": "2", "lr_power": "2.0", "set_grads_to_none": None, "rank": "4", "lora_dropout": "0.1",
+    "tokenizer_name": "x", "num_validation_images": "2", "pre_compute_text_embeddings": None, "tokenizer_max_length": "77",
+    "text_encoder_use_attention_mask": None, "skip_save_text_encoder": None, "validation_images": "a.png",
+    "class_labels_conditioning": "timesteps", "validation_scheduler": "DDPMScheduler", "offset_noise": None,
+}  # fmt: skip
+DREAMBOOTH_REFUSED = list(DREAMBOOTH)[list(DREAMBOOTH).index("tokenizer_name") :]
+
+
+@pytest.mark.parametrize("name", DREAMBOOTH)
+def test_those_of_dreambooth(name, capsys):
+    options = {key: DREAMBOOTH[key] for key in ("with_prior_preservation", "class_data_dir", "class_prompt")}
+    options |= {
+        "pretrained_model_name_or_path": "model",
+        "output_dir": "out",
+        "instance_data_dir": "a",
+        "instance_prompt": "b",
+    }
+    command = [
+        f"--{key}" if value is None else f"--{key}={value}" for key, value in (options | {name: DREAMBOOTH[name]}).items()
+    ]
+    if name not in DREAMBOOTH_REFUSED:
+        train_dreambooth.parse_args(command)
+        return
+    with pytest.raises(SystemExit):
+        train_dreambooth.parse_args(command)
+    assert f"--{name.replace('_', '-')} does not apply here: " in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("script", [train_paella, train_paella_lora, train_prior, train_vqgan])
 def test_all_scripts_have_them(script):
     args = script.parse_args(
@@ -87,7 +121,7 @@ def test_all_scripts_have_them(script):
 
 def test_data_are_given_once_and_misspellings_are_refused(capsys):
     for options, message in [
-        (["--train_data_dir", "a"], "argument --train-data-dir: not allowed with argument --data"),
+        (["--train_data_dir", "a"], "argument --train-data-dir/--instance-data-dir: not allowed with argument --data"),
         (["--batch", "2"], "unrecognized arguments: --batch 2"),
         (["--learning_rates", "2"], "unrecognized arguments: --learning-rates 2"),
     ]:

@@ -1,5 +1,6 @@
 """A LoRA adapter in training."""
 
+import argparse
 from pathlib import Path
 
 import torch
@@ -9,6 +10,29 @@ from safetensors.torch import load_file
 from ..loaders.lora import WEIGHT_NAMES
 from ..models.unet_paella import PaellaUNet
 from ..pipelines.pipeline_paella import PaellaPipeline
+
+# attention, and the pixelwise layers of the other blocks
+TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out"]
+
+
+def add_lora_arguments(parser: argparse.ArgumentParser, rank: int | None, help: str | None = None):
+    """The arguments of an adapter. `rank` is the default of `--rank`, and `help` what else is to be said of it."""
+    add = parser.add_argument_group("LoRA").add_argument
+    add("--rank", type=int, default=rank, help=help)
+    add("--alpha", "--lora-alpha", type=float, help="the adapter's weight is alpha / rank; alpha is the rank unless given")
+    add("--dropout", "--lora-dropout", type=float, default=0.0, help="share of an adapter's inputs left out")
+    add(
+        "--use-dora",
+        action="store_true",
+        help="also learn the matrices' magnitudes (https://huggingface.co/papers/2402.09353)",
+    )
+    add("--targets", nargs="+", default=TARGETS, help="names of the layers that are adapted")
+
+
+def lora_config(args: argparse.Namespace) -> LoraConfig:
+    """What these arguments ask for."""
+    options = dict(lora_dropout=args.dropout, use_dora=args.use_dora, target_modules=args.targets)
+    return LoraConfig(r=args.rank, lora_alpha=args.alpha or args.rank, **options)
 
 
 class Adapter:

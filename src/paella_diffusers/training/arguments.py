@@ -22,6 +22,17 @@ REFUSED = {
     "--non-ema-revision": "a Paella's repository has one set of weights; --revision chooses its revision",
     "--offload-ema": "averages stay on the training device; leave out --use-ema if they do not fit",
     "--validation-epochs": "give --validation-steps",
+    # of DreamBooth's scripts
+    "--offset-noise": GAUSSIAN,
+    "--class-labels-conditioning": "a Paella has no class labels",
+    "--tokenizer-name": "a Paella's tokenizers are those of its encoders",
+    "--tokenizer-max-length": "captions are as long as they are, up to 768 bytes",
+    "--text-encoder-use-attention-mask": "padding is always masked",
+    "--pre-compute-text-embeddings": "captions are encoded once in a batch, however often they occur in it",
+    "--skip-save-text-encoder": "text encoders are published as they were, or as adapters",
+    "--num-validation-images": "a sample sheet has one picture for each of --validation-prompts; repeat a prompt for more",
+    "--validation-images": "sample sheets are drawn from --validation-prompts",
+    "--validation-scheduler": "sample sheets are drawn with the model's own scheduler",
 }
 
 
@@ -79,7 +90,8 @@ def training_arguments(description: str, default_steps: int = 1_500_000, **defau
     for name, reason in REFUSED.items():
         parser.add_argument(name, action=Refuse, reason=reason)
     parser.add_argument("--local-rank", type=int, help=argparse.SUPPRESS)  # accelerate reads it from the environment
-    parser.add_argument("--foreach-ema", action="store_true", help=argparse.SUPPRESS)  # averages are always computed so
+    for name in ("--foreach-ema", "--set-grads-to-none"):  # which is always done
+        parser.add_argument(name, action="store_true", help=argparse.SUPPRESS)
     parser.set_defaults(default_steps=default_steps, **defaults)
     return parser
 
@@ -88,7 +100,7 @@ def _add_data(parser):
     group = parser.add_argument_group("data")
     add = group.add_mutually_exclusive_group(required=True).add_argument
     add("--data", help="a folder of images with metadata.jsonl, WebDataset shards, or a dataset of the Hub")
-    add("--train-data-dir", dest="data", metavar="DATA", help="the same")
+    add("--train-data-dir", "--instance-data-dir", dest="data", metavar="DATA", help="the same")
     add("--dataset-name", dest="data", metavar="DATA", help="the same")
     add = group.add_argument
     add("--dataset-config-name", help="the configuration of a dataset of the Hub that has several")
@@ -113,6 +125,8 @@ def _add_optimisation(parser, default_steps):
     add("--scale-lr", action="store_true", help="multiply the learning rate by the number of images in a step")
     add("--lr-scheduler", default="constant_with_warmup", help="as in diffusers: cosine, linear, ...")
     add("--warmup-steps", "--lr-warmup-steps", type=int, default=10_000)
+    add("--lr-num-cycles", type=int, default=1, help="of the schedule cosine_with_restarts")
+    add("--lr-power", type=float, default=1.0, help="of the schedule polynomial")
     add("--weight-decay", "--adam-weight-decay", type=float, default=0.01)
     add("--adam-beta1", type=float, default=0.9)
     add("--adam-beta2", type=float, default=0.999)

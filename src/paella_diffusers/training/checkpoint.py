@@ -34,7 +34,7 @@ FILES = "files.json"
 # arguments that change nothing that is trained
 FREE = ["output_dir", "resume", "skip_batches", "save_every", "keep", "sample_every", "log_every", "report_to", "prompts"]
 FREE += ["tracker_project_name", "logging_dir", "push_to_hub", "hub_model_id", "hub_token", "guidance_scale", "cache_dir"]
-FREE += ["script", "command", "local_rank", "foreach_ema", "default_steps", "num_train_epochs"]
+FREE += ["script", "command", "local_rank", "foreach_ema", "set_grads_to_none", "default_steps", "num_train_epochs"]
 FIXED = ["adam_8bit", "rank", "targets", "decoder_only"]  # checkpoints of others do not fit
 POSITION = ["data", "batch_size", "num_workers", "seed", "max_train_samples", "processes"]  # others cannot resume mid-epoch
 

@@ -438,13 +438,13 @@ class ShardStream(SampleStream):
 def collate(samples: list[dict]) -> dict:
     """
     A batch: tensors stacked, texts in a list, counts added up, the greatest `epochs`. `prompt_embeds` of several lengths are
-    padded, and `prompt_attention_mask`, `(batch_size, length)`, says where.
+    padded, and `prompt_attention_mask`, `(batch_size, length)`, says where. Samples within others, `preserved`, come last.
     """
-    batch = {"text": [sample["text"] for sample in samples]}
-    for name in ("unreadable", "filtered"):
-        batch[name] = sum(sample[name] for sample in samples)
+    batch = {name: sum(sample[name] for sample in samples) for name in ("unreadable", "filtered")}
     batch["epochs"] = max(sample["epochs"] for sample in samples)
-    for name in {"pixels", *ARRAYS} & set.intersection(*(set(sample) for sample in samples)):
+    samples = samples + [sample["preserved"] for sample in samples if "preserved" in sample]
+    batch["text"] = [sample["text"] for sample in samples]
+    for name in {"pixels", "weight", *ARRAYS} & set.intersection(*(set(sample) for sample in samples)):
         values = [sample[name] for sample in samples]
         if name == "prompt_embeds":
             batch[name] = torch.nn.utils.rnn.pad_sequence(values, batch_first=True)

@@ -95,6 +95,7 @@ def paella_loss(
     timestep: torch.Tensor,
     label_smoothing: float = 0.1,
     clean_weight: float = 0.3,
+    image_weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """
     Weighted cross-entropy to the clean tokens, a scalar: the mean over positions by `loss_weights`, then over images.
@@ -106,8 +107,10 @@ def paella_loss(
         timestep (`torch.Tensor` of shape `(batch_size,)`): Noise levels in [0, 1].
         label_smoothing (`float`, defaults to 0.1): As in `torch.nn.functional.cross_entropy`.
         clean_weight (`float`, defaults to 0.3): See `loss_weights`.
+        image_weights (`torch.Tensor` of shape `(batch_size,)`, *optional*): Of the images in the mean; equal unless given.
     """
     rows = logits.movedim(1, -1).flatten(0, -2)  # a view of the U-Net's channels-last logits, and contiguous
     loss = SmoothedCrossEntropy.apply(rows, tokens.flatten(), label_smoothing).view(tokens.shape)
     weights = loss_weights(mask, timestep, clean_weight)
-    return ((loss * weights).sum((1, 2)) / weights.sum((1, 2))).mean()
+    losses = (loss * weights).sum((1, 2)) / weights.sum((1, 2))
+    return losses.mean() if image_weights is None else (losses * image_weights).sum() / image_weights.sum()

@@ -206,7 +206,8 @@ class TrainingRun:
         if args.max_steps is None:
             raise ValueError("--num-train-epochs needs `load_data` before `prepare`.")
         lengths = dict(num_warmup_steps=args.warmup_steps, num_training_steps=args.max_steps)
-        schedule = get_scheduler(args.lr_scheduler, optimizer, **lengths)
+        shape = dict(num_cycles=args.lr_num_cycles, power=args.lr_power)
+        schedule = get_scheduler(args.lr_scheduler, optimizer, **lengths, **shape)
         writer = partial(write_pretrained, type(model), getattr(model, "config", None))
         if self.sharded and not shard:
             model = nn.parallel.DistributedDataParallel(model.to(self.accelerator.device), find_unused_parameters=True)

@@ -10,8 +10,10 @@ from PIL import Image
 from safetensors import safe_open
 
 from ..loaders.original_repo import has_original_layout
+from ..models.unet_paella import PaellaUNet
 from ..pipelines.pipeline_paella import PaellaPipeline
 from .arguments import add_pretrained, pretrained_options
+from .card import publish
 from .conditioning import Encoder, drop_conditioning
 from .data import StoredArrays
 from .losses import corrupt, draw_timesteps, paella_loss
@@ -31,7 +33,8 @@ def train_unet(run: TrainingRun, unet: Trained, frozen: "FrozenParts"):
         noised, mask = corrupt(tokens, timestep, num_tokens, generator, run.part)
         with accelerator.autocast():
             logits = unet.model(noised, timestep, **conditioning).sample
-        loss = paella_loss(logits, tokens, mask, timestep, args.label_smoothing, args.clean_weight)
+        smoothing, weights = args.label_smoothing, (args.clean_weight, batch.get("weight"))
+        loss = paella_loss(logits, tokens, mask, timestep, smoothing, *weights)
 
         accelerator.backward(loss)
         if accelerator.sync_gradients:  # this is the last of the step's --gradient-accumulation-steps passes
@@ -44,6 +47,13 @@ def train_unet(run: TrainingRun, unet: Trained, frozen: "FrozenParts"):
             if unet.average is not None:
                 unet.average.step(unet.parameters)
         run.log(loss=loss, accuracy=(logits.movedim(1, -1).argmax(-1) == tokens).float().mean())
+
+
+def publish_unet(run: TrainingRun, config: dict, weights: dict[str, torch.Tensor]):
+    """Write the pretrained pipeline with a U-Net of these sizes and weights to the output folder."""
+    unet = PaellaUNet.from_config(config)
+    unet.load_state_dict(weights)
+    publish(run, PaellaPipeline.from_pretrained(run.args.pretrained, unet=unet, **pretrained_options(run.args)))
 
 
 def add_unet_arguments(parser: argparse.ArgumentParser):
