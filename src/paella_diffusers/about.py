@@ -12,3 +12,10 @@ def pip_install(extra: str = "") -> str:
     """The shell command that installs this package, with an extra of setup.py if one is named."""
     command = f'pip install "{PIP_TARGET}[{extra}]"' if extra else f"pip install {PIP_TARGET}"
     return command if PIP_TARGET != "." else f"{command}  # in a checkout of paella-diffusers"
+
+
+def requirement() -> str:
+    """The line of a requirements.txt that installs this version: from an index, or until then from a wheel beside it."""
+    if PIP_TARGET != ".":
+        return f"{PIP_TARGET}=={__version__}"
+    return f"./paella_diffusers-{__version__}-py3-none-any.whl  # of `pip wheel --no-deps .` in a checkout"

@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from PIL import Image
 
 from paella_diffusers import PaellaImg2ImgPipeline, PaellaPipeline, PaellaScheduler, PaellaUNet
-from paella_diffusers.about import pip_install
+from paella_diffusers.about import pip_install, requirement
 from paella_diffusers.training import corrupt, paella_loss
 
 CALL = {"num_inference_steps": 2, "guidance_scale": 3.0, "output_type": "latent"}
@@ -373,3 +374,22 @@ def test_malicious_pickles_in_the_published_layout(published, hub, tmp_path, nam
     with pytest.raises(ValueError, match=f"{name} is not a state dict.*Nothing in it was executed"):
         PaellaPipeline.from_pretrained("dome272/Paella", **published)
     assert not canary.exists()
+
+
+def test_what_inference_endpoints_run(hub, pipe):
+    pipe.push_to_hub("me/tiny", endpoint=True)
+    folder = hub.repo("me/tiny")
+    assert (folder / "requirements.txt").read_text() == requirement() + "\n"
+    namespace = runpy.run_path(str(folder / "handler.py"))
+    handler = namespace["EndpointHandler"](str(folder))
+    image = handler({"inputs": "a", "parameters": {"seed": 0, "num_inference_steps": 2, "guidance_scale": 3.0}})
+    expected = pipe("a", generator=torch.Generator().manual_seed(0), **CALL | {"output_type": "pil"}).images[0]
+    assert image.tobytes() == expected.tobytes()
+    assert handler({"inputs": "a"}).size == image.size
+    with pytest.raises(ValueError, match="`parameters` takes guidance_scale, .*, got output_type"):
+        handler({"inputs": "a", "parameters": {"output_type": "latent"}})
+    for refused in (lambda: pipe.unet.push_to_hub("me/unet", endpoint=True),
+                    lambda: pipe.push_to_hub("me/other", endpoint=True, subfolder="part")):  # fmt: skip
+        with pytest.raises(ValueError, match="`endpoint=True` is for a pipeline"):
+            refused()
+    assert not hub.folder("me/unet").exists()

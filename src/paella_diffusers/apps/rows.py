@@ -60,9 +60,7 @@ class Row:
         for name in self.arguments:
             if NOT_FOR_ROWS.fullmatch(name):
                 raise ValueError(f"`{name}` is no argument of a row: leave it out.")
-        pipeline = PaellaImg2ImgPipeline if "image" in self.arguments else PaellaPipeline
-        pipeline = PaellaInpaintPipeline if "mask_image" in self.arguments else pipeline
-        check_arguments(pipeline.__call__, self.arguments)
+        check_arguments(pipeline_class(self.arguments).__call__, self.arguments)
         sampling = CallInputs.collect(self.arguments).sampling
         if "guidance_scale" not in self.arguments:
             sampling.guidance_scale = None
@@ -87,6 +85,13 @@ class Drawn:
     image: Any
     initial_noise: torch.LongTensor
     steps_taken: int
+
+
+def pipeline_class(arguments: Mapping[str, Any]) -> type[PaellaPipelineBase]:
+    """The pipeline of the task that a row's arguments are for."""
+    if "mask_image" in arguments:
+        return PaellaInpaintPipeline
+    return PaellaImg2ImgPipeline if "image" in arguments else PaellaPipeline
 
 
 def batch_key(row: Row, pipe: PaellaPipelineBase | None = None) -> Hashable:

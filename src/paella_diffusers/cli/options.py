@@ -10,6 +10,7 @@ from .draw import draw
 from .examples import copy_examples
 from .model_options import DTYPES, add_hub_options, add_model_options
 from .output import FILMS
+from .serve import add_serve
 from .values import SCHEDULERS, Scheduler, Temperature, number, size
 
 OPTIONAL_COMPONENTS = (
@@ -45,6 +46,7 @@ def make_parser() -> argparse.ArgumentParser:
         _add_outpaint,
         _add_vary,
         _add_interpolate,
+        add_serve,
         _add_convert,
         _add_examples,
     ):

@@ -2,13 +2,14 @@
 
 import inspect
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
 from huggingface_hub import create_repo, upload_folder
 from PIL import Image
 
-from ..about import pip_install
+from ..about import pip_install, requirement
 from .atomic import atomic_file, check_not_interrupted
 from .config_check import check_config
 from .hub_files import connection_errors, download, loading_errors, read_json
@@ -69,6 +70,7 @@ class PaellaHubMixin:
         variant: str | None = None,
         subfolder: str | None = None,
         max_shard_size: int | str | None = None,
+        endpoint: bool = False,
         **card,
     ) -> str:
         """
@@ -84,6 +86,7 @@ class PaellaHubMixin:
             variant (`str`, *optional*): Part of the weights' file names, such as `"bf16"`.
             subfolder (`str`, *optional*): Where in the repository; then no model card is written.
             max_shard_size (`int` or `str`, *optional*): The largest file of weights, in bytes or such as `"2GB"`.
+            endpoint (`bool`, defaults to `False`): Also write what Inference Endpoints run; for pipelines.
             card: Details for the model card, see [`model_card`]. A card that someone has edited is kept as it is.
 
         Returns:
@@ -92,8 +95,17 @@ class PaellaHubMixin:
         options = {"safe_serialization": safe_serialization, "variant": variant, "max_shard_size": max_shard_size}
         accepted = inspect.signature(self.save_pretrained).parameters  # schedulers and guiders have no weights
         options = {name: value for name, value in options.items() if value is not None and name in accepted}
+        if endpoint and (subfolder is not None or not hasattr(self, "components")):
+            raise ValueError("`endpoint=True` is for a pipeline at the top of its repository: leave it out here.")
+
+        def save(folder: str):
+            self.save_pretrained(folder, **options)
+            if endpoint:
+                shutil.copyfile(Path(__file__).with_name("endpoint_handler.py"), Path(folder, "handler.py"))
+                Path(folder, "requirements.txt").write_text(requirement() + "\n")
+
         return _push(
-            lambda folder: self.save_pretrained(folder, **options),
+            save,
             self,
             repo_id,
             commit_message or f"Upload {type(self).__name__}",
