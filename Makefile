@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := "red heart" "grinning face" "pizza" "dog face" "rocket" "sunflower" "green apple" "soccer ball" "guitar"
 
-.PHONY: demo test test-golden test-kills test-oldest test-comfyui fuzz soak lint clean
+.PHONY: demo test test-golden test-kills test-oldest test-comfyui fuzz soak docs lint clean
 
 demo: $(VENV)/installed
 	$(BIN)/paella-diffusers generate $(DEMO) --out demo.png
@@ -46,6 +46,10 @@ fuzz: $(VENV)/installed
 soak: $(VENV)/installed
 	PYTHONPATH=tests $(BIN)/python -m fuzz.soak $(SOAK)
 
+# the site, into site/, without a network; a broken link or reference is an error
+docs: $(VENV)/installed
+	NO_MKDOCS_2_WARNING=1 PYTHONPATH=src $(BIN)/mkdocs build --quiet
+
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -60,4 +64,4 @@ $(VENV)/installed: requirements.txt setup.py
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-oldest .venv-comfyui demo*.png
+	rm -rf $(VENV) .venv-oldest .venv-comfyui site demo*.png

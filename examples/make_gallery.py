@@ -93,10 +93,23 @@ TASKS = [text_to_image, image_to_image, inversion, inpainting, outpainting, vari
 PAGE = """# Gallery
 
 Made by [`examples/make_gallery.py`](../examples/make_gallery.py) with the small model inside the package, which knows emoji,
-at 64×64 pixels. In what follows,
+at 64×64 pixels. The code of this page runs in order.
 
 ```python
-{preamble}```
+import torch
+from PIL import Image, ImageDraw
+from paella_diffusers import (
+    EMOJI_MODEL,
+    PaellaImg2ImgPipeline,
+    PaellaInpaintPipeline,
+    PaellaInversionPipeline,
+    PaellaPipeline,
+)
+
+pipe = PaellaPipeline.from_pretrained(EMOJI_MODEL)
+
+
+{seeds}```
 """
 
 
@@ -109,9 +122,7 @@ def main():
     pipe = PaellaPipeline.from_pretrained(args.model)
     pipe.set_progress_bar_config(disable=True)
     (args.output_dir / "gallery").mkdir(parents=True, exist_ok=True)
-    preamble = "pipe = PaellaPipeline.from_pretrained(EMOJI_MODEL)\n\n\n"
-    preamble += inspect.getsource(seeds)
-    page = PAGE.format(preamble=preamble)
+    page = PAGE.format(seeds=inspect.getsource(seeds))
     for task in TASKS:
         pictures = [picture.convert("RGB").resize((2 * picture.width, 128), Image.BICUBIC) for picture in task(pipe)]
         width = max(picture.width for picture in pictures)
@@ -120,7 +131,7 @@ def main():
         title, _, text = task.__doc__.partition(": ")
         source = inspect.getsource(task).partition('"""\n')[2]
         page += f"\n## {title}\n\n![{title}](gallery/{task.__name__}.png)\n\n{text[0].upper() + text[1:]}\n\n"
-        page += f"```python\n{textwrap.dedent(source)}```\n"
+        page += f"```python\n{textwrap.dedent(source).replace('return ', 'pictures = ')}```\n"
         print(task.__name__)
     (args.output_dir / "gallery.md").write_text(page)
 

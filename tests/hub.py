@@ -1,5 +1,12 @@
-"""A small local Hub: it serves repositories to the real `huggingface_hub` client, takes uploads, and fails when told to."""
+"""
+A small local Hub: it serves repositories to the real `huggingface_hub` client, takes uploads, and fails when told to.
 
+    python tests/hub.py FOLDER --port 8765
+
+serves the repositories in FOLDER until it is stopped.
+"""
+
+import argparse
 import base64
 import hashlib
 import json
@@ -7,6 +14,7 @@ import re
 import shutil
 import socket
 import threading
+from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -18,9 +26,9 @@ class LocalHub:
     are further revisions, `refs/pr/1` and so on.
     """
 
-    def __init__(self, root: Path):
+    def __init__(self, root: Path, port: int = 0):
         self.root = root
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (Handler,), {"hub": self}))
+        self.server = ThreadingHTTPServer(("127.0.0.1", port), type("Handler", (Handler,), {"hub": self}))
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
         self.endpoint = f"http://127.0.0.1:{self.server.server_address[1]}"
         self.requests: list[str] = []
@@ -51,7 +59,7 @@ class LocalHub:
         """The hash of a revision's contents, in place of a git commit."""
         digest = hashlib.sha1(repo_id.encode())
         for name in self.files(repo_id, revision):
-            digest.update(name.encode() + (self.folder(repo_id, revision) / name).read_bytes())
+            digest.update(f"{name} {hash_of(self.folder(repo_id, revision) / name)}".encode())
         return digest.hexdigest()
 
     def files(self, repo_id: str, revision: str | None = "main") -> list[str]:
@@ -67,6 +75,17 @@ class LocalHub:
             things.clear()
         shutil.rmtree(self.root)
         self.root.mkdir()
+
+
+def hash_of(path: Path) -> str:
+    """The hash of a file's contents, computed again only once the file has changed."""
+    state = path.stat()
+    return _hash(path, state.st_size, state.st_mtime_ns)
+
+
+@cache
+def _hash(path: Path, size: int, mtime_ns: int) -> str:
+    return hashlib.sha1(path.read_bytes()).hexdigest()
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -230,7 +249,7 @@ class Handler(BaseHTTPRequestHandler):
 
     @staticmethod
     def etag(path: Path) -> str:
-        return hashlib.sha1(path.read_bytes()).hexdigest()
+        return hash_of(path)
 
     def json(self, content):
         self.send(200, json.dumps(content).encode(), {"Content-Type": "application/json"})
@@ -260,3 +279,13 @@ class Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *args):
         pass
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Serve the folders FOLDER/OWNER/NAME as model repositories.")
+    parser.add_argument("folder", type=Path, metavar="FOLDER")
+    parser.add_argument("--port", type=int, default=8765)
+    options = parser.parse_args()
+    options.folder.mkdir(parents=True, exist_ok=True)
+    print(f"HF_ENDPOINT={LocalHub(options.folder, options.port).endpoint}", flush=True)
+    threading.Event().wait()
