@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := "red heart" "grinning face" "pizza" "dog face" "rocket" "sunflower" "green apple" "soccer ball" "guitar"
 
-.PHONY: demo test test-golden test-kills test-oldest test-comfyui fuzz soak docs lint clean
+.PHONY: demo test test-golden test-kills test-oldest test-comfyui test-web fuzz soak docs lint clean
 
 demo: $(VENV)/installed
 	$(BIN)/paella-diffusers generate $(DEMO) --out demo.png
@@ -36,6 +36,11 @@ test-comfyui:
 	.venv-comfyui/bin/pip install --quiet -r "$(COMFYUI)/requirements.txt"
 	.venv-comfyui/bin/pip install --quiet ".[lora]"
 	.venv-comfyui/bin/python integrations/comfyui/run_workflows.py "$(COMFYUI)"
+
+# the page in a browser, BROWSER; its screenshots go to SCREENSHOTS, a folder, if that is given
+BROWSER ?= /usr/bin/chromium
+test-web: $(VENV)/installed
+	PAELLA_BROWSER="$(BROWSER)" PAELLA_SCREENSHOTS="$(SCREENSHOTS)" $(BIN)/python -m pytest -v -m browser tests/apps
 
 # bad and hostile input of every kind, for MINUTES=10 unless given; docs/reliability.md says what is counted
 MINUTES ?= 10

@@ -24,7 +24,7 @@ EXTRAS = {
         "tensorboard>=2.15",
         "prodigyopt>=1.1",
     ],
-    "web": ["gradio>=6.0"],
+    "web": ["gradio>=6.0", "starlette>=0.40"],
     "serve": [
         *("fastapi>=0.115", "starlette>=0.40", "pydantic>=2.7"),
         *("uvicorn>=0.30", "python-multipart>=0.0.18", "prometheus-client>=0.20"),

@@ -14,8 +14,12 @@ def pip_install(extra: str = "") -> str:
     return command if PIP_TARGET != "." else f"{command}  # in a checkout of paella-diffusers"
 
 
-def requirement() -> str:
-    """The line of a requirements.txt that installs this version: from an index, or until then from a wheel beside it."""
+def requirement(extra: str = "") -> str:
+    """
+    The line of a requirements.txt that installs this version, with an extra if one is named: from an index, or until then
+    from a wheel beside it.
+    """
+    extra = f"[{extra}]" if extra else ""
     if PIP_TARGET != ".":
-        return f"{PIP_TARGET}=={__version__}"
-    return f"./paella_diffusers-{__version__}-py3-none-any.whl  # of `pip wheel --no-deps .` in a checkout"
+        return f"{PIP_TARGET}{extra}=={__version__}"
+    return f"./paella_diffusers-{__version__}-py3-none-any.whl{extra}  # of `pip wheel --no-deps .` in a checkout"

@@ -203,6 +203,30 @@ def test_bad_details_are_refused_before_anything_is_made(hub, pipe):
     assert not hub.created
 
 
+def test_a_space_shows_what_was_pushed(hub, pipe, monkeypatch):
+    pipe.push_to_hub("me/whole", space=True)
+    folder = hub.repo("me/whole") / "space"
+    assert sorted(path.name for path in folder.iterdir()) == ["README.md", "app.py", "requirements.txt"]
+    assert ModelCard.load(folder / "README.md").data.to_dict() == {
+        "title": "whole",
+        "sdk": "gradio",
+        "sdk_version": "6.31.0",
+        "app_file": "app.py",
+        "models": ["me/whole"],
+    }
+    assert (folder / "requirements.txt").read_text().strip() == requirement("web")
+    pages = []
+    monkeypatch.setattr("paella_diffusers.apps.web.launch", pages.append)
+    exec((folder / "app.py").read_text(), {})
+    assert pages[0].title == "Paella" and "me/whole" in str(pages[0].config)
+    for wrong in (
+        lambda: pipe.unet.push_to_hub("me/unet", space=True),
+        lambda: pipe.push_to_hub("me/a", subfolder="b", space=True),
+    ):
+        with pytest.raises(ValueError, match="`space=True` is for a pipeline"):
+            wrong()
+
+
 # ------------------------------------------------------------------------------------------------------------- faults
 
 

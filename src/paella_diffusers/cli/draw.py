@@ -123,6 +123,12 @@ def load(args: argparse.Namespace):
     return pipe
 
 
+def load_options(args: argparse.Namespace) -> dict[str, Any]:
+    """What `from_pretrained` is given beside the dtype and `low_memory`."""
+    options = {name: getattr(args, name) for name in ("revision", "variant", "cache_dir") if getattr(args, name) is not None}
+    return options | ({"prior": None, "prior_scheduler": None} if args.no_prior else {})
+
+
 def _load(args):
     import paella_diffusers
 
@@ -142,11 +148,7 @@ def _load(args):
     if os.path.isdir(args.model):  # nothing is downloaded: one bar is enough, that of the drawing
         transformers.logging.disable_progress_bar()
         diffusers.logging.disable_progress_bar()
-    options = {name: getattr(args, name) for name in ("revision", "variant", "cache_dir") if getattr(args, name) is not None}
-    if args.low_memory:
-        options["low_memory"] = True
-    if args.no_prior:
-        options |= {"prior": None, "prior_scheduler": None}
+    options = load_options(args) | ({"low_memory": True} if args.low_memory else {})
     pipe = pipeline.from_pretrained(args.model, dtype=getattr(torch, args.dtype), **options)
     if args.scheduler:
         pipe.scheduler = _scheduler(*args.scheduler, pipe.scheduler.config)

@@ -12,6 +12,7 @@ from .model_options import DTYPES, add_hub_options, add_model_options
 from .output import FILMS
 from .serve import add_serve
 from .values import SCHEDULERS, Scheduler, Temperature, number, size
+from .web import add_web
 
 OPTIONAL_COMPONENTS = (
     "text_encoder",
@@ -46,6 +47,7 @@ def make_parser() -> argparse.ArgumentParser:
         _add_outpaint,
         _add_vary,
         _add_interpolate,
+        add_web,
         add_serve,
         _add_convert,
         _add_examples,

@@ -14,6 +14,7 @@ from .atomic import atomic_file, check_not_interrupted
 from .config_check import check_config
 from .hub_files import connection_errors, download, loading_errors, read_json
 from .model_card import earlier_details, is_unedited, model_card, save_samples
+from .space import write_space
 
 STUB = '''"""For diffusers where paella_diffusers was not imported: `custom_pipeline="{repo_id}", trust_remote_code=True`."""
 
@@ -71,6 +72,7 @@ class PaellaHubMixin:
         subfolder: str | None = None,
         max_shard_size: int | str | None = None,
         endpoint: bool = False,
+        space: bool = False,
         **card,
     ) -> str:
         """
@@ -87,6 +89,8 @@ class PaellaHubMixin:
             subfolder (`str`, *optional*): Where in the repository; then no model card is written.
             max_shard_size (`int` or `str`, *optional*): The largest file of weights, in bytes or such as `"2GB"`.
             endpoint (`bool`, defaults to `False`): Also write what Inference Endpoints run; for pipelines.
+            space (`bool`, defaults to `False`):
+                Also write the folder `space`, for pipelines: a Space with their page; its README.md says how to make it.
             card: Details for the model card, see [`model_card`]. A card that someone has edited is kept as it is.
 
         Returns:
@@ -95,14 +99,17 @@ class PaellaHubMixin:
         options = {"safe_serialization": safe_serialization, "variant": variant, "max_shard_size": max_shard_size}
         accepted = inspect.signature(self.save_pretrained).parameters  # schedulers and guiders have no weights
         options = {name: value for name, value in options.items() if value is not None and name in accepted}
-        if endpoint and (subfolder is not None or not hasattr(self, "components")):
-            raise ValueError("`endpoint=True` is for a pipeline at the top of its repository: leave it out here.")
+        if (endpoint or space) and (subfolder is not None or not hasattr(self, "components")):
+            name = "endpoint" if endpoint else "space"
+            raise ValueError(f"`{name}=True` is for a pipeline at the top of its repository: leave it out here.")
 
         def save(folder: str):
             self.save_pretrained(folder, **options)
             if endpoint:
                 shutil.copyfile(Path(__file__).with_name("endpoint_handler.py"), Path(folder, "handler.py"))
                 Path(folder, "requirements.txt").write_text(requirement() + "\n")
+            if space:
+                write_space(repo_id, Path(folder, "space"))
 
         return _push(
             save,

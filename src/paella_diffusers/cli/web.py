@@ -1,0 +1,61 @@
+"""`paella-diffusers web`: what can be refused is refused before the model is loaded."""
+
+import argparse
+import importlib.util
+
+from ..about import pip_install
+from .checks import check_adapters, local_model
+from .draw import load, load_options
+from .model_options import add_model_options
+from .serve import bind
+from .values import number
+
+
+def add_web(commands):
+    """The command and its options."""
+    parser = commands.add_parser(
+        "web",
+        help="serve a page on which every task is a tab",
+        description=f"Serve a page on which every task is a tab. It needs `{pip_install('web')}`.",
+    )
+    parser.set_defaults(run=web, scheduler=None)
+    group = parser.add_argument_group("address")
+    group.add_argument(
+        "--host",
+        default="127.0.0.1",
+        metavar="ADDRESS",
+        help="where to listen; with 0.0.0.0 other machines reach it, without a password (default: %(default)s)",
+    )
+    port = number(int, at_least=1, at_most=65535)
+    group.add_argument("--port", type=port, default=7860, metavar="N", help="(default: %(default)s)")
+    many = number(int, at_least=1, at_most=1024)
+    group.add_argument(
+        "--at-once", type=many, default=1, metavar="N", help="pictures drawn at once; others wait (default: %(default)s)"
+    )
+    add_model_options(parser.add_argument_group("model"))
+
+
+def web(args: argparse.Namespace):
+    """Load the model and serve its page until Ctrl-C."""
+    if importlib.util.find_spec("gradio") is None:
+        raise ValueError(f"web needs Gradio: {pip_install('web')}")
+    check_adapters(args)
+    local_model(args)
+    bind(args.host, args.port).close()  # or it is refused
+    pipe = load(args)
+
+    from ..apps.web import launch, make_page
+
+    page = make_page(pipe, args.at_once, load_options(args), adapters_code(args))
+    _, address, _ = launch(page, args.host, args.port, quiet=True, prevent_thread_lock=True)
+    print(f"The page is at {address} until Ctrl-C.", flush=True)
+    page.block_thread()
+
+
+def adapters_code(args: argparse.Namespace) -> list[str]:
+    """The lines of Python that load the adapters as `load` does."""
+    if not args.lora:
+        return []
+    names = [f"lora_{number}" for number in range(len(args.lora))]
+    load = [f"pipe.load_lora_weights({source!r}, adapter_name={name!r})" for name, source in zip(names, args.lora)]
+    return [*load, f"pipe.set_adapters({names}, {args.lora_scale or [1.0] * len(names)})"]
