@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := "red heart" "grinning face" "pizza" "dog face" "rocket" "sunflower" "green apple" "soccer ball" "guitar"
 
-.PHONY: demo test test-golden test-kills test-oldest test-comfyui test-web fuzz soak docs lint clean
+.PHONY: demo test test-golden test-kills test-ray test-oldest test-comfyui test-web fuzz soak docs lint clean
 
 demo: $(VENV)/installed
 	$(BIN)/paella-diffusers generate $(DEMO) --out demo.png
@@ -21,9 +21,13 @@ test-golden: $(VENV)/installed
 	$(PLAIN) $(BIN)/python -m pytest -k test_golden
 	$(AVX2) $(BIN)/python -m pytest -k test_golden
 
-# each of six trainers killed at five moments in each of three ways of training; and two nodes of which one dies
+# each of six trainers killed at five moments in each of three ways of training; two nodes of which one dies; and batches
 test-kills: $(VENV)/installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -v -m kills tests/examples
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -v -m kills tests/examples tests/apps tests/cli
+
+# a batch in a Ray cluster of two nodes on this machine, of which a worker is killed
+test-ray: $(VENV)/installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -v -m ray tests/apps
 
 # all tests with the oldest diffusers that is supported
 test-oldest:

@@ -1,11 +1,13 @@
-"""Options about the model, which all commands that load one have."""
+"""Options about the model and its sampling, which several commands have."""
 
 from pathlib import Path
 
 from .. import EMOJI_MODEL
-from .values import device, number
+from .values import SCHEDULERS, Scheduler, Temperature, device, number
 
 DTYPES = ("float32", "bfloat16", "float16")
+MOST = 10_000  # steps, pictures or frames
+MAX_SEED = 2**63 - 1
 
 
 def add_model_options(group):
@@ -44,3 +46,34 @@ def add_hub_options(parser):
     """Where a model comes from."""
     parser.add_argument("--revision", metavar="NAME", help="branch, tag or commit of the Hub repository")
     parser.add_argument("--cache-dir", type=Path, metavar="FOLDER", help="where downloads are kept")
+
+
+def add_sampling_options(group, steps: str):
+    """How pictures are sampled; `steps` says what the number of steps is by default."""
+    group.add_argument(
+        "--steps",
+        type=number(int, at_least=1, at_most=MOST),
+        metavar="N",
+        help=f"number of sampling steps (default: {steps})",
+    )
+    group.add_argument(
+        "--guidance-scale",
+        type=number(float),
+        metavar="W",
+        help="how strictly to follow the prompt; 1 turns guidance off (default: the model's own)",
+    )
+    group.add_argument("--negative-prompt", metavar="TEXT", help="text that describes what to avoid")
+    group.add_argument(
+        "--temperature",
+        action=Temperature,
+        nargs="+",
+        metavar="T",
+        help="sampling temperature: one number, or two for the first and the last step (default: the scheduler's own)",
+    )
+    group.add_argument(
+        "--scheduler",
+        action=Scheduler,
+        nargs="+",
+        metavar=("NAME", "SETTING=VALUE"),
+        help=f"scheduler and its settings: {', '.join(SCHEDULERS)} (default: the model's own)",
+    )

@@ -5,13 +5,14 @@ from pathlib import Path
 
 from .. import __version__
 from ..about import pip_install
+from .batch import add_batch
 from .convert import convert
 from .draw import draw
 from .examples import copy_examples
-from .model_options import DTYPES, add_hub_options, add_model_options
+from .model_options import DTYPES, MAX_SEED, MOST, add_hub_options, add_model_options, add_sampling_options
 from .output import FILMS
 from .serve import add_serve
-from .values import SCHEDULERS, Scheduler, Temperature, number, size
+from .values import number, size
 from .web import add_web
 
 OPTIONAL_COMPONENTS = (
@@ -24,7 +25,6 @@ OPTIONAL_COMPONENTS = (
     "prior",
     "prior_scheduler",
 )
-MOST = 10_000  # steps, pictures or frames
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -47,6 +47,7 @@ def make_parser() -> argparse.ArgumentParser:
         _add_outpaint,
         _add_vary,
         _add_interpolate,
+        add_batch,
         add_web,
         add_serve,
         _add_convert,
@@ -288,7 +289,7 @@ def _add_output(group, is_film: bool):
 
 
 def _add_sampling(group):
-    seed = number(int, at_least=0, at_most=2**63 - 1)
+    seed = number(int, at_least=0, at_most=MAX_SEED)
     group.add_argument(
         "--seed",
         type=seed,
@@ -296,28 +297,4 @@ def _add_sampling(group):
         metavar="N",
         help="random seed of the first picture; each further picture takes the next one (default: 0)",
     )
-    steps = number(int, at_least=1, at_most=MOST)
-    group.add_argument(
-        "--steps", type=steps, metavar="N", help="number of sampling steps (default: 12, or 32 with --source-prompt)"
-    )
-    group.add_argument(
-        "--guidance-scale",
-        type=number(float),
-        metavar="W",
-        help="how strictly to follow the prompt; 1 turns guidance off (default: the model's own)",
-    )
-    group.add_argument("--negative-prompt", metavar="TEXT", help="text that describes what to avoid")
-    group.add_argument(
-        "--temperature",
-        action=Temperature,
-        nargs="+",
-        metavar="T",
-        help="sampling temperature: one number, or two for the first and the last step (default: the scheduler's own)",
-    )
-    group.add_argument(
-        "--scheduler",
-        action=Scheduler,
-        nargs="+",
-        metavar=("NAME", "SETTING=VALUE"),
-        help=f"scheduler and its settings: {', '.join(SCHEDULERS)} (default: the model's own)",
-    )
+    add_sampling_options(group, steps="12, or 32 with --source-prompt")
