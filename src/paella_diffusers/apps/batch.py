@@ -127,7 +127,7 @@ class Result(NamedTuple):
 
 
 def run(
-    job: Job, load: Callable, processes: int = 1, rank: int = 0, world_size: int = 1, engine: str | None = None
+    job: Job, load: Callable, processes: int | None = 1, rank: int = 0, world_size: int = 1, engine: str | None = None
 ) -> Result:
     """
     Draw what is not done yet, in this process, in several of this machine, or in a Ray cluster.
@@ -137,7 +137,8 @@ def run(
         load (`Callable`): Makes the pipeline, without arguments; for several processes it must be picklable.
         processes (`int`, defaults to 1): Processes to start; on GPUs each takes one.
         rank, world_size (`int`): This is one of several such calls, on any machines; each draws its share of the shards.
-        engine (`str`, *optional*): "ray" draws in actors of Ray Data, up to `processes` of them.
+        engine (`str`, *optional*):
+            "ray" draws in actors of Ray Data, up to `processes` of them; None is as many as the cluster has room for.
 
     Raises:
         ValueError: If the input cannot be read, or the output is another job's.
@@ -165,9 +166,11 @@ def run(
             drawn = draw_here(job, load, shards, bar.update)
         with contextlib.closing(drawn):  # ends its processes when there are too many errors
             for _ in drawn:
-                bar.n = rows_done()  # of all processes, wherever they run
-                bar.refresh()
-                job.check_errors(store)
+                if rank == 0:
+                    bar.n = rows_done()  # of all processes, wherever they run
+                    bar.refresh()
+                if job.max_errors is not None:
+                    job.check_errors(store)
     return Result(len(store.done()), num_shards, job.check_errors(store))
 
 
@@ -236,7 +239,7 @@ class Worker:
 
     def __call__(self, index: int, on_rows: Callable | None = None) -> int:
         """Draw a shard and write it, unless another process did meanwhile; its index."""
-        if index not in self.store.done():
+        if not self.store.is_done(index):
             files, errors = self.draw(index, on_rows or (lambda count: None))
             self.store.write_shard(index, files, errors, self.job.layout)
         return index

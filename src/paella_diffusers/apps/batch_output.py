@@ -49,6 +49,10 @@ class Store:
         """The shards that are complete."""
         return {int(match[1]) for name in self.names() if (match := DONE.fullmatch(name))}
 
+    def is_done(self, index: int) -> bool:
+        self.fs.invalidate_cache()
+        return self.fs.exists(f"{self.folder}/{index:06d}.json")
+
     def count_errors(self) -> int:
         """How many rows were refused so far."""
         for name in self.names():

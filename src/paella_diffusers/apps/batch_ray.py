@@ -20,10 +20,10 @@ class ShardActor:
         return batch
 
 
-def draw_in_actors(job: Job, load: Callable, shards: list[int], most: int) -> Iterator[int]:
+def draw_in_actors(job: Job, load: Callable, shards: list[int], most: int | None) -> Iterator[int]:
     """
-    Draw shards in up to `most` actors, of which Ray starts more as long as shards wait; yields each when it is written.
-    A shard whose actor died is drawn again elsewhere: what is done is in the job's output, not in Ray.
+    Draw shards in up to `most` actors; Ray starts them as long as shards wait and the cluster has room. Yields each shard
+    when it is written. One whose actor died is drawn again elsewhere: what is done is in the job's output, not in Ray.
     """
     if not shards:
         return

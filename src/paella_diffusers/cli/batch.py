@@ -57,9 +57,9 @@ def batch(args: argparse.Namespace):
     if world_size > 1 and torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     processes = args.processes
-    if processes is None:
-        on_gpus = args.device in (None, "cuda") and world_size == 1 and args.engine != "ray"
-        processes = max(1, torch.cuda.device_count()) if on_gpus else 1
+    if processes is None and args.engine is None:
+        alone_on_gpus = args.device in (None, "cuda") and world_size == 1
+        processes = max(1, torch.cuda.device_count()) if alone_on_gpus else 1
     made_with = {name: getattr(args, name) for name in MADE_WITH if getattr(args, name)}
     made_with["model"] = "the embedded model" if args.model == EMOJI_MODEL else str(args.model)
     job = Job(
@@ -154,7 +154,8 @@ def _add_running(group):
         "--processes",
         type=many,
         metavar="N",
-        help="processes on this machine, or with --engine ray actors at most (default: one for each GPU, or 1)",
+        help="processes on this machine (default: one for each GPU, or 1); with --engine ray the most actors (default: as "
+        "many as there is room for)",
     )
     group.add_argument(
         "--threads", type=many, default=1, metavar="N", help="CPU threads of each process (default: %(default)s)"
