@@ -192,7 +192,7 @@ def test_errors_within_a_stream(client, pipe, server):
         ("prompt", "", "at least 1 character"),
         ("n", 0, "greater than or equal to 1"),
         ("n", 11, "at most 10 on this server"),
-        ("size", "large", "should match pattern"),
+        ("size", "large", "It is auto, or WIDTHxHEIGHT in pixels, got 'large'"),
         ("size", "63x64", "multiples of 16 with this model, got 63x64: the nearest is 64x64"),
         ("size", "144x64", "at most 128 pixels a side"),
         ("steps", 101, "at most 100 on this server"),

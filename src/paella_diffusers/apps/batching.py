@@ -197,8 +197,9 @@ class Batcher:
                 logger.exception("A row could not be drawn.")
             _settle(jobs[0].result.set_exception, error)
             return
-        seconds = time.monotonic() - begun
-        self._seconds_per_call = seconds
+        if all(job.result.cancelled() for job in jobs):  # it was stopped
+            return
+        self._seconds_per_call = seconds = time.monotonic() - begun
         if self.on_call is not None:
             self.on_call(len(jobs), seconds)
         for job, result in zip(jobs, drawn):

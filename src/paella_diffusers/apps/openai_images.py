@@ -74,7 +74,7 @@ class ImageRequest(BaseModel):
     model: str | None = None
     prompt: str = Field("", max_length=MAX_PROMPT)
     n: int = Field(1, ge=1)
-    size: str = Field("auto", pattern=r"^(auto|[1-9]\d{0,5}x[1-9]\d{0,5})$")
+    size: str = Field("auto", pattern=r"^(auto|[1-9]\d{0,5}x[1-9]\d{0,5})$", description="auto, or WIDTHxHEIGHT in pixels")
     response_format: Literal["b64_json", "url"] = "b64_json"
     output_format: Literal["png", "jpeg", "webp"] = "png"
     output_compression: int = Field(100, ge=0, le=100)
@@ -178,7 +178,10 @@ def _refused(kind: type[ImageRequest], error: Mapping[str, Any]) -> APIError:
         return APIError(400, f"Unknown parameter: '{name}'. {hint}", name, "unknown_parameter")
     if error["type"] == "missing":
         return APIError(400, f"Missing required parameter: '{name}'.", name, "missing_required_parameter")
-    return APIError(400, f"Invalid value for '{name}': {error['msg']}, got {error['input']!r:.80}.", name)
+    expected = error["msg"]
+    if error["type"] == "string_pattern_mismatch":
+        expected = f"It is {kind.model_fields[name].description}"
+    return APIError(400, f"Invalid value for '{name}': {expected}, got {error['input']!r:.80}.", name)
 
 
 # ---------------------------------------------------------------------------------------------------------------- uploads
