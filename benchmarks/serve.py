@@ -4,8 +4,8 @@ How does the server compare with the bare pipeline, and does it stay well under 
     python benchmarks/serve.py [--minutes 10] [--turns 5] [--batch-size 16] [--steps 12] [--exact]
 
 First, in turns, the same pictures: from calls of the pipeline with full batches, in this process, and from the server, of
-which twice as many clients as a batch has rows ask again and again, so that a full batch waits while one is drawn. The first
-turn warms both up and does not count.
+which twice as many clients as a batch has rows ask again and again, so that a full batch waits while one is drawn. Time in
+calls is the share that the server's worker spent in the pipeline. The first turn warms both up and does not count.
 
 Then the clients ask for some minutes, and every answer is compared with the pictures that the pipeline drew for all prompts
 and seeds: one that is nearer to another's picture than to its own counts as mixed up. One request in twenty is given up by
@@ -16,11 +16,13 @@ import argparse
 import asyncio
 import base64
 import io
+import itertools
 import random
 import statistics
 import subprocess
 import sys
 import time
+import urllib.request
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -65,17 +67,38 @@ async def ask(client, row: Row, **options) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(answer.data[0].b64_json))), np.int16)
 
 
-async def server_turn(client, rows: list[Row], num_clients: int) -> float:
-    """Seconds for all rows, asked for by so many clients."""
-    waiting = iter(rows)
+async def server_turn(client, address: str, rows: list[Row], batch_size: int) -> tuple[float, float, float]:
+    """
+    Seconds for as many pictures as there are rows, while a full batch waits; the share of them that the server spent in the
+    pipeline, and the pictures in a call. The first batch does not count, nor what clients still wait for at the end.
+    """
+    answers, marks = 0, {}
 
-    async def work():
-        for row in waiting:
+    async def work(first: int):
+        nonlocal answers
+        for row in itertools.cycle(rows[first:] + rows[:first]):
             await ask(client, row)
+            answers += 1
+            if answers in (batch_size, batch_size + len(rows)):
+                marks[answers] = time.monotonic(), await asyncio.to_thread(server_metrics, address)
+            if answers >= batch_size + len(rows):
+                return
 
-    begun = time.monotonic()
-    await asyncio.gather(*(work() for _ in range(num_clients)))
-    return time.monotonic() - begun
+    await asyncio.gather(*(work(index) for index in range(2 * batch_size)))
+    (begun, before), (ended, after) = marks.values()
+    seconds = ended - begun
+    in_calls, calls, pictures = (
+        after[f"paella_{name}"] - before[f"paella_{name}"]
+        for name in ("call_seconds_sum", "call_seconds_count", "pictures_total")
+    )
+    return seconds, in_calls / seconds, pictures / calls
+
+
+def server_metrics(address: str) -> dict[str, float]:
+    """What the server counts, by name."""
+    with urllib.request.urlopen(f"{address.removesuffix('/v1')}/metrics") as answer:
+        lines = [line.split() for line in answer.read().decode().splitlines()]
+    return {line[0]: float(line[1]) for line in lines if line[0].startswith("paella_") and "{" not in line[0]}
 
 
 def pipeline_turn(pipe, rows: list[Row], batch_size: int) -> float:
@@ -127,17 +150,22 @@ async def measure(args, process, address: str):
     arguments = {"num_inference_steps": args.steps}
     rows = [Row("", prompt, seed, arguments) for seed in range(SEEDS) for prompt in PROMPTS]
     client = openai.AsyncOpenAI(base_url=address, api_key="none", max_retries=5)
-    num_clients, turn = 2 * args.batch_size, (rows * args.batch_size)[: CALLS_IN_A_TURN * args.batch_size]
+    turn = (rows * args.batch_size)[: CALLS_IN_A_TURN * args.batch_size]
 
-    turns = []
+    bare, served, in_calls, together = [], [], [], []
     for _ in range(args.turns + 1):
-        bare, served = pipeline_turn(pipe, turn, args.batch_size), await server_turn(client, turn, num_clients)
-        turns.append((len(turn) / bare, len(turn) / served, bare / served))
-    bare, served, ratios = zip(*turns[1:])
-    print(f"| | pictures/s | of the pipeline's |\n|---|---|---|\n| pipeline, batch {args.batch_size} "
-          f"| {statistics.median(bare):.2f} | 1 |\n| server, {args.batch_size} waiting{' --exact' * args.exact} "
-          f"| {statistics.median(served):.2f} | {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f}) |"
-          f"\n\nMedians of {args.turns} turns of {len(turn)} pictures, and the range.\n", flush=True)  # fmt: skip
+        bare.append(len(turn) / pipeline_turn(pipe, turn, args.batch_size))
+        seconds, *rest = await server_turn(client, address, turn, args.batch_size)
+        served.append(len(turn) / seconds)
+        in_calls.append(rest[0])
+        together.append(rest[1])
+    ratios = [ours / theirs for ours, theirs in zip(served[1:], bare[1:])]
+    print("| | pictures/s | of the pipeline's | time in calls | pictures in a call |\n" + "|---" * 5 + "|")
+    print(f"| pipeline, batch {args.batch_size} | {statistics.median(bare[1:]):.2f} | 1 | | {args.batch_size} |")
+    print(f"| server, {args.batch_size} waiting{', --exact' * args.exact} | {statistics.median(served[1:]):.2f} "
+          f"| {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f}) "
+          f"| {statistics.median(in_calls[1:]):.1%} | {statistics.mean(together[1:]):.1f} |")  # fmt: skip
+    print(f"\nMedians of {args.turns} turns of {len(turn)} pictures; the range in brackets.\n", flush=True)
     if not args.minutes:
         return
 
@@ -145,7 +173,7 @@ async def measure(args, process, address: str):
     for first in range(0, len(rows), args.batch_size):
         expected += draw(pipe, rows[first : first + args.batch_size], args.batch_size, args.exact)
     expected = np.stack([np.asarray(one.image, np.int16) for one in expected])
-    load = await soak(client, process, rows, expected, num_clients, args.minutes)
+    load = await soak(client, process, rows, expected, 2 * args.batch_size, args.minutes)
     p50, p95, p99 = np.percentile(load.seconds, [50, 95, 99])
     tenth = max(1, len(load.memory) // 10)
     memory = statistics.median(load.memory[:tenth]), statistics.median(load.memory[-tenth:])
