@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := "red heart" "grinning face" "pizza" "dog face" "rocket" "sunflower" "green apple" "soccer ball" "guitar"
 
-.PHONY: demo test test-golden test-kills test-ray test-oldest test-comfyui test-web fuzz soak docs lint clean
+.PHONY: demo test test-golden test-kills test-ray test-oldest test-comfyui test-web test-docs fuzz soak docs lint clean
 
 demo: $(VENV)/installed
 	$(BIN)/paella-diffusers generate $(DEMO) --out demo.png
@@ -54,6 +54,11 @@ fuzz: $(VENV)/installed
 # many calls in one process, kills of every writer, and threads; SOAK="--calls 100 --kills 5" tries less
 soak: $(VENV)/installed
 	PYTHONPATH=tests $(BIN)/python -m fuzz.soak $(SOAK)
+
+# the code of all pages, and the notebooks
+test-docs: $(VENV)/installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m pages tests/docs
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --nbmake --nbmake-timeout=600 docs/tutorials
 
 # the site, into site/, without a network; a broken link or reference is an error
 docs: $(VENV)/installed

@@ -4,7 +4,7 @@ How does the server compare with the bare pipeline, and does it stay well under 
     python benchmarks/serve.py [--minutes 10] [--turns 5] [--batch-size 16] [--steps 12] [--exact]
 
 First, in turns, the same pictures: from calls of the pipeline with full batches, in this process, and from the server, of
-which twice as many clients as a batch has rows ask again and again, so that a full batch waits while one is drawn. Time in
+which twice as many clients as a batch has rows ask without a pause, so that a full batch waits while one is drawn. Time in
 calls is the share that the server's worker spent in the pipeline. The first turn warms both up and does not count.
 
 Then the clients ask for some minutes, and every answer is compared with the pictures that the pipeline drew for all prompts

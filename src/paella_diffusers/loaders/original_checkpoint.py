@@ -182,7 +182,7 @@ def _from_original(model, original, path) -> dict[str, torch.Tensor]:
 
 
 def _cast(model, path, state_dict, dtype: torch.dtype, at_once: int = 2**28) -> dict[str, torch.Tensor]:
-    """In another dtype. After every so many bytes the file is mapped anew, so that what was read of it leaves memory."""
+    """In another dtype. From time to time the file is mapped anew, so that what was read of it leaves memory."""
     cast, read = {}, 0
     for key in list(state_dict):
         if read > at_once:

@@ -411,7 +411,7 @@ class PaellaUNet(
             clip_text_embeds (`torch.Tensor` of shape `(batch_size, clip_embed_dim)`, *optional*):
                 CLIP text embeddings, not normalised. Without them, their tokens are left out of the conditioning.
             clip_image_embeds (`torch.Tensor` of shape `(batch_size, [num_images,] clip_embed_dim)`, *optional*):
-                CLIP image embeddings of one or several images, not normalised; likewise.
+                CLIP image embeddings of one or several images, not normalised. Without them, their tokens are left out.
             encoder_attention_mask (`torch.Tensor` of shape `(batch_size, length)`, *optional*):
                 0 where `encoder_hidden_states` is padding; or `(batch_size, sequence_length)` over the whole conditioning
                 sequence: text, then `clip_seq_len` tokens for the CLIP text, then as many for each image.

@@ -47,10 +47,10 @@ class EncodingMixin:
             do_classifier_free_guidance (`bool`, defaults to `True`): Whether negative embeddings are wanted.
             prompt_embeds, negative_prompt_embeds, ..., negative_clip_text_embeds (`torch.Tensor`, *optional*):
                 In place of what would be encoded: the names of [`PromptEmbeds`], with one row for each prompt.
-            max_sequence_length (`int`, defaults to 768): Prompts are cut to so many bytes.
+            max_sequence_length (`int`, defaults to 768): The number of bytes to which prompts are cut.
             device (`torch.device`, *optional*): Where to compute; the pipeline's unless given.
             padded_length (`int`, *optional*):
-                Pad all texts to so many tokens, more than the longest has, and encode every row, equal ones too: then the
+                Pad all texts to this number of tokens, more than the longest has, and encode every row, equal ones too: then the
                 shapes of all tensors, and what a row becomes, do not depend on the other prompts.
 
         Returns:

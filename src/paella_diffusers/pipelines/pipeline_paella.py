@@ -107,7 +107,7 @@ class PaellaPipeline(PaellaPipelineBase):
                 steps. Left out, it is what the model's folder says, 8 for the published model. With 1 or less, or None,
                 there is no second pass.
             guidance_steps (`int` or `tuple[int, int]`, *optional*):
-                Only the first so many steps are guided, or those from the first of two numbers to before the second; all
+                The number of steps, from the first, that are guided; or (first, end), the interval of steps; all
                 unless given.
             temperature (`float` or `tuple[float, float]`, *optional*): The scheduler's, for this call: (first, last).
             renoise_steps (`int`, *optional*): The scheduler's, for this call.
@@ -139,7 +139,7 @@ class PaellaPipeline(PaellaPipelineBase):
                 prior is loaded and no image embedding is given.
             prior_num_inference_steps (`int`, defaults to 60): Steps of the prior.
             prior_guidance_scale (`float`, defaults to 3.0): Guidance of the prior.
-            max_sequence_length (`int`, defaults to 768): Prompts are cut to so many bytes.
+            max_sequence_length (`int`, defaults to 768): The number of bytes to which prompts are cut.
             region_masks (`list` or `torch.Tensor`, *optional*):
                 One mask a prompt, all for one image: where it is 1 the prompt governs, and between them logits are blended.
                 PIL, arrays or tensors `(height, width)` in [0, 1], or over the token grid, `(height / 4, width / 4)`; masks
@@ -156,7 +156,7 @@ class PaellaPipeline(PaellaPipelineBase):
                 The share in (0, 1] of an image's most likely tokens that must be those of the step before to be stable.
             deep_feature_interval (`int`, defaults to 1):
                 An approximation, DeepCache (https://huggingface.co/papers/2312.00858): the U-Net's levels below the first
-                are computed only every so many steps; in between, the last result is used again.
+                are computed once in this many steps; in between, the last result is used again.
             cross_attention_kwargs (`dict`, *optional*): `{"scale": s}` scales LoRA adapters.
             output_type (`str`, defaults to `"pil"`): `"pil"`, `"np"`, `"pt"`, or `"latent"` for the token grid.
             return_dict (`bool`, defaults to `True`): Whether to return a [`PaellaPipelineOutput`] rather than a tuple.

@@ -102,7 +102,7 @@ class PaellaInpaintPipeline(PaellaPipelineBase):
                 White (1) where to generate, one channel, of any size: it is resized to the image. A pixel counts from 0.5
                 on, and a token is generated if any pixel that counts lies on it. For a token grid, a mask of the same grid.
             padding (`tuple[int, int, int, int]`, *optional*):
-                Outpainting: so many new pixels, of the image's own, at the left, top, right and bottom.
+                Outpainting: numbers of new pixels, of the image's own, at the left, top, right and bottom.
             strength (`float`, defaults to 1.0):
                 The first noise level, in (0, 1]: below 1, what is under the mask is edited rather than made anew.
             keep_original_pixels (`bool`, defaults to `True`):
@@ -117,7 +117,7 @@ class PaellaInpaintPipeline(PaellaPipelineBase):
                 How the image gets the proportions at which it is generated: `"default"` stretches it, `"fill"` repeats its
                 edges around it, and `"crop"` takes its middle, which results then show.
             padding_mask_crop (`int`, *optional*):
-                Generate only the part of the image around the mask, with a margin of so many pixels, and put it back: more
+                Generate only the part of the image around the mask, with a margin of this many pixels, and put it back: more
                 detail for a small mask. `height` and `width` are then the size of that part, not of results.
             negative_prompt, num_inference_steps, ..., callback_on_step_end_tensor_inputs:
                 The other arguments are those of [`PaellaPipeline.__call__`].

@@ -186,7 +186,7 @@ def prepare_source(
             How an image gets other proportions: `"default"` stretches it, `"fill"` repeats its edges around it, `"crop"`
             takes its middle; without `height` and `width`, results then have the size of that part.
         padding_mask_crop (`int`, *optional*):
-            Generate only a part of the image: around the mask, with a margin of so many pixels.
+            Generate only a part of the image: around the mask, with a margin of this many pixels.
         keep_original_pixels (`bool`, defaults to `True`): Whether results have the image's own pixels outside the mask.
         feather_radius (`int`, defaults to 0): They blend into the new ones over `2 * feather_radius` pixels beyond the mask.
 

@@ -24,7 +24,7 @@ class Denoiser:
         regions (`torch.Tensor` of shape `(num_regions, height, width)`, *optional*):
             The share of every region's prompt at every token; logits are blended by it.
         deep_feature_interval (`int`, defaults to 1):
-            DeepCache (https://huggingface.co/papers/2312.00858): only every so many steps the levels below the first are
+            DeepCache (https://huggingface.co/papers/2312.00858): once in this many steps the levels below the first are
             computed.
         cross_attention_kwargs (`dict`, *optional*): Of the U-Net.
     """

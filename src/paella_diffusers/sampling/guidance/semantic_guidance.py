@@ -40,7 +40,7 @@ class PaellaSemanticGuidance(PaellaClassifierFreeGuidance):
         reverse_editing_direction (`bool` or `list[bool]`, defaults to `False`): Whether to move away from it: the sign.
         edit_guidance_scale (`float` or `list[float]`, defaults to 5.0): sᵢ; a prompt with 0 is left out.
         edit_warmup_steps (`int` or `list[int]`, defaults to 0): So many steps are taken before a prompt has an effect.
-        edit_cooldown_steps (`int` or `list[int]`, *optional*): After so many steps a prompt has no more effect.
+        edit_cooldown_steps (`int` or `list[int]`, *optional*): The number of steps after which a prompt has no more effect.
         edit_threshold (`float` or `list[float]`, defaults to 0.0): The share in [0, 1) of the picture that is not edited.
         edit_momentum_scale (`float`, defaults to 0.0):
             m; 0 is no momentum. It builds up from the first step on, and has an effect once all prompts are warmed up.
