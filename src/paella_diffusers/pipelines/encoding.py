@@ -50,8 +50,8 @@ class EncodingMixin:
             max_sequence_length (`int`, defaults to 768): The number of bytes to which prompts are cut.
             device (`torch.device`, *optional*): Where to compute; the pipeline's unless given.
             padded_length (`int`, *optional*):
-                Pad all texts to this number of tokens, more than the longest has, and encode every row, equal ones too: then the
-                shapes of all tensors, and what a row becomes, do not depend on the other prompts.
+                Pad all texts to this number of tokens, more than the longest has, and encode every row, equal ones too: then
+                the shapes of all tensors, and what a row becomes, do not depend on the other prompts.
 
         Returns:
             `tuple`: The parts of [`PromptEmbeds`], in its order; `__call__` takes them by these names.

@@ -64,7 +64,8 @@ class PaellaSchedulerBase(PaellaHubMixin, SchedulerMixin, ConfigMixin):
             timesteps (`list[float]` or `torch.Tensor`, *optional*):
                 The noise level of each step, descending, in (0, 1]. They replace the configured descent.
             temperature (`float` or `tuple[float, float]`, *optional*): Replaces the configured one in this run.
-            t_start (`float`, *optional*): Replaces the configured one in this run. A configured `t_end` above it is lowered to it.
+            t_start (`float`, *optional*):
+                Replaces the configured one in this run. A configured `t_end` above it is lowered to it.
 
         Raises:
             ValueError: If a value is not a number in its range, or `timesteps` do not descend.
