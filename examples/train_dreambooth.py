@@ -12,7 +12,7 @@ With `--rank` an adapter is trained, for `pipe.load_lora_weights("my-dog")`. Wit
 """
 
 from paella_diffusers.loaders.lora import WEIGHT_NAMES
-from paella_diffusers.training.adapter import Adapter, add_lora_arguments, lora_config
+from paella_diffusers.training.adapter import add_lora_arguments, add_text_encoder_argument, prepare_adapter
 from paella_diffusers.training.arguments import training_arguments
 from paella_diffusers.training.card import publish_files
 from paella_diffusers.training.dreambooth import add_dreambooth_arguments, check_dreambooth_arguments, load_instances
@@ -27,9 +27,12 @@ def parse_args(args=None):
     add_unet_arguments(parser)
     add_dreambooth_arguments(parser)
     add_lora_arguments(parser, rank=None, help="train an adapter of this rank; the whole U-Net unless given")
+    add_text_encoder_argument(parser)
     parser.set_defaults(**defaults, **dropouts)
     args = parser.parse_args(args)
     check_dreambooth_arguments(parser, args)
+    if args.train_text_encoder and not args.rank:
+        parser.error("--train-text-encoder trains adapters only: add --rank")
     if args.learning_rate is None:
         args.learning_rate = 1e-3 if args.rank else 1e-5
     return args
@@ -39,12 +42,11 @@ def main(args):
     run = TrainingRun(args)
     run.load_data()
     load_instances(run)
-    frozen = FrozenParts(run)
-    config = frozen.pipe.unet.config
     if args.rank:
-        adapter = Adapter(frozen.pipe.unet, lora_config(args))
-        unet = run.prepare("unet_lora", frozen.pipe.unet, adapter.write, adapter.read, frozen=False)
+        frozen, adapter, unet = prepare_adapter(run)
     else:
+        frozen = FrozenParts(run)
+        config = frozen.pipe.unet.config
         unet = run.prepare("unet", frozen.pipe.unet.requires_grad_(True))
 
     train_unet(run, unet, frozen)

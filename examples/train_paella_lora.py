@@ -1,6 +1,6 @@
 """
-Teach Paella something new with a LoRA adapter (https://huggingface.co/papers/2106.09685): small matrices beside the U-Net's,
-which alone are trained and saved.
+Teach Paella something new with a LoRA adapter (https://huggingface.co/papers/2106.09685): small matrices beside the U-Net's
+and, with `--train-text-encoder`, beside those of ByT5 and CLIP. They alone are trained and saved.
 
     accelerate launch examples/train_paella_lora.py --pretrained dome272/Paella --data pictures --output-dir my-adapter
 
@@ -10,11 +10,11 @@ The training loop is `paella_diffusers.training.unet.train_unet`.
 """
 
 from paella_diffusers.loaders.lora import WEIGHT_NAMES
-from paella_diffusers.training.adapter import Adapter, add_lora_arguments, lora_config
+from paella_diffusers.training.adapter import add_lora_arguments, add_text_encoder_argument, prepare_adapter
 from paella_diffusers.training.arguments import training_arguments
 from paella_diffusers.training.card import publish_files
 from paella_diffusers.training.run import TrainingRun
-from paella_diffusers.training.unet import FrozenParts, add_unet_arguments, train_unet
+from paella_diffusers.training.unet import add_unet_arguments, train_unet
 
 
 def parse_args(args=None):
@@ -22,15 +22,14 @@ def parse_args(args=None):
     parser = training_arguments(__doc__, default_steps=2000, **defaults)
     add_unet_arguments(parser)
     add_lora_arguments(parser, rank=16)
+    add_text_encoder_argument(parser)
     return parser.parse_args(args)
 
 
 def main(args):
     run = TrainingRun(args)
     run.load_data()
-    frozen = FrozenParts(run)
-    adapter = Adapter(frozen.pipe.unet, lora_config(args))
-    unet = run.prepare("unet_lora", frozen.pipe.unet, adapter.write, adapter.read, frozen=False)
+    frozen, adapter, unet = prepare_adapter(run)
 
     train_unet(run, unet, frozen)
 

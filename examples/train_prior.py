@@ -4,7 +4,7 @@ Train the prior, from CLIP text embeddings to CLIP image embeddings, by noise pr
     accelerate launch examples/train_prior.py --pretrained dome272/Paella --data pictures --output-dir my-prior
 
 `--pretrained` gives the CLIP encoders and, without `--from-scratch`, the prior to begin with. `--data` may be what
-`precompute.py` wrote: then the encoders are not needed.
+`precompute.py` wrote: then the encoders are not needed. With `--rank` an adapter is trained, for `pipe.load_lora_weights`.
 """
 
 import json
@@ -13,8 +13,10 @@ import torch
 import torch.nn.functional as F
 
 from paella_diffusers import DDIMWuerstchenScheduler, PaellaPipeline, PaellaPrior, PaellaUNet
+from paella_diffusers.loaders.lora import WEIGHT_NAMES
+from paella_diffusers.training.adapter import Adapter, add_lora_arguments
 from paella_diffusers.training.arguments import add_pretrained, pretrained_options, training_arguments
-from paella_diffusers.training.card import publish
+from paella_diffusers.training.card import publish, publish_files
 from paella_diffusers.training.conditioning import Encoder
 from paella_diffusers.training.data import StoredArrays
 from paella_diffusers.training.run import Trained, TrainingRun
@@ -29,7 +31,10 @@ def parse_args(args=None):
     add("--from-scratch", action="store_true", help="begin with a new prior of the given one's sizes")
     add("--prior-config", type=json.loads, default={}, help="sizes of it that shall differ, as JSON")
     add("--text-dropout", type=float, default=0.1, help="share of batches without the text, for guidance")
+    add_lora_arguments(parser, help="train an adapter of this rank; the whole prior unless given")
     args = parser.parse_args(args)
+    if args.from_scratch and args.rank:
+        parser.error("--rank adapts a trained prior: leave out --from-scratch")
     if args.prior_config and not args.from_scratch:
         parser.error("--prior-config is a new prior's: add --from-scratch")
     return args
@@ -104,12 +109,19 @@ def main(args):
     pipe, encoder = load(run)
     config = pipe.prior.config
     scheduler = DDIMWuerstchenScheduler() if pipe.prior_scheduler is None else pipe.prior_scheduler
-    prior = run.prepare("prior", pipe.prior.requires_grad_(True))
+    if args.rank:
+        adapter = Adapter({"prior": pipe.prior}, args)
+        prior = run.prepare("prior_lora", pipe.prior, adapter.write, adapter.read, frozen=False)
+    else:
+        prior = run.prepare("prior", pipe.prior.requires_grad_(True))
 
     train_prior(run, prior, encoder, scheduler)
 
     weights = run.finish()
-    if weights is not None:
+    if weights is not None and args.rank:
+        adapter.write(weights, args.output_dir)
+        publish_files(run, pipe, WEIGHT_NAMES[:1], is_lora=True)
+    elif weights is not None:
         trained = PaellaPrior.from_config(config)
         trained.load_state_dict(weights)
         components = {"prior": trained, "prior_scheduler": scheduler}

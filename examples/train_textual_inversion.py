@@ -42,7 +42,7 @@ def main(args):
     run.load_data()
     frozen = InversionParts(run)
     learned = LearnedTokens(frozen.pipe, args.placeholder_token, args.initializer_token, args.num_vectors)
-    frozen.leave_captions(learned, TEMPLATES[args.learnable_property])
+    frozen.leave_captions_of(learned, TEMPLATES[args.learnable_property])
     vectors = run.prepare("learned_embeds", learned, learned.write, learned.read, shard=False)
 
     train_unet(run, vectors, frozen)

@@ -19,7 +19,17 @@ DREAMBOOTH = ["--instance-prompt", "a qxz", "--class-prompt", "red", "--num-clas
 OPTIONS = {
     "train_dreambooth": [*DREAMBOOTH, "--with-prior-preservation", "--rank", "2", "--ema-decay", "0.9"],
     "train_paella": ["--clip-image-dropout", "0.5", "--ema-decay", "0.9"],
-    "train_paella_lora": ["--rank", "2", "--clip-image-dropout", "0.5", "--ema-decay", "0.9"],
+    "train_paella_lora": [
+        "--rank",
+        "2",
+        "--train-text-encoder",
+        "--lora-dropout",
+        "0.1",
+        "--clip-image-dropout",
+        "0.5",
+        "--ema-decay",
+        "0.9",
+    ],
     "train_prior": ["--ema-start", "3"],
     "train_textual_inversion": ["--placeholder-token", "<x>", "--initializer-token", "red", "--ema-decay", "0.9"],
     "train_vqgan": [*SIZES, "--adversarial-start", "3", "--restart-every", "4", "--ema-decay", "0.9"],

@@ -1,6 +1,7 @@
 import pytest
 import torch
 import train_paella_lora
+from PIL import Image
 from safetensors.torch import load_file
 from trainers import TINY
 
@@ -53,9 +54,47 @@ def test_push_to_hub(options, tmp_path, hub):
     assert "| rank | 2 |" in card and "load_lora_weights" in card and str(tmp_path) not in card
 
 
-@pytest.mark.parametrize("kind", [["--use-dora"], ["--lora-dropout", "0.5"]])
-def test_kinds_of_adapters(options, tmp_path, pretrained, kind):
-    adapter = train(options, tmp_path / "out", "--max-steps", 2, *kind)
-    assert any("magnitude" in name for name in adapter) == (kind == ["--use-dora"])
-    train(options, tmp_path / "out", "--max-steps", 3, "--resume", "latest", *kind)
-    PaellaPipeline.from_pretrained(pretrained).load_lora_weights(tmp_path / "out")
+TEXT = ["--train_text_encoder", "--clip-text-dropout", "0.3", "--ema-decay", "0.5"]
+
+
+@pytest.mark.parametrize("kind", [["--use-dora"], ["--lora_dropout", "0.5"], TEXT, ["--optimizer", "Prodigy"]])
+def test_kinds_of_adapters_resumed_end_as_if_not_interrupted(options, tmp_path, pretrained, kind):
+    expected = train([*options, *kind], tmp_path / "whole", "--max-steps", 4)
+    assert any("magnitude" in name for name in expected) == (kind == ["--use-dora"])
+    components = {"unet", "text_encoder", "text_encoder_2"} if kind == TEXT else {"unet"}
+    assert {name.partition(".")[0] for name in expected} == components
+    changed = {name.partition(".")[0] for name, weight in expected.items() if "lora_B" in name and weight.any()}
+    assert changed == components  # which begin as zeros
+    train([*options, *kind], tmp_path / "parts", "--max-steps", 2)
+    found = train([*options, *kind], tmp_path / "parts", "--max-steps", 4, "--resume", "latest")
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+    PaellaPipeline.from_pretrained(pretrained).load_lora_weights(tmp_path / "parts")
+
+
+def test_dropout_is_honoured(options, tmp_path):
+    without = train(options, tmp_path / "without", "--max-steps", 2)
+    dropped = train(options, tmp_path / "with", "--max-steps", 2, "--lora_dropout", "0.5")
+    assert any(not torch.equal(without[name], dropped[name]) for name in without)
+
+
+def test_sheets_are_drawn_with_the_trained_text_encoders(options, tmp_path, pretrained):
+    more = ["--max-steps", 2, "--prompts", "red", "--learning-rate", 0.1, "--lr-scheduler", "constant"]
+    train([*options, *TEXT], tmp_path / "out", *more)
+    pipe = PaellaPipeline.from_pretrained(pretrained)
+    pipe.load_lora_weights(tmp_path / "out")
+    image = pipe("red", height=32, width=32, generator=torch.Generator().manual_seed(0)).images[0]
+    assert Image.open(tmp_path / "out" / "samples" / "00000002.png").tobytes() == image.tobytes()
+
+
+def test_prodigy_takes_steps_of_its_own_size(options, tmp_path, monkeypatch):
+    parse = lambda *more: train_paella_lora.parse_args([*options, "--output-dir", "out", *more])
+    assert parse("--optimizer", "prodigy").learning_rate == 1.0
+    assert parse("--optimizer", "prodigy", "--learning_rate=0.5").learning_rate == 0.5
+    train(options, tmp_path / "out", "--max-steps", 1)
+    with pytest.raises(ValueError, match="was saved with --optimizer adamw, but now it is prodigy"):
+        train(options, tmp_path / "out", "--max-steps", 2, "--resume", "latest", "--optimizer", "prodigy")
+    with pytest.raises(ValueError, match="--adam-8bit is of AdamW: leave it out with --optimizer prodigy"):
+        train(options, tmp_path / "new", "--optimizer", "prodigy", "--adam-8bit")
+    monkeypatch.setattr("paella_diffusers.training.arguments.find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"--optimizer prodigy needs prodigyopt: pip install .*train"):
+        train(options, tmp_path / "new", "--optimizer", "prodigy")

@@ -1,6 +1,7 @@
 import pytest
 import torch
 import train_prior
+from safetensors.torch import load_file
 from trainers import TINY
 
 from paella_diffusers import PaellaPipeline, PaellaPrior
@@ -50,6 +51,25 @@ def test_a_prior_for_a_model_without_one(pictures, pretrained, tmp_path):
     options += ["--from-scratch", "--prior-config", '{"num_layers": 1, "hidden_dim": 12}', "--max-steps", "1"]
     train_prior.main(train_prior.parse_args(options))
     assert PaellaPrior.load_config(tmp_path / "out", subfolder="prior")["embedding_dim"] == 12
+
+
+def test_an_adapter_of_the_prior(pictures, pretrained, tmp_path):
+    options = [*TINY, "--data", pictures, "--pretrained", pretrained, "--batch-size", "8", "--rank", "2", "--ema-start", "1"]
+    train = lambda folder, *more: train_prior.main(
+        train_prior.parse_args([*options, "--output-dir", str(tmp_path / folder), *more])
+    )
+    train("whole", "--max-steps", "4")
+    train("parts", "--max-steps", "2")
+    train("parts", "--max-steps", "4", "--resume", "latest")
+    expected, found = (load_file(tmp_path / name / "pytorch_lora_weights.safetensors") for name in ("whole", "parts"))
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+    assert {name.partition(".")[0] for name in found} == {"prior"}
+    pipe = PaellaPipeline.from_pretrained(pretrained)
+    before = pipe.prior(torch.ones(1, 12), 0.5, torch.ones(1, 12)).sample
+    pipe.load_lora_weights(tmp_path / "parts")
+    assert not torch.equal(pipe.prior(torch.ones(1, 12), 0.5, torch.ones(1, 12)).sample, before)
+    with pytest.raises(SystemExit):
+        train("new", "--from-scratch")
 
 
 def test_a_prior_too_narrow_for_the_noise_is_refused(pictures, pretrained, tmp_path):

@@ -58,6 +58,82 @@ def test_save_and_load(pipe, tmp_path):
         assert torch.equal(logits(pipe), plain)
 
 
+TARGETS = {"unet": ["to_q"], "text_encoder": ["q", "o"], "text_encoder_2": ["q_proj"], "prior": ["proj_in"]}
+
+
+def save_all(folder, names=TARGETS, **kwargs) -> list[torch.Tensor]:
+    """Save an adapter of several components in one file; what they compute with it."""
+    pipe, parts = tiny_pipeline(), {}
+    for name in names:
+        model = getattr(pipe, name)
+        model.add_adapter(peft.LoraConfig(r=2, target_modules=TARGETS[name], init_lora_weights=False, **kwargs), "made")
+        parts[f"{name}_lora_layers"] = peft.get_peft_model_state_dict(model, adapter_name="made")
+        parts[f"{name}_lora_adapter_metadata"] = model.peft_config["made"].to_dict()
+    pipe.save_lora_weights(folder, **parts)
+    return computed(pipe)
+
+
+def computed(pipe) -> list[torch.Tensor]:
+    """What the U-Net, ByT5, CLIP's text encoder and the prior compute."""
+    text, _, _, _, clip, _ = pipe.encode_prompt("red", do_classifier_free_guidance=False)
+    with torch.no_grad():
+        return [logits(pipe), text, clip, pipe.prior(torch.ones(1, 12), 0.5, torch.ones(1, 12)).sample]
+
+
+def test_one_file_for_the_unet_the_text_encoders_and_the_prior(tmp_path):
+    pipe = tiny_pipeline()
+    plain, expected = computed(pipe), save_all(tmp_path, lora_alpha=3)
+    assert {key.partition(".")[0] for key in load_file(tmp_path / "pytorch_lora_weights.safetensors")} == TARGETS.keys()
+    assert not any(torch.allclose(one, other) for one, other in zip(plain, expected))
+    pipe.load_lora_weights(tmp_path)
+    torch.testing.assert_close(computed(pipe), expected)
+    assert pipe.get_list_adapters() == {name: ["default_0"] for name in TARGETS}
+    with pytest.raises(ValueError, match="Adapters are attached"):
+        pipe.save_pretrained(tmp_path / "pipe")
+    pipe.set_adapters("default_0", {"text_encoder": 0.0, "prior": 0.0})
+    found = computed(pipe)
+    assert [torch.equal(one, other) for one, other in zip(found, plain)] == [False, True, False, True]
+    pipe.set_adapters("default_0")
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()
+    torch.testing.assert_close(computed(pipe), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_parts_are_loaded_alone_and_have_one_name(tmp_path):
+    pipe = tiny_pipeline()
+    plain, expected = computed(pipe), save_all(tmp_path / "texts", ["text_encoder", "text_encoder_2"])
+    save_all(tmp_path / "unet", ["unet"])
+    pipe.load_lora_weights(tmp_path / "texts")
+    torch.testing.assert_close(computed(pipe), expected)
+    pipe.load_lora_weights(tmp_path / "unet")
+    names = {"unet": ["default_1"], "text_encoder": ["default_0"], "text_encoder_2": ["default_0"]}
+    assert pipe.get_list_adapters() == names
+    pipe.unload_lora_weights()
+    assert all(torch.equal(one, other) for one, other in zip(computed(pipe), plain))
+
+
+def test_files_loaded_under_one_name_are_pushed_as_one(hub, tmp_path):
+    pipe, again = tiny_pipeline(), tiny_pipeline()
+    for number, names in enumerate((["unet", "text_encoder"], ["prior"])):
+        save_all(tmp_path / str(number), names)
+        pipe.load_lora_weights(tmp_path / str(number), adapter_name="both")
+    pipe.push_lora_to_hub("me/both")
+    again.load_lora_weights("me/both", cache_dir=tmp_path / "cache")
+    assert again.get_list_adapters().keys() == {"unet", "text_encoder", "prior"}
+    torch.testing.assert_close(computed(again), computed(pipe))
+
+
+def test_parts_that_do_not_fit_are_refused_before_anything_is_attached(pipe, tmp_path):
+    save_all(tmp_path, ["unet", "prior"])
+    with pytest.raises(ValueError, match="has weights for `prior`, which this pipeline does not have"):
+        pipe.load_lora_weights(tmp_path)
+    weights = load_file(tmp_path / "pytorch_lora_weights.safetensors")
+    weights = {key.replace("prior.", "text_encoder."): weight for key, weight in weights.items()}
+    with pytest.raises(ValueError, match="this `text_encoder`"):
+        pipe.load_lora_weights(weights)
+    assert pipe.get_list_adapters() == {}
+
+
 def test_every_task_has_adapters(pipe, tmp_path):
     folder, expected = saved_adapter(tmp_path)
     edit = PaellaImg2ImgPipeline.from_pipe(pipe)
@@ -185,7 +261,7 @@ def test_what_is_no_adapter_is_refused(pipe, tmp_path):
         assert str(error.value)
     assert not canary.exists()
     save_file({"transformer.lora_A.weight": torch.zeros(2)}, tmp_path / "other.safetensors")
-    with pytest.raises(ValueError, match="no LoRA adapter of Paella's U-Net.*transformer.lora_A"):
+    with pytest.raises(ValueError, match="no LoRA adapter of a Paella.*transformer.lora_A"):
         pipe.load_lora_weights(tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match="`unet_lora_layers`"):
         pipe.save_lora_weights(tmp_path)

@@ -125,20 +125,22 @@ class PaellaHubMixin:
 
 
 def push_lora(pipeline, repo_id: str, adapter_name: str | None = None, **kwargs) -> str:
-    """Upload an adapter of the pipeline's U-Net; see `PaellaLoraLoaderMixin.push_lora_to_hub`."""
+    """Upload an adapter of the pipeline; see `PaellaLoraLoaderMixin.push_lora_to_hub`."""
     from peft import get_peft_model_state_dict
 
-    adapters = list(getattr(pipeline.unet, "peft_config", {}))
+    adapted = pipeline.get_list_adapters()
+    adapters = list(dict.fromkeys(name for names in adapted.values() for name in names))
     adapter_name = adapter_name or (adapters[0] if len(adapters) == 1 else None)
     if adapter_name not in adapters:
         raise ValueError(f"`adapter_name` must be one of the attached adapters, {adapters}, got {adapter_name!r}.")
 
     def save(folder: str):
-        pipeline.save_lora_weights(
-            folder,
-            get_peft_model_state_dict(pipeline.unet, adapter_name=adapter_name),
-            unet_lora_adapter_metadata=pipeline.unet.peft_config[adapter_name].to_dict(),
-        )
+        parts = {}
+        for name in (name for name, names in adapted.items() if adapter_name in names):
+            model = getattr(pipeline, name)
+            parts[f"{name}_lora_layers"] = get_peft_model_state_dict(model, adapter_name=adapter_name)
+            parts[f"{name}_lora_adapter_metadata"] = model.peft_config[adapter_name].to_dict()
+        pipeline.save_lora_weights(folder, **parts)
 
     push = {name: kwargs.pop(name, None) for name in ("commit_message", "private", "token", "create_pr", "subfolder")}
     push["commit_message"] = push["commit_message"] or f"Upload LoRA adapter {adapter_name}"

@@ -1,4 +1,4 @@
-"""LoRA adapters of the U-Net, through diffusers' mixins and PEFT (the extra `lora`)."""
+"""LoRA adapters of the U-Net, the text encoders and the prior, through diffusers' mixins and PEFT (the extra `lora`)."""
 
 import json
 import math
@@ -6,6 +6,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -22,12 +23,13 @@ from .hub_files import HUB_OPTIONS, find_file
 from .weights import TensorInfo, check_tensors, read_state_dict, shorten
 
 WEIGHT_NAMES = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin")
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 MAX_RANK = 2**16
 MAX_ALPHA = 10**6
 
 
 class PaellaPeftAdapterMixin(PeftAdapterMixin):
-    """Adapters of the U-Net, with a scale for each block."""
+    """Adapters of a model of ours, with a scale for each block of a U-Net."""
 
     def set_adapters(self, adapter_names: str | list[str], weights: float | dict | list[float | dict | None] | None = None):
         """
@@ -80,9 +82,12 @@ def _parts(layers) -> list[str]:
 
 
 class PaellaLoraLoaderMixin(LoraBaseMixin):
-    """Loads LoRA adapters into `unet`, and saves them: https://huggingface.co/papers/2106.09685."""
+    """
+    Loads LoRA adapters (https://huggingface.co/papers/2106.09685) into `unet`, `text_encoder`, ByT5, `text_encoder_2`, CLIP,
+    and `prior`, and saves them. One file may have parts for several of them; weights' names begin with the component's.
+    """
 
-    _lora_loadable_modules = ["unet"]
+    _lora_loadable_modules = ["unet", "text_encoder", "text_encoder_2", "prior"]
     unet_name = "unet"
 
     @classmethod
@@ -121,7 +126,7 @@ class PaellaLoraLoaderMixin(LoraBaseMixin):
         **kwargs,
     ):
         """
-        Attach an adapter to the U-Net and make it active.
+        Attach an adapter to the components that it has weights for, and make it active.
 
         Args:
             pretrained_model_name_or_path_or_dict (`str`, `Path` or `dict`): As for `lora_state_dict`, like `kwargs`.
@@ -129,7 +134,7 @@ class PaellaLoraLoaderMixin(LoraBaseMixin):
             hotswap (`bool`, defaults to `False`): Replace the adapter of that name in place.
 
         Raises:
-            ValueError: If the file holds anything but a LoRA adapter of this U-Net.
+            ValueError: If the file holds anything but a LoRA adapter of these components.
         """
         if not is_peft_available():
             raise ValueError(f"LoRA adapters need PEFT: {pip_install('lora')}")
@@ -138,61 +143,92 @@ class PaellaLoraLoaderMixin(LoraBaseMixin):
         low_cpu_mem_usage = kwargs.pop("low_cpu_mem_usage", True)
         source = pretrained_model_name_or_path_or_dict
         state_dict, metadata = self.lora_state_dict(source, return_lora_metadata=True, **kwargs)
-        foreign = sorted(key for key in state_dict if "lora" not in key or not key.startswith(f"{self.unet_name}."))
+        foreign = sorted(
+            key for key in state_dict if "lora" not in key or _component(key) not in self._lora_loadable_modules
+        )
         if foreign or not state_dict:
             raise ValueError(
-                f"This is no LoRA adapter of Paella's U-Net: its keys should begin with 'unet.' and contain 'lora', unlike "
-                f"{foreign[:3] or 'an empty file'}."
+                f"This is no LoRA adapter of a Paella: its keys should begin with 'unet.' or another of "
+                f"{self._lora_loadable_modules} and contain 'lora', unlike {foreign[:3] or 'an empty file'}."
             )
-        state_dict = convert_unet_state_dict_to_peft(state_dict)
-        prefix = f"{self.unet_name}."
-        weights = {key.removeprefix(prefix): tensor for key, tensor in state_dict.items()}
-        _check_fits(self.unet, weights)
-        metadata = {key.removeprefix(prefix): value for key, value in (metadata or {}).items()}
-        metadata = {prefix + key: value for key, value in _adapter_config(weights, metadata).items()}
-        self.load_lora_into_unet(
-            state_dict,
-            unet=self.unet,
-            adapter_name=adapter_name,
-            metadata=metadata,
-            _pipeline=self,
-            low_cpu_mem_usage=low_cpu_mem_usage,
-            hotswap=hotswap,
-        )
+        parts = {}
+        for name in dict.fromkeys(map(_component, state_dict)):
+            weights = {key: tensor for key, tensor in state_dict.items() if _component(key) == name}
+            parts[name] = self._check_part(name, weights, metadata or {})
+        if hotswap and parts.keys() - {"unet", "prior"}:
+            raise ValueError(f"`hotswap` replaces adapters of the U-Net and the prior only, got one of {sorted(parts)}.")
+        if adapter_name is None:
+            taken = {name for names in self.get_list_adapters().values() for name in names}
+            adapter_name = next(name for number in count() if (name := f"default_{number}") not in taken)
+        for name, (weights, config) in parts.items():
+            options = dict(adapter_name=adapter_name, low_cpu_mem_usage=low_cpu_mem_usage)
+            if name in TEXT_ENCODERS:
+                self.load_lora_into_text_encoder(weights, getattr(self, name), config, **options)
+            else:
+                options |= dict(metadata=config, _pipeline=self, hotswap=hotswap)
+                self.load_lora_into_model(weights, getattr(self, name), **options)
+
+    def _check_part(self, name: str, state_dict: dict, metadata: dict) -> tuple[dict, dict]:
+        """A component's part of an adapter, checked: weights by their names in the component, and PEFT's configuration."""
+        model, prefix = getattr(self, name, None), f"{name}."
+        if model is None:
+            raise ValueError(f"The adapter has weights for `{name}`, which this pipeline does not have.")
+        weights = {key.removeprefix(prefix): tensor for key, tensor in convert_unet_state_dict_to_peft(state_dict).items()}
+        _check_fits(model, weights, "U-Net" if name == "unet" else f"`{name}`")
+        config = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
+        return weights, _adapter_config(weights, config)
 
     @classmethod
     def load_lora_into_unet(cls, state_dict, unet, adapter_name=None, metadata=None, _pipeline=None, **kwargs):
         """Attach an adapter, given as weights whose names begin with `unet.`, to `unet`."""
-        unet.load_lora_adapter(
-            state_dict,
-            prefix=cls.unet_name,
-            network_alphas=None,
-            adapter_name=adapter_name,
-            metadata=metadata,
-            _pipeline=_pipeline,
-            **kwargs,
-        )
+        options = dict(adapter_name=adapter_name, metadata=metadata, _pipeline=_pipeline, **kwargs)
+        unet.load_lora_adapter(state_dict, prefix=cls.unet_name, network_alphas=None, **options)
+
+    @classmethod
+    def load_lora_into_model(cls, state_dict, model, **kwargs):
+        """Attach an adapter, given as weights by their names in the model, to a U-Net or a prior."""
+        model.load_lora_adapter(state_dict, prefix=None, network_alphas=None, **kwargs)
+
+    @classmethod
+    def load_lora_into_text_encoder(cls, state_dict, text_encoder, config, **kwargs):
+        """Attach an adapter, given as weights by their names in a text encoder and PEFT's configuration."""
+        from peft import LoraConfig
+
+        text_encoder.load_adapter(adapter_state_dict=state_dict, peft_config=LoraConfig(**config), **kwargs)
+        text_encoder.to(device=text_encoder.device, dtype=text_encoder.dtype)
 
     @classmethod
     def save_lora_weights(
         cls,
         save_directory: str | os.PathLike,
         unet_lora_layers: dict[str, torch.nn.Module | torch.Tensor] | None = None,
+        text_encoder_lora_layers: dict[str, torch.nn.Module | torch.Tensor] | None = None,
+        text_encoder_2_lora_layers: dict[str, torch.nn.Module | torch.Tensor] | None = None,
+        prior_lora_layers: dict[str, torch.nn.Module | torch.Tensor] | None = None,
         is_main_process: bool = True,
         weight_name: str | None = None,
         save_function: Callable | None = None,
         safe_serialization: bool = True,
         unet_lora_adapter_metadata: dict | None = None,
+        text_encoder_lora_adapter_metadata: dict | None = None,
+        text_encoder_2_lora_adapter_metadata: dict | None = None,
+        prior_lora_adapter_metadata: dict | None = None,
     ):
         """
         Write an adapter to `save_directory/pytorch_lora_weights.safetensors`, whole or not at all.
 
         Args:
-            unet_lora_layers (`dict`): `peft.get_peft_model_state_dict(pipe.unet, adapter_name)`.
-            unet_lora_adapter_metadata (`dict`, *optional*): `pipe.unet.peft_config[adapter_name].to_dict()`.
+            unet_lora_layers, text_encoder_lora_layers, text_encoder_2_lora_layers, prior_lora_layers (`dict`, *optional*):
+                `peft.get_peft_model_state_dict(pipe.unet, adapter_name)`, and so on.
+            unet_lora_adapter_metadata, ..., prior_lora_adapter_metadata (`dict`, *optional*):
+                `pipe.unet.peft_config[adapter_name].to_dict()`, and so on.
         """
-        if not unet_lora_layers:
-            raise ValueError("Pass `unet_lora_layers`: an adapter without weights is none.")
+        layers = [unet_lora_layers, text_encoder_lora_layers, text_encoder_2_lora_layers, prior_lora_layers]
+        metadata = [unet_lora_adapter_metadata, text_encoder_lora_adapter_metadata, text_encoder_2_lora_adapter_metadata]
+        metadata.append(prior_lora_adapter_metadata)
+        given = {name: part for name, part in zip(cls._lora_loadable_modules, layers) if part}
+        if not given:
+            raise ValueError("Pass `unet_lora_layers` or those of another component: an adapter without weights is none.")
         if not is_main_process:
             return
         name = weight_name or WEIGHT_NAMES[0 if safe_serialization else 1]
@@ -200,8 +236,8 @@ class PaellaLoraLoaderMixin(LoraBaseMixin):
         with atomic_file(Path(save_directory) / name) as unfinished:
             cls._save_lora_weights(
                 save_directory=unfinished.parent,
-                lora_layers={cls.unet_name: unet_lora_layers},
-                lora_metadata={cls.unet_name: unet_lora_adapter_metadata},
+                lora_layers=given,
+                lora_metadata={name: part for name, part in zip(cls._lora_loadable_modules, metadata) if name in given},
                 is_main_process=True,
                 weight_name=unfinished.name,
                 save_function=save_function,
@@ -223,7 +259,7 @@ class PaellaLoraLoaderMixin(LoraBaseMixin):
 
     def fuse_lora(
         self,
-        components: list[str] = ["unet"],
+        components: list[str] = _lora_loadable_modules,
         lora_scale: float = 1.0,
         safe_fusing: bool = False,
         adapter_names: list[str] | None = None,
@@ -232,7 +268,7 @@ class PaellaLoraLoaderMixin(LoraBaseMixin):
         """Add the active adapters, times `lora_scale`, to the weights themselves."""
         super().fuse_lora(components, lora_scale, safe_fusing, adapter_names, **kwargs)
 
-    def unfuse_lora(self, components: list[str] = ["unet"], **kwargs):
+    def unfuse_lora(self, components: list[str] = _lora_loadable_modules, **kwargs):
         """Take them out again."""
         super().unfuse_lora(components, **kwargs)
 
@@ -278,15 +314,20 @@ def _read_metadata(path: str) -> dict | None:
     return metadata
 
 
-def _check_fits(unet: torch.nn.Module, state_dict: dict[str, torch.Tensor]):
+def _component(key: str) -> str:
+    """The component that a weight of an adapter is for."""
+    return key.partition(".")[0]
+
+
+def _check_fits(model: torch.nn.Module, state_dict: dict[str, torch.Tensor], what: str):
     """Refuse an adapter of another model, one that lacks half of a pair, or has values that are not finite."""
-    modules, expected = dict(unet.named_modules()), {}
+    modules, expected = dict(model.named_modules()), {}
     found = {key: TensorInfo.of(tensor) for key, tensor in state_dict.items()}
     for name in dict.fromkeys(key.partition(".lora_")[0] for key in found):
         layer = modules.get(name)
         shapes = _adapter_shapes(getattr(layer, "base_layer", layer), name, found)
         expected |= {f"{name}.lora_{part}": TensorInfo(shape, True) for part, shape in shapes.items()}
-    check_tensors(found, expected, "The adapter", "this U-Net")
+    check_tensors(found, expected, "The adapter", f"this {what}")
     damaged = [key for key, tensor in state_dict.items() if not tensor.isfinite().all()]
     if damaged:
         raise ValueError(f"The adapter has NaN or infinite values in {shorten(damaged)}: save or download it again.")

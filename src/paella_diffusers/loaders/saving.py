@@ -12,6 +12,15 @@ from .quiet import ignore_message
 from .weights import check_weights, read_shard_index, stored_tensors
 
 
+def refuse_adapters(model):
+    """Raise a `ValueError` if adapters are attached: saved so, the model would load as another."""
+    if getattr(model, "peft_config", None):
+        raise ValueError(
+            "Adapters are attached, with which the weights have other names: first `fuse_lora` and "
+            "`unload_lora_weights`, or save the adapter alone with `save_lora_weights` or `push_lora_to_hub`."
+        )
+
+
 class AtomicSaveMixin:
     """
     `save_pretrained` of models: whenever it stops, the folder has the earlier model or the new one. `from_pretrained`
@@ -57,11 +66,7 @@ class AtomicSaveMixin:
         """Refuse to save with adapters attached, as the result would load as another model, and without weights."""
         if any(parameter.is_meta for parameter in self.parameters()):
             raise ValueError(f"This {type(self).__name__} has its weights on disk: load it without `low_memory` to save it.")
-        if getattr(self, "peft_config", None):
-            raise ValueError(
-                "Adapters are attached, with which the weights have other names: first `fuse_lora` and "
-                "`unload_lora_weights`, or save the adapter alone with `save_lora_weights` or `push_lora_to_hub`."
-            )
+        refuse_adapters(self)
 
     def save_pretrained(
         self,

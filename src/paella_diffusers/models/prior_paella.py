@@ -10,6 +10,7 @@ from diffusers.utils import BaseOutput
 from torch import nn
 
 from ..loaders.hub import PaellaHubMixin
+from ..loaders.lora import PaellaPeftAdapterMixin
 from ..loaders.original_checkpoint import OriginalCheckpointMixin
 from ..loaders.saving import AtomicSaveMixin
 from .unet_paella import sinusoidal_embedding
@@ -42,7 +43,7 @@ class PaellaPriorBlock(nn.Module):
         return hidden_states + self.norm_out(self.proj_out(F.gelu(self.norm_in(inner))))
 
 
-class PaellaPrior(PaellaHubMixin, AtomicSaveMixin, ModelMixin, ConfigMixin, OriginalCheckpointMixin):
+class PaellaPrior(PaellaHubMixin, AtomicSaveMixin, ModelMixin, ConfigMixin, PaellaPeftAdapterMixin, OriginalCheckpointMixin):
     r"""
     The prior released beside Paella: a stack of residual MLPs that predicts the noise in a CLIP image embedding. Its
     noise schedule is the continuous cosine of diffusers' `DDPMWuerstchenScheduler`. Defaults: the released sizes, 900 M

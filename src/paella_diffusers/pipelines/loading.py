@@ -21,7 +21,7 @@ from ..loaders.hub_files import HUB_OPTIONS, connection_errors, find_file, loadi
 from ..loaders.low_memory import leave_on_disk, weights_on_disk
 from ..loaders.original_repo import has_original_layout, load_encoder, read_original_config
 from ..loaders.quiet import ignore_message, no_inner_bars
-from ..loaders.saving import AtomicSaveMixin, superseded_weights
+from ..loaders.saving import AtomicSaveMixin, refuse_adapters, superseded_weights
 from ..models.prior_paella import PaellaPrior
 from ..models.unet_paella import PaellaUNet
 from ..models.vq_model import PaellaVQModel
@@ -205,6 +205,7 @@ class LoadingMixin(PaellaHubMixin):
         for component in self.components.values():
             if isinstance(component, AtomicSaveMixin):
                 component.check_savable()
+            refuse_adapters(component)
         options = {"safe_serialization": safe_serialization, "variant": variant, "max_shard_size": max_shard_size}
         with atomic_update(save_directory, self.config_name, superseded_weights(variant)) as unfinished, no_inner_bars:
             super().save_pretrained(unfinished, **options)

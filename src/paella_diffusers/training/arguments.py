@@ -7,6 +7,7 @@ from pathlib import Path
 
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 
+from ..about import pip_install
 from .data import INTERPOLATIONS, add_filters
 
 # arguments of diffusers' training scripts that mean nothing for Paella, and why
@@ -29,11 +30,14 @@ REFUSED = {
     "--tokenizer-max-length": "captions are as long as they are, up to 768 bytes",
     "--text-encoder-use-attention-mask": "padding is always masked",
     "--pre-compute-text-embeddings": "captions are encoded once in a batch, however often they occur in it",
-    "--skip-save-text-encoder": "text encoders are published as they were, or as adapters",
+    "--skip-save-text-encoder": "text encoders are saved as adapters only, if they are trained",
     "--num-validation-images": "a sample sheet has one picture for each of --validation-prompts; repeat a prompt for more",
     "--validation-images": "sample sheets are drawn from --validation-prompts",
     "--validation-scheduler": "sample sheets are drawn with the model's own scheduler",
 }
+
+
+OPTIMIZERS = ["adamw", "prodigy"]
 
 
 class Refuse(argparse.Action):
@@ -60,6 +64,8 @@ class TrainingParser(argparse.ArgumentParser):
             name, equals, value = str(arg).partition("=")
             spelled.append(name.replace("_", "-") + equals + value if name.startswith("--") else str(arg))
         parsed, unknown = super().parse_known_args(spelled, namespace)
+        if parsed.optimizer == "prodigy" and "--learning-rate" not in [name.partition("=")[0] for name in spelled]:
+            parsed.learning_rate = 1.0  # it finds the rate itself, and this only scales what it finds
         parsed.script, parsed.command = Path(sys.argv[0]).name, without_token(args)
         return parsed, unknown
 
@@ -131,6 +137,13 @@ def _add_optimisation(parser, default_steps):
     add("--adam-beta1", type=float, default=0.9)
     add("--adam-beta2", type=float, default=0.999)
     add("--adam-epsilon", type=float, default=1e-8)
+    add(
+        "--optimizer",
+        type=str.lower,
+        choices=OPTIMIZERS,
+        default="adamw",
+        help="with prodigy, --learning-rate is 1 by default",
+    )
     add("--adam-8bit", "--use-8bit-adam", action="store_true", help="bitsandbytes' AdamW with 8-bit states")
     add("--max-grad-norm", type=float, default=1.0, help="gradients are scaled down to this norm")
     add("--use-ema", action="store_true", help="average the weights, with a decay of 0.9999 unless --ema-decay says another")
@@ -194,6 +207,10 @@ def check_arguments(args):
     args.ema_decay = args.ema_decay or (0.9999 if args.use_ema else None)
     if args.ema_decay is not None and not 0 < args.ema_decay < 1:
         raise ValueError(f"--ema-decay must be between 0 and 1, got {args.ema_decay}.")
+    if args.adam_8bit and args.optimizer != "adamw":
+        raise ValueError(f"--adam-8bit is of AdamW: leave it out with --optimizer {args.optimizer}.")
+    if args.optimizer == "prodigy" and find_spec("prodigyopt") is None:
+        raise ImportError(f"--optimizer prodigy needs prodigyopt: {pip_install('train')}")
     if args.adam_8bit and find_spec("bitsandbytes") is None:
         raise ImportError("--adam-8bit needs bitsandbytes: pip install bitsandbytes")
     if args.skip_batches and args.resume is None:

@@ -35,7 +35,14 @@ FILES = "files.json"
 FREE = ["output_dir", "resume", "skip_batches", "save_every", "keep", "sample_every", "log_every", "report_to", "prompts"]
 FREE += ["tracker_project_name", "logging_dir", "push_to_hub", "hub_model_id", "hub_token", "guidance_scale", "cache_dir"]
 FREE += ["script", "command", "local_rank", "foreach_ema", "set_grads_to_none", "default_steps", "num_train_epochs"]
-FIXED = ["adam_8bit", "rank", "targets", "decoder_only"]  # checkpoints of others do not fit
+FIXED = [
+    "adam_8bit",
+    "optimizer",
+    "rank",
+    "targets",
+    "train_text_encoder",
+    "decoder_only",
+]  # checkpoints of others do not fit
 POSITION = ["data", "batch_size", "num_workers", "seed", "max_train_samples", "processes"]  # others cannot resume mid-epoch
 
 
@@ -97,6 +104,13 @@ def optimizer_state(optimizer: torch.optim.Optimizer, names: dict[nn.Parameter, 
         for parameter, name in names.items()
         if parameter in optimizer.state
     }
+
+
+def estimates(optimizer: torch.optim.Optimizer, options: dict) -> dict:
+    """What an optimizer has found out about all parameters together, such as Prodigy's distance; not its options."""
+    fixed = {"params", "initial_lr", *options}
+    group, defaults = optimizer.param_groups[0], optimizer.defaults
+    return {name: value for name, value in group.items() if name not in fixed and defaults.get(name) != value}
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, names: dict[nn.Parameter, str], state: dict):
@@ -265,6 +279,9 @@ def save_checkpoint(run):
     if main:
         state = {"step": run.step, "passes": run.passes, "settings": settings(run), "totals": totals}
         state["schedules"] = {trained.name: trained.schedule.scheduler.last_epoch for trained in run.trained}
+        state["estimates"] = {
+            trained.name: estimates(trained.optimizer.optimizer, run.optimizer_options()) for trained in run.trained
+        }
         state["averaged"] = run.trained[0].average.optimization_step if run.trained[0].average else None
         state["scaler"] = run.accelerator.scaler.state_dict() if run.accelerator.scaler else None
         torch.save(state, unfinished / "state.pt")
@@ -317,7 +334,7 @@ def read_state(run) -> dict:
     state = torch.load(run.checkpoint / "state.pt", weights_only=True)
     saved, now = state["settings"], settings(run)
     for name in FIXED:
-        if name in now and saved.get(name) != now[name]:
+        if name in now and name in saved and saved[name] != now[name]:
             raise ValueError(
                 f"{run.checkpoint} was saved with --{name.replace('_', '-')} {saved.get(name)}, but now it is {now[name]}: "
                 "its states do not fit. Give the same, or another --output-dir."
@@ -376,8 +393,9 @@ def _load_trained(run, trained, folder: Path):
     schedule, options = trained.schedule.scheduler, run.optimizer_options()
     schedule.last_epoch = run.resumed["schedules"][trained.name]
     schedule.base_lrs = [options["lr"]] * len(optimizer.param_groups)
+    found = run.resumed.get("estimates", {}).get(trained.name, {})
     for group, factor in zip(optimizer.param_groups, schedule.lr_lambdas):
-        group.update(options | {"lr": options["lr"] * factor(schedule.last_epoch), "initial_lr": options["lr"]})
+        group.update(found | options | {"lr": options["lr"] * factor(schedule.last_epoch), "initial_lr": options["lr"]})
     schedule._last_lr = [group["lr"] for group in optimizer.param_groups]
 
 

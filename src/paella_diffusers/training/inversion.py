@@ -4,14 +4,12 @@ import random
 from pathlib import Path
 
 import torch
-from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.utils import parametrize
 
 from ..loaders.textual_inversion import TOKENIZERS, WEIGHT_NAMES
-from .conditioning import Encoder
-from .unet import FrozenParts
+from .captions import CaptionedUNet, CaptionParts, CaptionsLeft
 
 # captions of pictures that have none, as in the paper's code; {} is the token
 TEMPLATES = {
@@ -34,7 +32,7 @@ class NewRows(nn.Module):
         return torch.cat([weight, missing]).index_copy(0, ids, self.rows[0].to(weight.dtype))
 
 
-class LearnedTokens(nn.Module):
+class LearnedTokens(CaptionedUNet):
     """
     A token's vectors for each text encoder of a pipeline. The encoders then know the token, and only its vectors are
     trained.
@@ -50,8 +48,8 @@ class LearnedTokens(nn.Module):
     """
 
     def __init__(self, pipe, token: str, initializer: str, num_vectors: int = 1):
-        super().__init__()
-        self.pipe, self.token = pipe, token
+        super().__init__(pipe)
+        self.token = token
         pipe.unet.requires_grad_(False)
         vectors = {}
         for name in TOKENIZERS:
@@ -73,25 +71,6 @@ class LearnedTokens(nn.Module):
                 parametrize.register_parametrization(table, "weight", rows, unsafe=True)  # unsafe: the shape changes
         self.vectors = nn.ParameterDict(vectors)
 
-    def forward(self, sample, timestep, text: list[str], dropped: tuple[bool, bool, bool], empty: dict, **conditioning):
-        """The U-Net's output for captions, which are encoded here, as their encoding depends on what is trained."""
-        embeds, mask, clip = empty["prompt_embeds"], None, empty["clip_text_embeds"]
-        device, size = sample.device, len(text)
-        embeds = embeds.expand(size, -1, -1)
-        clip = None if clip is None else clip.expand(size, -1)
-        if not dropped[0]:
-            embeds, mask = self.pipe._encode_byt5(text, 768, device)
-        if not dropped[1] and clip is not None:
-            clip = self.pipe._encode_clip(text, device).float()
-        return self.pipe.unet(
-            sample,
-            timestep,
-            embeds.float(),
-            clip_text_embeds=clip,
-            encoder_attention_mask=mask,
-            **conditioning,
-        )
-
     def write(self, weights: dict[str, torch.Tensor], folder: Path):
         """Write the vectors as `load_textual_inversion` reads them, with a file for each text encoder."""
         folder.mkdir(parents=True, exist_ok=True)
@@ -103,33 +82,26 @@ class LearnedTokens(nn.Module):
         return {f"vectors.{name}": load_file(folder / WEIGHT_NAMES[name])[self.token] for name in self.vectors}
 
 
-class CaptionsLeft(Encoder):
-    """An encoder that leaves captions to [`LearnedTokens`]. Pictures without a caption have one of the templates."""
+class TemplateCaptions(CaptionsLeft):
+    """Captions for pictures that have none: one of the templates."""
 
-    def __init__(self, run, pipe, empty: dict, learned: LearnedTokens, templates: list[str]):
-        super().__init__(pipe, empty)
-        self.run, self.token, self.templates = run, learned.token, templates
+    def __init__(self, run, pipe, token: str, templates: list[str]):
+        super().__init__(pipe)
+        self.run, self.token, self.templates = run, token, templates
 
     def conditioning(self, batch: dict, dropped: tuple[bool, bool, bool] = (False, False, False)) -> dict:
         rng = random.Random(f"{self.run.args.seed} {self.run.passes} {self.run.part[0]}")
         text = [caption or rng.choice(self.templates).format(self.token) for caption in batch["text"]]
-        image = None if dropped[2] else self.clip_image_embeds(batch)
-        return {"text": text, "dropped": dropped, "empty": self.empty, "clip_image_embeds": image}
+        return super().conditioning(batch | {"text": text}, dropped)
 
 
-class InversionParts(FrozenParts):
+class InversionParts(CaptionParts):
     """The pipeline around tokens in training: all of it is frozen, the U-Net too."""
 
-    def leave_captions(self, learned: LearnedTokens, templates: list[str]):
+    def leave_captions_of(self, learned: LearnedTokens, templates: list[str]):
         """Have the captions encoded in each pass, with the vectors as they then are."""
-        if self.pipe.text_encoder is None:
-            raise ValueError(f"{self.run.args.data} has computed embeddings, but the captions must be encoded in each step.")
+        self.leave_captions(TemplateCaptions(self.run, self.pipe, learned.token, templates))
         unet = self.pipe.unet.eval().to(self.run.accelerator.device)
         if self.run.args.gradient_checkpointing:
             unet.enable_gradient_checkpointing()
             unet.train()
-        self.encoder = CaptionsLeft(self.run, self.pipe, self.encoder.empty, learned, templates)
-
-    def draw(self) -> Image.Image:
-        self.encode_prompts()
-        return super().draw()

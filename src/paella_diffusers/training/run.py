@@ -229,10 +229,17 @@ class TrainingRun:
         return own
 
     def _optimizer_class(self):
-        if not self.args.adam_8bit:
+        prodigy = self.args.optimizer == "prodigy"
+        if not prodigy and not self.args.adam_8bit:
             return partial(torch.optim.AdamW, fused=True)
         if self.sharded:
-            raise ValueError("--adam-8bit cannot be sharded: leave it out with FSDP, or take examples/configs/ddp.yaml.")
+            what = "--optimizer prodigy" if prodigy else "--adam-8bit"
+            raise ValueError(f"{what} cannot be sharded: leave it out with FSDP, or take examples/configs/ddp.yaml.")
+        if prodigy:
+            from prodigyopt import Prodigy
+
+            # as its authors recommend for diffusion models
+            return partial(Prodigy, use_bias_correction=True, safeguard_warmup=True)
         from bitsandbytes.optim import AdamW8bit
 
         return AdamW8bit
