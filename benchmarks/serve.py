@@ -60,10 +60,10 @@ def start_server(args) -> tuple[subprocess.Popen, str]:
     return process, process.stdout.readline().partition(" ")[0]
 
 
-async def ask(client, row: Row, **options) -> np.ndarray:
+async def ask(client, row: Row) -> np.ndarray:
     """The picture of a row, from the server."""
     ours = {"seed": row.seed, "steps": row.arguments["num_inference_steps"]}
-    answer = await client.images.generate(prompt=row.prompt, extra_body=ours, **options)
+    answer = await client.images.generate(prompt=row.prompt, extra_body=ours)
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(answer.data[0].b64_json))), np.int16)
 
 
@@ -113,7 +113,7 @@ def pipeline_turn(pipe, rows: list[Row], batch_size: int) -> float:
 
 async def soak(client, process, rows: list[Row], expected: np.ndarray, num_clients: int, minutes: float) -> Load:
     """Ask for some minutes."""
-    load, chance = Load(), random.Random(0)
+    load, chance, impatient = Load(), random.Random(0), client.with_options(max_retries=0, timeout=PATIENCE)
     end = time.monotonic() + 60 * minutes
 
     async def work():
@@ -121,7 +121,7 @@ async def soak(client, process, rows: list[Row], expected: np.ndarray, num_clien
             index, begun = chance.randrange(len(rows)), time.monotonic()
             is_leaving = chance.random() < LEAVING
             try:
-                picture = await ask(client, rows[index], **({"timeout": PATIENCE} if is_leaving else {}))
+                picture = await ask(impatient if is_leaving else client, rows[index])
             except openai.APITimeoutError:
                 load.left += 1
                 continue
