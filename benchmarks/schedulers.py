@@ -194,7 +194,7 @@ def bias(args):
     table(["TV after steps", *steps], rows)
 
 
-def plot(path: Path, steps: list[int], curves: dict[str, list[float]], label: str, log: bool):
+def plot(path: Path, steps: list[int], curves: dict, label: str, log: bool, xlabel: str = "U-Net evaluations"):
     import matplotlib
 
     matplotlib.use("Agg")
@@ -208,7 +208,7 @@ def plot(path: Path, steps: list[int], curves: dict[str, list[float]], label: st
     axes.set_xticks(steps, steps)
     if log:
         axes.set_yscale("log")
-    axes.set_xlabel("U-Net evaluations")
+    axes.set_xlabel(xlabel)
     axes.set_ylabel(label)
     axes.grid(alpha=0.3)
     figure.legend(loc="outside right upper", fontsize=8, frameon=False)

@@ -65,6 +65,11 @@ class Conditioning:
         """A row for every image, from a row for every prompt, or from one for all."""
         return self._map(lambda tensor: repeat_rows(tensor, batch_size, num_images_per_prompt))
 
+    def select(self, images: slice, num_regions: int = 1) -> "Conditioning":
+        """The rows of some images, of those of each region."""
+        rows = torch.arange(len(self)).view(num_regions, -1)[:, images].flatten()
+        return self if len(rows) == len(self) else self._map(lambda tensor: tensor[rows])
+
     def cat(self, *others: "Conditioning") -> "Conditioning":
         """
         Branches in one batch, one after the other. One that has shorter text, no CLIP text or fewer CLIP images is padded

@@ -4,6 +4,7 @@ The arguments of a call by subject, and the checks of each: bad input is refused
 Each task's `__call__` gives all of its arguments, `locals()`, to [`CallInputs.collect`].
 """
 
+import inspect
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
@@ -23,6 +24,8 @@ from ..checks import (
     is_boolean,
     is_integer,
 )
+from ..sampling.rewards import Reward
+from ..sampling.steering import SequentialMonteCarlo, SteeringMethod
 from .conditioning import repeat_rows
 from .encoding import nested_images
 from .image_reading import to_rgb
@@ -275,6 +278,60 @@ class EditingInputs:
 
 
 @dataclass
+class SteeringInputs:
+    """Steering by a reward: several particles for each image."""
+
+    reward: Callable | None = None
+    num_particles: int | None = None
+    particle_batch_size: int | None = None
+    steering_method: SteeringMethod | None = None
+
+    def check(self, prompts: PromptInputs, sampling: SamplingInputs, stepper, plan):
+        """Refuse what does not fit together, or cannot be steered; give `num_particles` and the method their defaults."""
+        if self.reward is None:
+            for name, value in vars(self).items():
+                if value is not None:
+                    raise ValueError(f"`{name}` goes with `reward`: pass it too.")
+            return
+        self._check_reward()
+        if isinstance(self.reward, Reward):
+            self.reward.check(has_prompts=prompts.prompt is not None)
+        self.num_particles = 8 if self.num_particles is None else self.num_particles
+        check_integer("num_particles", self.num_particles, 1, MAX_IMAGES_PER_PROMPT)
+        if self.particle_batch_size is not None:
+            check_integer("particle_batch_size", self.particle_batch_size, 1)
+        self.steering_method = SequentialMonteCarlo() if self.steering_method is None else self.steering_method
+        if not isinstance(self.steering_method, SteeringMethod):
+            raise ValueError(
+                "`steering_method` must be a SequentialMonteCarlo, IterativeRefinement or BestOfN, got "
+                f"{self.steering_method!r}."
+            )
+        self.steering_method.check(stepper)
+        if sampling.confidence_threshold is not None:
+            raise ValueError("`confidence_threshold` ends images one by one, but `reward` compares them: leave out one.")
+        reason = stepper.why_no_draw(plan)
+        if reason is not None:
+            name = type(stepper.scheduler).__name__
+            raise ValueError(
+                f"`reward` steers by what the sampler draws, but `scheduler`, a {name}, draws nothing: {reason}."
+            )
+
+    def _check_reward(self):
+        wanted = "`reward` must be a function of pictures (n, 3, height, width) and a list of n prompts"
+        if not callable(self.reward):
+            raise ValueError(f"{wanted}, got {self.reward!r}.")
+        try:
+            inspect.signature(self.reward).bind(None, None)
+        except TypeError as error:
+            raise ValueError(f"{wanted}: it does not take these two arguments, {error}.") from error
+
+    @property
+    def particles(self) -> int:
+        """Of each image; without a reward, an image has one."""
+        return 1 if self.reward is None else self.num_particles
+
+
+@dataclass
 class OutputInputs:
     """What is returned, and what is called on the way."""
 
@@ -306,6 +363,7 @@ class CallInputs:
     images: ImageConditionInputs = field(default_factory=ImageConditionInputs)
     sampling: SamplingInputs = field(default_factory=SamplingInputs)
     editing: EditingInputs = field(default_factory=EditingInputs)
+    steering: SteeringInputs = field(default_factory=SteeringInputs)
     output: OutputInputs = field(default_factory=OutputInputs)
 
     @classmethod

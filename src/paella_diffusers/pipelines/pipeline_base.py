@@ -29,6 +29,7 @@ from ..sampling.guidance.classifier_free_guidance import PaellaClassifierFreeGui
 from ..sampling.guidance.diffusers_guidance import DiffusersGuidance
 from ..sampling.guidance.semantic_guidance import PaellaSemanticGuidance
 from ..sampling.loop import sample
+from ..sampling.steering import Steering, reward_of_pictures, spawn_generators
 from ..sampling.steppers import make_stepper
 from ..schedulers.categorical import add_uniform_noise, random_tokens
 from .call_state import CallState, CallStateMixin
@@ -60,13 +61,19 @@ class PaellaPipelineOutput(ImagePipelineOutput):
     Args:
         images (`list[PIL.Image.Image]`, `np.ndarray` or `torch.Tensor`):
             The images, of the wanted type; for `output_type="latent"` int64 tokens `(num_images, height / 4, width / 4)`.
-        steps_taken (`list[int]`): For every image, how many evaluations of the U-Net it took.
+        steps_taken (`list[int]`): For every image, how many evaluations of the U-Net it took, with all of its particles.
         initial_noise (`torch.LongTensor` of shape `(num_images, height / 4, width / 4)`):
             The random tokens, or `latents`, that each image's re-noising returned to.
+        rewards (`torch.Tensor` of shape `(num_images, num_particles)`, *optional*):
+            With `reward`: of the final picture of every particle, float32.
+        log_weights (`torch.Tensor` of the same shape, *optional*):
+            The logarithms of the probabilities by which each image was drawn from its particles.
     """
 
     steps_taken: list[int] | None = None
     initial_noise: torch.LongTensor | None = None
+    rewards: torch.Tensor | None = None
+    log_weights: torch.Tensor | None = None
 
 
 class PaellaPipelineBase(
@@ -184,33 +191,44 @@ class PaellaPipelineBase(
             denoiser = self.prepare_denoiser(state, inputs, inputs.prompts, regions)
 
             # 3. start from noise, or from an image with some
-            shape = (num_images, height // self.vae_scale_factor, width // self.vae_scale_factor)
+            num_rows, generator, generators = num_images * inputs.steering.particles, sampling.generator, None
+            if inputs.steering.reward is not None:
+                generators, generator = spawn_generators(
+                    generator or seeded_generator(device), num_images, inputs.steering.particles
+                )
+            shape = (num_rows, height // self.vae_scale_factor, width // self.vae_scale_factor)
             known, mask = None, None
             if source is not None and (source.mask is not None or sampling.strength < 1 or source_prompts is not None):
-                known = self.encode_source(source, num_images, device)
+                known = self.encode_source(source, num_rows, device)
             if source is not None and source.mask is not None:
-                mask = source.mask.repeat_interleave(num_images // len(source.mask), dim=0).to(device)
+                mask = source.mask.repeat_interleave(num_rows // len(source.mask), dim=0).to(device)
             latents, noise = self.prepare_latents(
-                shape, device, sampling.generator, sampling.latents, known, mask, state.plan.start_level
+                shape, device, generator, sampling.latents, known, mask, state.plan.start_level
             )
             stepper.clean = known
             if stepper.uses_codebook:
                 stepper.codebook = self.vqgan.codebook(device)
 
             # 4. denoise
-            stop = None
+            stop, steer = None, None
+            if generators is not None:
+                steer = self.prepare_steering(inputs, generators, generator, denoiser, stepper, mask, source)
             if sampling.confidence_threshold is not None:
                 stop = EarlyStop(sampling.confidence_threshold, sampling.stability_threshold)
             with self.progress_bar(total=state.plan.num_evaluations) as progress_bar:
                 on_step = StepEnd(self, state, denoiser, progress_bar, output)
-                latents = sample(denoiser, stepper, state.plan, latents, noise, mask, sampling.generator, stop, on_step)
+                latents = sample(denoiser, stepper, state.plan, latents, noise, mask, generator, stop, on_step, steer)
+            rewards, log_weights, evaluations = None, None, on_step.evaluations
+            if steer is not None:
+                latents, noise, rewards, log_weights = steer.finish(latents)
+                evaluations = (evaluations + steer.extra_evaluations) * steer.num_particles
 
             # 5. decode
             images = self.decode(latents, output.output_type, source)
         if not output.return_dict:
             return (images,)
-        steps_taken = [on_step.evaluations] * num_images if stop is None else stop.evaluations.tolist()
-        return PaellaPipelineOutput(images=images, steps_taken=steps_taken, initial_noise=noise)
+        steps_taken = [evaluations] * num_images if stop is None else stop.evaluations.tolist()
+        return PaellaPipelineOutput(images, steps_taken, noise, rewards, log_weights)
 
     def prepare(
         self, inputs: CallInputs, height, width, region_masks=None, source=None, stepper=None, source_prompts=None
@@ -227,6 +245,7 @@ class PaellaPipelineBase(
             sampling.renoise_steps,
             sampling.strength,
         )
+        inputs.steering.check(inputs.prompts, sampling, stepper, state.plan)
         return state, stepper, num_images, regions
 
     def prepare_state(self, inputs: CallInputs) -> CallState:
@@ -316,14 +335,47 @@ class PaellaPipelineBase(
         if state.guidance_scale is not None:
             for name, prompt in guidance.extra_prompts.items():
                 conditioning[name] = self.prepare_extra_conditioning(prompt, branches[0], prompts.max_sequence_length)
+        particles = inputs.steering.particles
         return Denoiser(
             self.unet,
-            conditioning,
+            {name: rows.repeat(len(rows), particles) for name, rows in conditioning.items()},
             guidance,
             state.scale_at,
             regions,
             inputs.sampling.deep_feature_interval,
             inputs.sampling.cross_attention_kwargs,
+            inputs.steering.particle_batch_size,
+        )
+
+    def prepare_steering(
+        self, inputs: CallInputs, generators, particle_generators, denoiser, stepper, mask, source: SourceImage | None
+    ) -> Steering:
+        """What weighs the particles by the reward of the pictures that they would become."""
+        steering, prompts = inputs.steering, inputs.prompts.prompt
+        if prompts is not None:
+            prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+            if denoiser.regions is not None:
+                prompts = [", ".join(prompts)]
+            copies = len(particle_generators) // len(prompts)
+            prompts = [prompt for prompt in prompts for _ in range(copies)]
+        size = steering.particle_batch_size or len(particle_generators)
+
+        def reward(tokens: torch.LongTensor) -> torch.Tensor:
+            images = torch.cat([self.decode(part, "pt") for part in tokens.split(size)]).float()
+            images = images if source is None else source.restore(images)
+            parts = [slice(first, first + size) for first in range(0, len(images), size)]
+            told = [None if prompts is None else prompts[part] for part in parts]
+            return torch.cat([reward_of_pictures(steering.reward, images[part], say) for part, say in zip(parts, told)])
+
+        return Steering(
+            steering.steering_method,
+            reward,
+            steering.num_particles,
+            generators,
+            particle_generators,
+            denoiser,
+            stepper,
+            mask,
         )
 
     def prepare_conditioning(
@@ -426,7 +478,10 @@ class PaellaPipelineBase(
         start = None
         if known is not None and noise_level < 1:
             start, _ = add_uniform_noise(known, noise_level, num_tokens, generator=generator)
-        noise = random_tokens(num_tokens, shape, generator, device) if latents is None else latents.to(device)
+        if latents is None:
+            noise = random_tokens(num_tokens, shape, generator, device)
+        else:
+            noise = latents.to(device).repeat_interleave(shape[0] // len(latents), dim=0)
         start = noise if start is None else start
         if mask is None:
             return start, noise
@@ -446,6 +501,7 @@ class PaellaPipelineBase(
             return latents
         images = self.vqgan.decode_indices(latents.to(self._execution_device)).sample.clamp(0, 1)
         if source is not None:
+            source.warn_if_enlarged(images)
             images = source.restore(images)
         return self.image_processor.postprocess(images, output_type, do_denormalize=[False] * len(images))
 
@@ -505,9 +561,9 @@ class StepEnd:
             self.denoiser.set_conditioning(conditioning)
 
 
-def seeded_generator() -> torch.Generator:
+def seeded_generator(device: torch.device | str = "cpu") -> torch.Generator:
     """A generator seeded by torch's global one."""
-    return torch.Generator().manual_seed(torch.randint(2**62, ()).item())
+    return torch.Generator(device).manual_seed(torch.randint(2**62, ()).item())
 
 
 def _clones(generator):

@@ -11,6 +11,7 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.utils import replace_example_docstring
 
 from ..checks import check_arguments, check_integer, suggest_arguments
+from ..sampling.steering import SteeringMethod
 from .conditioning import PromptEmbeds
 from .encoding import num_image_rows
 from .inputs import MODEL_DEFAULT, CallInputs, check_prompts
@@ -85,6 +86,10 @@ class PaellaPipeline(PaellaPipelineBase):
         edit_momentum_scale: float | None = None,
         edit_mom_beta: float | None = None,
         edit_weights: list[float] | None = None,
+        reward: Callable | None = None,
+        num_particles: int | None = None,
+        particle_batch_size: int | None = None,
+        steering_method: SteeringMethod | None = None,
         confidence_threshold: float | None = None,
         stability_threshold: float = 1.0,
         deep_feature_interval: int = 1,
@@ -148,6 +153,16 @@ class PaellaPipeline(PaellaPipelineBase):
                 Move towards these as well, as semantic guidance does: all edits are for all images.
             reverse_editing_direction, edit_guidance_scale, ..., edit_weights:
                 How; as of [`PaellaSemanticGuidance`], and its defaults or those of the pipeline's `guider`.
+            reward (`Callable`, *optional*):
+                Steer towards pictures with a high value of this function of pictures `(n, 3, height, width)` in [0, 1] and a
+                list of their n prompts, None if the call has none: [`ClipReward`], [`LayoutReward`], [`ClassifierReward`],
+                [`RewardSum`], or your own. The output's `rewards` and `log_weights` have those of all particles.
+            num_particles (`int`, *optional*): With a reward, so many for each image, 8 unless given: evaluations multiply.
+            particle_batch_size (`int`, *optional*):
+                With a reward, the U-Net and the VQGAN are given so many particles at a time, to save memory; all unless
+                given.
+            steering_method ([`SequentialMonteCarlo`], [`IterativeRefinement`] or [`BestOfN`], *optional*):
+                What is done with the particles: `SequentialMonteCarlo()` unless given.
             confidence_threshold (`float`, *optional*):
                 Stop early on images whose prediction is sure and stable: the mean entropy of their tokens is below this
                 threshold, in nats, such as 0.1. They become their most likely tokens; the output's `steps_taken` has how

@@ -8,6 +8,7 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.utils import replace_example_docstring
 
 from ..checks import suggest_arguments
+from ..sampling.steering import SteeringMethod
 from .inputs import MODEL_DEFAULT, CallInputs
 from .pipeline_base import PaellaPipelineBase, PaellaPipelineOutput
 
@@ -80,6 +81,10 @@ class PaellaInpaintPipeline(PaellaPipelineBase):
         edit_momentum_scale: float | None = None,
         edit_mom_beta: float | None = None,
         edit_weights: list[float] | None = None,
+        reward: Callable | None = None,
+        num_particles: int | None = None,
+        particle_batch_size: int | None = None,
+        steering_method: SteeringMethod | None = None,
         confidence_threshold: float | None = None,
         stability_threshold: float = 1.0,
         deep_feature_interval: int = 1,

@@ -133,11 +133,8 @@ class SourceImage:
     def is_tokens(self) -> bool:
         return not self.image.is_floating_point()
 
-    def restore(self, images: torch.Tensor) -> torch.Tensor:
-        """
-        Generated images `(num_images, 3, height, width)` in [0, 1] to results `(num_images, 3, *result_size)`: resized to
-        their box, with the original's pixels around them and where they are kept.
-        """
+    def warn_if_enlarged(self, images: torch.Tensor):
+        """Say so where generated images are much smaller than their box in the results."""
         height, width = self.result_size or images.shape[-2:]
         left, top, right, bottom = self.box or (0, 0, width, height)
         enlarged = max((bottom - top) / images.shape[-2], (right - left) / images.shape[-1])
@@ -146,6 +143,14 @@ class SourceImage:
                 f"Results are enlarged {enlarged:.1f} times to the size of `image`: they were generated at "
                 f"{images.shape[-1]}×{images.shape[-2]} pixels. `height` and `width` set another size, for both."
             )
+
+    def restore(self, images: torch.Tensor) -> torch.Tensor:
+        """
+        Generated images `(num_images, 3, height, width)` in [0, 1] to results `(num_images, 3, *result_size)`: resized to
+        their box, with the original's pixels around them and where they are kept.
+        """
+        height, width = self.result_size or images.shape[-2:]
+        left, top, right, bottom = self.box or (0, 0, width, height)
         images = _resize(images, bottom - top, right - left)
         images = images[..., max(0, -top) : height - top, max(0, -left) : width - left]
         if self.original is None:

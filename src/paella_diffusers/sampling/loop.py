@@ -1,4 +1,4 @@
-"""Paella's sampling loop. What it works with is passed in: see `denoiser.py`, `steppers.py`, `plan.py`, `early_stop.py`."""
+"""Paella's sampling loop. What it works with is passed in: see `denoiser.py`, `steppers.py`, `plan.py`, `steering.py`."""
 
 from collections.abc import Callable, Iterable
 
@@ -15,6 +15,7 @@ def sample(
     generator: torch.Generator | list[torch.Generator] | None = None,
     stop: Callable | None = None,
     on_step: Callable | None = None,
+    steer: Callable | None = None,
 ) -> torch.LongTensor:
     """Paella (https://huggingface.co/papers/2211.07292, algorithm 2): predict all tokens, draw them, re-noise fewer."""
     for step in plan:  # the noise level t falls from 1, or from `strength`, to 0
@@ -22,6 +23,8 @@ def sample(
         tokens, clean = stepper.step(logits, step, tokens, noise, mask, generator)
         for sweep in step.corrector_sweeps:  # at the level just reached
             tokens = stepper.correct(denoiser(tokens, sweep), step, tokens, mask, generator)
+        if steer is not None:  # particles are copied and dropped, each with the noise that it began with
+            tokens, clean, noise = steer(step, tokens, clean, noise)
         finished = False
         if stop is not None:
             tokens, clean, finished = stop(logits, step, tokens, clean, mask)

@@ -41,6 +41,8 @@ class PaellaStepper:
         self.scheduler = copy.deepcopy(scheduler)
         self.uses_codebook = "codebook" in inspect.signature(scheduler.step).parameters
         self.codebook = None
+        self.order = scheduler.order  # evaluations of the model for a whole step
+        self.repeats_steps = scheduler.order == 1  # whether a step may be taken again
 
     def plan(
         self,
@@ -75,6 +77,19 @@ class PaellaStepper:
         output = self.scheduler.step(logits, step.timestep, tokens, mask=mask, generator=generator, **arguments)
         return output.prev_sample, output.sampled_tokens
 
+    def reorder(self, rows: torch.LongTensor):
+        """Let every image go on as that of another row, `(batch_size,)`: nothing is kept of them between whole steps."""
+
+    def why_no_draw(self, plan: Plan) -> str | None:
+        """Why no step of a run draws tokens, if so."""
+        config = self.scheduler.config
+        rule = config.get("sampling_rule", "multinomial")
+        if rule != "multinomial":
+            return f"`sampling_rule='{rule}'` draws no tokens: take 'multinomial'"
+        if config.get("quantized_steps", 0) >= len(plan):
+            return f"`quantized_steps={config.quantized_steps}` leaves no step that draws tokens: take 0"
+        return None
+
 
 class DiscreteStepper:
     """
@@ -96,6 +111,8 @@ class DiscreteStepper:
         self.codebook = None
         # its own, or left there by the scheduler that it was swapped for
         self.has_temperature = "temperature" in scheduler.config
+        self.default_temperature = parameters["temperature"].default if "temperature" in parameters else 1.0
+        self.order, self.repeats_steps = 1, not hasattr(scheduler, "step_index")  # those with one count their steps
         self.by_image = []  # steppers of single images, each with its own generator
 
     def plan(self, num_inference_steps, device=None, temperature=None, renoise_steps=None, strength=1.0) -> Plan:
@@ -152,6 +169,18 @@ class DiscreteStepper:
         if mask is not None and "mask" not in self.accepted:
             after, clean = (torch.where(mask, grid, tokens) for grid in (after, clean))
         return after, clean
+
+    def reorder(self, rows: torch.LongTensor):
+        """As [`PaellaStepper.reorder`]: these schedulers keep nothing of the images."""
+
+    def why_no_draw(self, plan: Plan) -> str | None:
+        """As [`PaellaStepper.why_no_draw`]."""
+        if "generator" not in self.accepted:
+            return "its `step` takes no `generator`, and draws nothing: take another scheduler"
+        temperatures = [step.temperature for step in plan]
+        if not any(self.default_temperature if value is None else value for value in temperatures):
+            return "at temperature 0 it takes the most likely tokens: pass `temperature`, such as 1.0"
+        return None
 
     def correct(self, logits, step: Step, tokens, mask=None, generator=None) -> torch.LongTensor:
         """One sweep of the scheduler's corrector after `step`: the corrected token grid."""
@@ -211,6 +240,7 @@ class InversionStepper:
     """
 
     uses_codebook = False
+    order, repeats_steps = 1, False  # it keeps a second run's state
 
     def __init__(self, scheduler, residual_scale: float, smoothing: float):
         self.stepper = make_stepper(scheduler)
@@ -237,6 +267,14 @@ class InversionStepper:
             return edited, edited
         self.source, replaced = add_uniform_noise(self.clean, step.next_level, noise=noise, generator=generator)
         return torch.where(replaced, noise, edited), edited
+
+    def reorder(self, rows: torch.LongTensor):
+        """As [`PaellaStepper.reorder`]."""
+        self.source = self.source[rows]
+        self.source_denoiser.reorder(rows)
+
+    def why_no_draw(self, plan: Plan) -> str | None:
+        """As [`PaellaStepper.why_no_draw`]: which tokens are noise is drawn."""
 
     def _log_probabilities(self, logits):
         check_logits(logits, dim=1)

@@ -88,6 +88,12 @@ class GuidanceMixin(PaellaHubMixin, ConfigMixin):
         """
         raise NotImplementedError
 
+    def reorder(self, rows: torch.LongTensor):
+        """Let every image go on as that of another row, `(batch_size,)`: in what `forward` keeps, which has their rows."""
+        for name, value in vars(self).items():
+            if isinstance(value, torch.Tensor):
+                setattr(self, name, value[rows])
+
     def for_source(self) -> "GuidanceMixin":
         """For the run with the source prompt that an inversion compares with: the same method, with a state of its own."""
         return copy.deepcopy(self)

@@ -77,5 +77,11 @@ class DiffusersGuidance:
     def forward(self, *logits: torch.Tensor, step, guidance_scale: float) -> torch.Tensor:
         return self.guider.forward(**dict(zip(self.guider._input_predictions, logits))).pred
 
+    def reorder(self, rows: torch.LongTensor):
+        """As [`GuidanceMixin.reorder`]; these guiders keep at most a momentum."""
+        buffer = getattr(self.guider, "momentum_buffer", None)
+        if buffer is not None and isinstance(buffer.running_average, torch.Tensor):
+            buffer.running_average = buffer.running_average[rows]
+
     def for_source(self) -> "DiffusersGuidance":
         return DiffusersGuidance(self.guider)
