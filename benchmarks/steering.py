@@ -5,33 +5,31 @@ Do rewards steer? Exactly, on grids whose distribution is known, and in pictures
     python benchmarks/steering.py truth
     python benchmarks/steering.py emoji --log steering.jsonl
 
-`truth` steers grids of 2 × 2 tokens towards a reward that each grid has, and prints the total variation distance between what
-comes out and p(x) exp(r(x)), renormalised. For sequential Monte Carlo and best of n, p is what the sampler draws without a
-reward, computed from its transition matrices. For iterative refinement it is the distribution that the model knows, since it
-does not follow the sampler alone.
+`truth` steers grids of 2 × 2 tokens towards a reward that each grid has, and prints the total variation distance between
+what comes out and p(x) exp(r(x)), renormalised. For sequential Monte Carlo and best of n, p is what the sampler draws
+without a reward, computed from the matrices of its steps. For iterative refinement it is the distribution that the model
+knows: it does not follow the sampler alone.
 
-`emoji` draws sentences that the model was not trained on, and counts a picture as right if the nearest icon, in pixels, is one
-that the sentence means. `clip` rewards similarity with the sentence, by the model's own CLIP; `judge` rewards nearness to the
-icons that count as right, as a reward that knows what is wanted. Each picture is kept in the log as soon as it is drawn: a
-second run goes on where the first was stopped.
+`emoji` draws some of the 80 sentences that the model was not trained on. A picture is right if the nearest icon, in pixels,
+is one that the sentence means. The reward `clip` is similarity with the sentence, by the model's own CLIP; `judge` is the
+nearness to the icons that count as right, as an example of a reward that knows what is wanted. Best of n takes the first n
+of 16 pictures. Refinement has half as many candidates, and refines once, so that it takes as many evaluations. What is
+measured is kept in the log: a second run goes on where the first was stopped.
 """
 
 import argparse
 import itertools
 import json
-import math
+import random
 import statistics
 import sys
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from diffusers.utils import make_image_grid
 
-ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
+sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks.schedulers import TOKENS, ExactPosterior, plot, table
-
 from paella_diffusers import (
     EMOJI_MODEL,
     BestOfN,
@@ -166,14 +164,146 @@ def truth(args):
         plot(args.plot, particles, curves, "total variation distance to p(x) exp(r(x))", log=True, xlabel="particles")
 
 
+# ------------------------------------------------------------------------------------------------------------ pictures
+
+PARTICLES = [2, 4, 8, 16]
+
+
+class JudgeReward:
+    """How near a picture is to one of its prompt's icons: a log-likelihood of pixels with the deviation σ."""
+
+    def __init__(self, wanted: dict[str, torch.Tensor], sigma: float = 0.1):
+        self.wanted, self.sigma = wanted, sigma
+
+    def __call__(self, images, prompts):
+        errors = [(self.wanted[prompt] - image).square().mean((1, 2, 3)).amin() for prompt, image in zip(prompts, images)]
+        return -torch.stack(errors) / (2 * self.sigma**2)
+
+
+class Sentences:
+    """Draws sentences, each with a seed of its own, and judges the pictures."""
+
+    def __init__(self, args):
+        from emoji_model.captions import BENCHMARK
+        from emoji_model.data import load_icons
+        from emoji_model.scoring import nearest
+
+        args.work_dir.mkdir(parents=True, exist_ok=True)
+        self.names, self.icons = load_icons(args.work_dir)
+        self.nearest = nearest
+        meanings = json.loads(BENCHMARK.read_text())
+        self.meanings = {text: meanings[text] for text in random.Random(0).sample(list(meanings), args.sentences)}
+        self.pipe = PaellaPipeline.from_pretrained(args.model)
+        self.pipe.set_progress_bar_config(disable=True)
+        rows = {text: [self.names.index(name) for name in names] for text, names in self.meanings.items()}
+        self.rewards = {
+            "clip": (ClipReward(self.pipe), args.clip_temperature),
+            "judge": (JudgeReward({text: self.icons[row] for text, row in rows.items()}), 1.0),
+        }
+        self.steps = args.steps
+
+    def draw(self, seed: int, **call):
+        generators = [torch.Generator().manual_seed(1000 * seed + index) for index in range(len(self.meanings))]
+        options = {"num_inference_steps": self.steps, "output_type": "pt", "particle_batch_size": 16}
+        if "reward" not in call:
+            generators = [one for g in generators for one in self.several(g, call["num_images_per_prompt"])]
+            del options["particle_batch_size"]
+        return self.pipe(list(self.meanings), generator=generators, **options, **call)
+
+    @staticmethod
+    def several(generator: torch.Generator, count: int) -> list[torch.Generator]:
+        return [torch.Generator().manual_seed(seed) for seed in torch.randint(2**62, (count,), generator=generator).tolist()]
+
+    def right(self, images: torch.Tensor, copies: int = 1) -> torch.Tensor:
+        """Whether each picture is, `(num_sentences, copies)`."""
+        texts = [text for text in self.meanings for _ in range(copies)]
+        found = self.nearest(images, self.icons)
+        return torch.tensor([self.names[row] in self.meanings[text] for row, text in zip(found, texts)]).view(-1, copies)
+
+    def plain(self, seed: int) -> list[dict]:
+        """Pictures without steering; and the best of the first n, by each reward."""
+        copies = max(PARTICLES)
+        images = self.draw(seed, num_images_per_prompt=copies).images
+        right = self.right(images, copies)
+        records = [{"way": "plain", "reward": "", "particles": 1, "right": right[:, 0].tolist()}]
+        texts = [text for text in self.meanings for _ in range(copies)]
+        for name, (reward, _) in self.rewards.items():
+            values = torch.as_tensor(reward(images, texts)).view(-1, copies)
+            for count in PARTICLES:
+                best = values[:, :count].argmax(1, keepdim=True)
+                record = {"way": "best of n", "reward": name, "particles": count}
+                record |= {"right": right.gather(1, best)[:, 0].tolist(), "value": values.gather(1, best).mean().item()}
+                records.append(record)
+        return records
+
+    def steered(self, seed: int, way: str, name: str, count: int) -> list[dict]:
+        reward, temperature = self.rewards[name]
+        method, particles = SequentialMonteCarlo(temperature), count
+        if way == "refinement":
+            method, particles = IterativeRefinement(temperature), count // 2
+        output = self.draw(seed, reward=reward, num_particles=particles, steering_method=method)
+        value = (output.rewards * output.log_weights.exp()).sum(1).mean().item()
+        record = {"way": way, "reward": name, "particles": count, "right": self.right(output.images)[:, 0].tolist()}
+        return [record | {"value": value}]
+
+
+def emoji(args):
+    sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+    sentences = Sentences(args)
+    done = [json.loads(line) for line in args.log.read_text().splitlines()] if args.log.exists() else []
+    ways = [("SMC", name, count) for name in args.rewards for count in PARTICLES]
+    ways += [("refinement", name, count) for name in args.rewards for count in PARTICLES]
+    for seed in range(args.seeds):
+        known = {(record["way"], record["reward"], record["particles"]) for record in done if record["seed"] == seed}
+        jobs = [lambda seed=seed: sentences.plain(seed)] if ("plain", "", 1) not in known else []
+        jobs += [lambda way=way, seed=seed: sentences.steered(seed, *way) for way in ways if way not in known]
+        for job in jobs:
+            records = [{"seed": seed} | record for record in job()]
+            done += records
+            with args.log.open("a") as log:
+                log.write("".join(json.dumps(record) + "\n" for record in records))
+    print_emoji(done, args)
+
+
+def print_emoji(records: list[dict], args):
+    """The share of right pictures by particles: means over seeds, and their standard errors."""
+
+    def cell(way: str, name: str, count: int, value=lambda record: statistics.mean(record["right"]), shown=".0%") -> str:
+        values = [value(r) for r in records if (r["way"], r["reward"], r["particles"]) == (way, name, count)]
+        if len(values) < 2:
+            return ""
+        return f"{statistics.mean(values):{shown}} ± {statistics.stdev(values) / len(values) ** 0.5:{shown}}"
+
+    seeds = len({record["seed"] for record in records})
+    print(f"{args.sentences} sentences, {args.steps} steps, {seeds} seeds; plain: {cell('plain', '', 1)}\n")
+    ways = [(way, name) for name in args.rewards for way in ("best of n", "SMC", "refinement")]
+    table(
+        ["right, by evaluations in each step", *PARTICLES],
+        [[f"{way}, {name}", *(cell(way, name, count) for count in PARTICLES)] for way, name in ways],
+    )
+    print()
+    table(
+        ["reward", *PARTICLES],
+        [[f"{way}, {name}", *(cell(way, name, n, lambda r: r["value"], ".2f") for n in PARTICLES)] for way, name in ways],
+    )
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["truth"])
+    parser.add_argument("what", choices=["truth", "emoji"])
     parser.add_argument("--samples", type=int, default=200_000, help="truth: particles in all for each figure")
     parser.add_argument("--plot", type=Path, help="truth: write a plot there, such as docs/steering/truth.png")
+    parser.add_argument("--sentences", type=int, default=20, help="emoji: how many of the 80")
+    parser.add_argument("--steps", type=int, default=6, help="emoji: of each picture")
+    parser.add_argument("--seeds", type=int, default=5, help="emoji: pictures of each sentence and way")
+    parser.add_argument("--rewards", nargs="+", choices=["clip", "judge"], default=["clip", "judge"], help="emoji: which")
+    parser.add_argument("--clip-temperature", type=float, default=8.0, help="emoji: of similarities, times 100")
+    parser.add_argument("--log", type=Path, default=Path("steering.jsonl"), help="emoji: what was measured before")
+    parser.add_argument("--model", default=EMOJI_MODEL)
+    parser.add_argument("--work-dir", type=Path, default=Path("emoji-training"), help="emoji: where the icons are, or go")
     args = parser.parse_args()
     with torch.no_grad():
-        {"truth": truth}[args.what](args)
+        {"truth": truth, "emoji": emoji}[args.what](args)
 
 
 if __name__ == "__main__":
