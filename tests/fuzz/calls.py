@@ -351,6 +351,10 @@ BAD = {
     "edit_momentum_scale": [*NO_NUMBERS, -1.0],
     "edit_mom_beta": [*NO_NUMBERS, 1.0, -1.0],
     "edit_weights": [*NO_NUMBERS[:5], [-1.0], [math.nan], [1.0] * 9],
+    "reward": [5, "x", [], {}, lambda: 0, lambda images: images],
+    "num_particles": [*NO_INTEGERS, 0, 10**9],
+    "particle_batch_size": [*NO_INTEGERS, 0],
+    "steering_method": ["smc", 5, [], {}, object()],
     "image": NO_IMAGES,
     "mask_image": NO_MASKS,
     "strength": [*NO_NUMBERS, 0, -1.0, 1.5, None],
@@ -399,6 +403,8 @@ def bad_calls(draw, task: str) -> Call:
         call.bad = {name: draw(st.sampled_from(BAD[name]))}
         if name.startswith(("edit_", "reverse_")):
             call.bad["editing_prompt"] = "a"
+        if name in ("num_particles", "particle_batch_size", "steering_method"):
+            call.bad["reward"] = lambda images, prompts: images.mean((1, 2, 3))
         if name == "temperature" and call.task == "inversion":
             call.bad = {name: 0.5}
     return call
