@@ -29,7 +29,13 @@ logger = logging.getLogger(__name__)
 
 MOST_KEPT = 60  # pictures in a visit's gallery
 DAY = 24 * 3600  # seconds after which a visit's files are deleted
-UPLOAD = {"type": "filepath", "image_mode": None, "sources": ("upload", "clipboard"), "height": 220}
+UPLOAD = {
+    "type": "filepath",
+    "image_mode": None,
+    "sources": ("upload", "clipboard"),
+    "height": 220,
+    "elem_classes": "upload",
+}
 PAINTING = {"type": "pil", "layers": False, "transforms": (), "height": 420, "buttons": []}
 
 CSS = """
@@ -46,8 +52,9 @@ CSS = """
 .visit .grid-wrap { height: auto; min-height: 8rem; }
 .visit .grid-container { grid-template-columns: repeat(auto-fill, 6rem); grid-auto-rows: 6rem; padding-top: 1.5rem; }
 .visit .caption-label { display: none; }
-.result img { width: 100%; height: 100%; object-fit: contain; }
+.result img, .upload img { width: 100%; height: 100%; object-fit: contain; }
 .pixelated img { image-rendering: pixelated; }
+.status [data-testid="status-tracker"]:has(.error) { display: none; }
 .status { min-height: 2.5rem; }
 .status progress { display: block; width: 100%; height: 0.6rem; margin-top: 0.4rem; accent-color: var(--primary-500); }
 :focus-visible { outline: 3px solid var(--primary-500) !important; outline-offset: 2px; }
@@ -160,7 +167,7 @@ class Page:
         self.pipe, self.limit = pipe, concurrency_limit
         self.code_of = partial(Call.code, pipe=pipe, load_options=load_options, setup=setup)
         self.preview, self.executor = make_preview(pipe), ThreadPoolExecutor(concurrency_limit)
-        self.running: dict[str, threading.Event] = {}  # by visitor; set to cancel
+        self.running: list[tuple[str, threading.Event]] = []  # a visitor, and what cancels one of the visitor's calls
         self.folder = tempfile.TemporaryDirectory(prefix="paella-web-")
         self.numbers = itertools.count()
         self.draws = []  # the events that draw
@@ -168,7 +175,7 @@ class Page:
         with self.blocks:
             gr.Markdown(self.introduction())
             self.made = gr.State([], time_to_live=DAY, delete_callback=_forget)  # a list of `Made`, the newest last
-            with gr.Row(elem_classes="layout"):
+            with gr.Row(elem_classes=["layout", *(["pixelated"] if pipe.default_size < 128 else [])]):
                 tabs = gr.Tabs(elem_classes="tasks")
                 with gr.Column(elem_classes="settings", min_width=0):
                     self.add_settings()
@@ -193,11 +200,11 @@ class Page:
         with gr.Accordion("Settings", open=False):
             with gr.Row():
                 self.seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**32 - 1, min_width=120)
-                random_seed = gr.Checkbox(True, label="New seed for each picture", min_width=120)
+                random_seed = gr.Checkbox(True, label="New seed each time", min_width=120)
             with gr.Row():
-                steps = _number("Steps", "the task's own")
-                scale = _number("Guidance scale", "the model's own")
-                temperature = _number("Temperature", "the scheduler's own")
+                steps = _number("Steps", "default")
+                scale = _number("Guidance scale", "default")
+                temperature = _number("Temperature", "default")
             self.settings = {
                 "seed": self.seed,
                 "random_seed": random_seed,
@@ -210,8 +217,7 @@ class Page:
             }
 
     def add_results(self):
-        small = ["pixelated"] if self.pipe.default_size < 128 else []
-        show = {"format": "png", "height": 420, "interactive": False, "elem_classes": ["result", *small]}
+        show = {"format": "png", "height": 420, "interactive": False, "elem_classes": "result"}
         self.result = gr.Image(label="Result", buttons=["download"], **show)
         self.before_after = gr.ImageSlider(label="Before and after", visible=False, **show)
         with gr.Row():
@@ -227,7 +233,7 @@ class Page:
             allow_preview=False,
             interactive=False,
             buttons=[],
-            elem_classes=["visit", *small],
+            elem_classes="visit",
         )
         self.gallery.select(self.on_select, self.made, self.shown, api_visibility="private", show_progress="hidden")
 
@@ -259,7 +265,7 @@ class Page:
             half = self.pipe.default_size // 2
             with gr.Row():
                 pixels = {"precision": 0, "minimum": 0, "step": self.pipe.vae_scale_factor, "min_width": 80}
-                new = {"New pixels left": half, "at the top": 0, "right": half, "at the bottom": 0}
+                new = {"Pixels left": half, "Pixels top": 0, "Pixels right": half, "Pixels bottom": 0}
                 sides = [gr.Number(value, label=label, **pixels) for label, value in new.items()]
             self.add_draw(web_tasks.outpainting, [_prompt("Prompt for the whole picture"), image, *sides])
         with gr.Tab("Regions"):
@@ -322,7 +328,8 @@ class Page:
         fields, settings = values[: -len(self.settings)], dict(zip(self.settings, values[-len(self.settings) :]))
         if settings["random_seed"] or settings["seed"] is None:
             settings["seed"] = secrets.randbelow(2**32)
-        cancelled = self.running[visitor] = threading.Event()
+        cancelled = threading.Event()
+        self.running.append((visitor, cancelled))
         try:
             call = web_tasks.with_settings(task(*fields), settings)
             yield {self.status: _status("Starting …"), self.seed: call.seed}
@@ -346,9 +353,9 @@ class Page:
             refused = isinstance(error, ValueError | TypeError | OSError)  # with words that are meant for users
             text = str(error) if refused else f"{type(error).__name__}: {error}"
             yield {self.status: _status(text)}
-            raise gr.Error(html.escape(text), title="This cannot be drawn", print_exception=not refused) from error
+            raise gr.Error(text, print_exception=not refused) from error
         finally:
-            self.running.pop(visitor, None)
+            self.running.remove((visitor, cancelled))
 
     def keep(self, call: Call, images: list[Image.Image]) -> Made:
         """Write the picture and those that the call reads."""
@@ -373,8 +380,9 @@ class Page:
         return {self.result: gr.update(value=image, visible=True), self.before_after: gr.update(visible=False)}
 
     def on_cancel(self, request: gr.Request) -> str:
-        if request.session_hash in self.running:
-            self.running[request.session_hash].set()
+        for visitor, cancelled in [*self.running]:
+            if visitor == request.session_hash:
+                cancelled.set()
         return _status("Cancelled.")
 
     def on_select(self, made: list[Made], chosen: gr.SelectData) -> dict:
