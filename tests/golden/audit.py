@@ -3,7 +3,7 @@ Makes the golden data again with a clone of the published code (https://github.c
 
     python tests/golden/audit.py CLONE
 
-It runs the published U-Net, VQGAN and `sample` on the weights and inputs in this folder: nothing of this package is imported.
+It runs the published U-Net, VQGAN and `sample` on the weights and inputs in this folder. Nothing of this package is used.
 Tokens must be equal, values within 1e-5. The published VQGAN imports a quantizer from torchtools, which is not needed here:
 the one below stands in for it. Not compared: the prior, which is another repository's, and the settings of the authors'
 notebook that are in no Python file (argmax, quantized, fresh noise, inpainting, typical filtering).
