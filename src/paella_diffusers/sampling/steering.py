@@ -27,8 +27,9 @@ class SteeringMethod:
 class SequentialMonteCarlo(SteeringMethod):
     r"""
     Sequential Monte Carlo with the sampler as its proposal (https://huggingface.co/papers/2505.22524; Feynman-Kac steering,
-    https://huggingface.co/papers/2501.06848, section 3, with differences as potentials). After step i of n, from the noise level t to s, each particle's predicted clean picture
-    x̂ᵢ has the reward rᵢ, which counts for the share 1 - s. The particle's weight is multiplied by the potential
+    https://huggingface.co/papers/2501.06848, section 3, with differences as potentials). After step i of n, from the noise
+    level t to s, each particle's predicted clean picture x̂ᵢ has the reward rᵢ, which counts for the share 1 - s. The
+    particle's weight is multiplied by the potential
 
         Gᵢ = exp((φᵢ - φᵢ₋₁) / T),    φᵢ = (1 - s) rᵢ,    φ₀ = 0,    φₙ = r(x₀).
 
