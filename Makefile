@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := "red heart" "grinning face" "pizza" "dog face" "rocket" "sunflower" "green apple" "soccer ball" "guitar"
 
-.PHONY: demo test test-golden test-kills test-ray test-oldest test-comfyui test-web test-docs fuzz soak docs lint clean
+.PHONY: demo test test-golden test-kills test-ray test-compile test-oldest test-comfyui test-web test-docs fuzz soak docs lint clean
 
 demo: $(VENV)/installed
 	$(BIN)/paella-diffusers generate $(DEMO) --out demo.png
@@ -28,6 +28,10 @@ test-kills: $(VENV)/installed
 # a batch in a Ray cluster of two nodes on this machine, of which a worker is killed
 test-ray: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -v -m ray tests/apps
+
+# `pipe.optimize()`: a walk through 20 calls, adapters, threads, and a second process that finds what the first one compiled
+test-compile: $(VENV)/installed
+	OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 $(BIN)/python -m pytest -v -m compile tests
 
 # all tests with the oldest diffusers that is supported
 test-oldest:

@@ -1,14 +1,15 @@
 """
 How long does a sampling step take at full size, where does the time go, and how near is it to what the machine can do?
 
-    python benchmarks/inference.py [--published CLONE] [--dtypes float32 bfloat16] [--compile] [--sizes 256 512 1024]
+    python benchmarks/inference.py [--published CLONE] [--dtypes float32 bfloat16] [--optimize] [--sizes 256 512 1024]
+    python benchmarks/inference.py --costs [--dtypes float32 bfloat16] [--sizes 256 320]
 
 `PaellaPipeline`'s loop with a U-Net of the published size and random weights, guidance 8 (`--small` for a try). With
 `--published`, a clone of https://github.com/dome272/Paella, the same weights also run in that code as it is, in turns with
 ours, and with `--compare` of its float32 steps each is taken again by ours, from the same tokens and random numbers.
 `--previous` runs another checkout of this repository beside this one, each in a process, in at least ten pairs of turns.
-`--compile` is `torch.compile(fullgraph=True)` with frozen weights, packed for oneDNN: in float32 that takes permission to
-use TF32, or inductor packs them for MKL. Where the processor has no TF32, all of it is float32.
+`--optimize` adds `pipe.optimize()`. `--costs` compares it with `compile_repeated_blocks` and with neither, each in
+processes of its own with an empty cache of compiled code: the first call, later ones in turns, a second size, memory.
 The ceiling is the machine's rate of a large matrix product in the same dtype, measured before and after each run, and the
 share of it is the FLOPs of two passes ÷ ceiling ÷ time of a step.
 """
@@ -20,17 +21,19 @@ import functools
 import importlib.util
 import itertools
 import os
+import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import torch
-import torch._inductor.config
 from torch.utils.flop_counter import FlopCounterMode
 
 from paella_diffusers import PaellaPipeline, PaellaScheduler, PaellaUNet, VQModel
+from paella_diffusers.optimize import CompiledCalls
 
 SMALL = {"block_out_channels": (64, 128, 256), "layers_per_block": (1, 1, 1)}
 
@@ -67,11 +70,11 @@ def flops_of_step(config: dict, batch_size: int, size: int) -> int:
 class Ours:
     """The pipeline's loop, with what its calls of the U-Net took."""
 
-    def __init__(self, unet: PaellaUNet, forward=None):
+    def __init__(self, unet: PaellaUNet, call=None):
         self.unet = unet
+        self.timed = {"_compiled_call_impl": call or unet._call_impl, "encode_conditioning": unet.encode_conditioning}
         self.pipe = PaellaPipeline(VQModel(embed_dim=16, bottleneck_blocks=1), unet, PaellaScheduler())
         self.pipe.set_progress_bar_config(disable=True)
-        self.timed = {"forward": forward or unet.forward, "encode_conditioning": unet.encode_conditioning}
         self.in_unet = 0.0
 
     def call(self, name, *args, **kwargs):
@@ -149,9 +152,7 @@ def pairs(previous: Path, args):
             order = (0, 1) if pair % 2 else (1, 0)
             seconds = [0.0, 0.0]
             for which in order:
-                workers[which].stdin.write("run\n")
-                workers[which].stdin.flush()
-                seconds[which] = float(workers[which].stdout.readline())
+                seconds[which] = ask(workers[which], size)
             times.append(seconds)
         for process in workers:
             process.communicate()
@@ -164,10 +165,71 @@ def pairs(previous: Path, args):
         )
 
 
-def worker(ours: "Ours", args):
-    """Answers each line of standard input with the seconds of a step."""
-    for _ in sys.stdin:
-        print(ours.run(args.steps, 1, args.sizes[0])[0], flush=True)
+def worker(unet: PaellaUNet, args):
+    """Answers each line of standard input: a size with the seconds of a step, "memory" with the peak in GiB."""
+    if args.worker == "compile_repeated_blocks":
+        unet.compile_repeated_blocks(fullgraph=True)
+    ours = Ours(unet, CompiledCalls(unet) if args.worker == "optimize" else None)
+    for line in sys.stdin:
+        if line == "memory\n":
+            print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, flush=True)
+        else:
+            print(ours.run(args.steps, 1, int(line))[0], flush=True)
+
+
+def ask(process: subprocess.Popen, question) -> float:
+    """A worker's answer."""
+    process.stdin.write(f"{question}\n")
+    process.stdin.flush()
+    return float(process.stdout.readline())
+
+
+def costs(args):
+    """What compiling costs and saves, for each way and dtype."""
+    print("| dtype | way | first call | second process | later steps | second size | its later steps | peak memory |")
+    print("|---" * 8 + "|")
+    first_size, second_size = (args.sizes * 2)[:2] if len(args.sizes) > 1 else (args.sizes[0], args.sizes[0] + 64)
+    for dtype in args.dtypes:
+        start = {}
+        with tempfile.TemporaryDirectory() as folder:
+            for way in ("eager", "compile_repeated_blocks", "optimize"):
+                command = [sys.executable, __file__, "--worker", way, "--dtypes", dtype, "--steps", str(args.steps)]
+                command += ["--small"] if args.small else []
+                environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": f"{folder}/{way}"}
+                start[way] = functools.partial(
+                    subprocess.Popen, command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+                )
+            workers = {way: new() for way, new in start.items()}
+            rows = {way: [ask(process, first_size) * args.steps] for way, process in workers.items()}
+            for way, new in start.items():
+                again = new()
+                rows[way].append(ask(again, first_size) * args.steps)
+                again.communicate()
+            for size in (first_size, second_size):
+                first = {way: ask(process, size) * args.steps for way, process in workers.items()}
+                later = {way: [] for way in workers}
+                for _ in range(args.repeats):
+                    for way, process in workers.items():
+                        later[way].append(ask(process, size))
+                for way, row in rows.items():
+                    row += [first[way]] if size == second_size else []
+                    row.append(statistics.median(later[way]))
+            for way, process in workers.items():
+                memory = ask(process, "memory")
+                process.communicate()
+                seconds = " | ".join(f"{value:.2f} s" for value in rows[way])
+                print(f"| {dtype} | {way} | {seconds} | {memory:.2f} GiB |", flush=True)
+
+
+def machine() -> str:
+    """The processor, what it can do, and versions."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if sys.platform == "linux" else []
+    values = {line.split(":")[0].strip(): line.split(":")[1].split() for line in lines if ":" in line}
+    model, flags = values.get("model name", []), values.get("flags", [])
+    wanted = ("avx2", "fma", "avx512f", "avx512_bf16", "avx512_vnni", "avx_vnni", "amx_tile", "amx_bf16", "amx_int8")
+    features = " ".join(flag for flag in wanted if flag in flags)
+    cores = torch.get_num_threads()
+    return f"{' '.join(model)} ({features}), {cores} threads, torch {torch.__version__}, Python {sys.version.split()[0]}"
 
 
 class Published:
@@ -242,14 +304,15 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--published", type=Path, help="a clone of the published code, to run beside ours")
     parser.add_argument("--previous", type=Path, metavar="CHECKOUT", help="another checkout of this repository")
-    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--worker", nargs="?", const="eager", help=argparse.SUPPRESS)
     parser.add_argument("--compare", action="store_true", help="count tokens in which 12 steps differ from theirs")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
     parser.add_argument("--sizes", type=int, nargs="+", default=[256], help="pixels a side")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1])
     parser.add_argument("--steps", type=int, default=4, help="in each run")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--compile", action="store_true", help="ours with torch.compile too")
+    parser.add_argument("--optimize", action="store_true", help="ours with `pipe.optimize()` too")
+    parser.add_argument("--costs", action="store_true", help="of compiling")
     parser.add_argument("--plot", type=Path, metavar="PICTURE", help="bars of the first size and batch")
     parser.add_argument("--small", action="store_true", help="a small U-Net, to see that it runs")
     args = parser.parse_args()
@@ -260,28 +323,27 @@ def main():
         args.repeats = max(args.repeats, 10)
         pairs(args.previous, args)
         return
+    if not args.worker:
+        print(machine(), "\n")
+    if args.costs:
+        costs(args)
+        return
     torch.manual_seed(0)
     unet = PaellaUNet(**SMALL if args.small else {}).eval()
     for parameter in unet.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
     if args.worker:
         with torch.inference_mode():
-            worker(Ours(unet.to(getattr(torch, args.dtypes[0]))), args)
+            worker(unet.to(getattr(torch, args.dtypes[0])), args)
         return
     published = Published(args.published, unet) if args.published else None
-    if args.compile:
-        torch._inductor.config.freezing = True  # as an option of `torch.compile` it is not heeded
-        torch.backends.mkldnn.matmul.fp32_precision = "tf32"
-
-    def ours() -> dict[str, Ours]:
-        if not args.compile:
-            return {"ours": Ours(unet)}
-        torch.compiler.reset()  # the weights of another dtype
-        return {"ours": Ours(unet), "ours, compiled": Ours(unet, torch.compile(unet.forward, fullgraph=True))}
+    ours = {"ours": Ours(unet)}
+    if args.optimize:
+        ours["ours, optimized"] = Ours(unet, CompiledCalls(unet))
 
     with torch.inference_mode():
         if args.compare:
-            for name, counts in published.differences(12, 256, ours()).items():
+            for name, counts in published.differences(12, 256, ours).items():
                 print(
                     f"Tokens in which each step of {name} differs from the published one, of 4,096: {counts}\n", flush=True
                 )
@@ -292,7 +354,7 @@ def main():
         drawn, yardstick = {}, {}  # the published loop's step in float32, by size and batch
         for dtype in args.dtypes:
             unet.to(getattr(torch, dtype))
-            ways = ours()
+            ways = ours
             if published:
                 published.to(unet.dtype)
                 ways = {"published": published} | ways

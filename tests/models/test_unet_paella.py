@@ -1,3 +1,5 @@
+import itertools
+
 import accelerate
 import pytest
 import torch
@@ -331,6 +333,22 @@ def test_chunked_attention_is_attention(masked, length, key_length):
     halves = [states.bfloat16() for states in (query, key, value)]
     error = lambda states: (states.float() - expected).square().mean().sqrt()
     assert error(chunked_attention(*halves, mask)) < 2 * error(attend(*halves))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_memory_of_attention_is_linear(dtype):
+    """Of four times as many tokens: all scores at once would take 16 times as much."""
+    attention = tiny_unet().up_blocks[0].layers[2].attention
+    mask = torch.ones(1, 4096, dtype=torch.bool)
+
+    def peak(length):
+        states = torch.randn(1, length, 2, 8).to(dtype)
+        with torch.no_grad(), torch.profiler.profile(profile_memory=True) as profile:
+            attention.processor.attend(attention, states, states, states, mask[:, :length])
+        held = [event.nbytes() for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+        return max(itertools.accumulate(held))
+
+    assert peak(1024) > 2 * 1024 * 8 and peak(4096) < 6 * peak(1024)
 
 
 def test_compiled_chunked_attention():

@@ -175,3 +175,30 @@ def test_slices_and_tiles_change_nothing(levels):
     calls.clear()
     with torch.no_grad():
         assert torch.equal(vqgan.encode(pixels).latents, encoded.latents) and len(calls) == 1
+
+
+def test_large_images_are_tiled():
+    """More than 1024 × 1024 pixels, unless tiling is off; the pictures are the same within less than a step of 255."""
+    vqgan = randomise(VQModel(bottleneck_blocks=1, embed_dim=8, num_vq_embeddings=32))
+    calls = []
+    vqgan.out_block.register_forward_hook(lambda module, args, output: calls.append(output.shape[-1]))
+
+    def decode(*size):
+        calls.clear()
+        with torch.no_grad():
+            return vqgan.decode_indices(torch.randint(32, (1, *size), generator=torch.Generator().manual_seed(0))).sample
+
+    decode(256, 256)
+    assert len(calls) == 1
+    tiled = decode(256, 264)
+    assert len(calls) == 6
+    vqgan.disable_tiling()
+    whole = decode(256, 264)
+    assert len(calls) == 1 and (tiled - whole).abs().max() < 0.1 / 255
+    vqgan.use_tiling = None
+    vqgan.train()
+    decode(256, 264)
+    assert len(calls) == 1
+    vqgan.eval().enable_tiling()
+    decode(136, 136)
+    assert len(calls) == 4

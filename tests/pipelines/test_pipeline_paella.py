@@ -122,6 +122,19 @@ def test_golden_prior_steps(golden, golden_models, name):
     torch.testing.assert_close(torch.stack(samples), golden_samples, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize(("dtype", "passes"), [(torch.float32, 2), (torch.bfloat16, 1)])
+def test_passes_of_the_prior(pipe, dtype, passes):
+    """In float32 two for each step, as published; in half precision one batch of both."""
+    calls, text = [], torch.randn(3, 12).to(dtype)
+    pipe.prior.to(dtype).register_forward_hook(lambda module, args, output: calls.append(args))
+    pipe.sample_prior(text, 5, 3.0, seeded())
+    assert len(calls) == 5 * passes
+    for first in range(0, len(calls), passes):
+        samples, _, texts = (torch.cat(parts) if parts[0].ndim else parts for parts in zip(*calls[first : first + passes]))
+        assert torch.equal(samples[:3], samples[3:])
+        assert torch.equal(texts, torch.cat([text, torch.zeros_like(text)]))
+
+
 def test_prior_scheduler_swaps_and_is_saved(pipe, tmp_path):
     from paella_diffusers import DDIMWuerstchenScheduler
 

@@ -49,6 +49,8 @@ class PaellaTextualInversionMixin(TextualInversionLoaderMixin):
                 "`text_encoder` that they are for."
             ) from error
         self.__dict__.setdefault("_before_inversion", {}).setdefault(name, before)
+        if self._prompt_cache is not None:
+            self._prompt_cache.clear()  # a token's number may have stood for another
 
     def unload_textual_inversion(self, tokens=None, tokenizer=None, text_encoder=None):
         """

@@ -1,6 +1,7 @@
 """Paella's denoising U-Net: noisy tokens in, logits over all tokens at every position out."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -397,6 +398,7 @@ class PaellaUNet(
         mixing_weights: tuple[tuple[float, ...], ...] | None = None,
         deep_features: list[torch.Tensor] | None = None,
         attention_perturbation: AttentionPerturbation | None = None,
+        run_block: Callable | None = None,
         return_dict: bool = True,
     ) -> PaellaUNetOutput | tuple[torch.Tensor]:
         """
@@ -427,6 +429,8 @@ class PaellaUNet(
                 comes up from the levels below the first, and a list with that takes their place in a later call.
             attention_perturbation ([`AttentionPerturbation`], *optional*):
                 For guidance: weaker attention in some levels and some rows of the batch.
+            run_block (`Callable`, *optional*):
+                Calls a block, its first argument, with the others: for `pipe.optimize`, which marks what recurs.
 
         Raises:
             ValueError: If the token grid is not divisible by `sample_multiple`, or the rows of the conditioning are no
@@ -466,7 +470,7 @@ class PaellaUNet(
         def run(block, *args):
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 return self._gradient_checkpointing_func(block, *args)
-            return block(*args)
+            return block(*args) if run_block is None else run_block(block, *args)
 
         perturbation = attention_perturbation
         if perturbation is not None:

@@ -117,8 +117,9 @@ class PaellaVQModel(PaellaHubMixin, AtomicSaveMixin, ModelMixin, AutoencoderMixi
     The VQGAN of Paella (https://huggingface.co/papers/2211.07292, section 3.1). Weights and configuration have the
     names of diffusers' `PaellaVQModel`: either class reads the other's folder. Calls differ: this one scales latents.
 
-    `enable_slicing()` and `enable_tiling()` bound the memory of batches and of large images: what comes out is the same, as
-    tiles overlap by all that the convolutions see.
+    Images of more than `tile_from_tokens` tokens are encoded and decoded tile by tile, which bounds the memory: what comes
+    out is the same up to rounding, as tiles overlap by all that the convolutions see. `enable_tiling()` does so for smaller
+    ones too, `disable_tiling()` for none, and `enable_slicing()` takes the images of a batch one by one.
 
     Parameters:
         in_channels (`int`, defaults to 3): Channels of the input image.
@@ -189,8 +190,9 @@ class PaellaVQModel(PaellaHubMixin, AtomicSaveMixin, ModelMixin, AutoencoderMixi
         )
         self.gradient_checkpointing = False
         self.use_slicing = False
-        self.use_tiling = False
+        self.use_tiling = None  # of large images only, and not in training, where norms see the whole batch
         self.tile_latent_min_size = 128  # tokens a side, without the overlap
+        self.tile_from_tokens = 256 * 256  # 1024 × 1024 pixels
         self.init_weights()
 
     def init_weights(self):
@@ -252,7 +254,10 @@ class PaellaVQModel(PaellaHubMixin, AtomicSaveMixin, ModelMixin, AutoencoderMixi
         before, after = scales
         height, width = (side // before for side in sample.shape[-2:])
         size = self.tile_latent_min_size
-        if not self.use_tiling or max(height, width) <= size:
+        tiled = self.use_tiling
+        if tiled is None:
+            tiled = height * width > self.tile_from_tokens and not self.training
+        if not tiled or max(height, width) <= size:
             return function(sample)
 
         def spans(length):  # of the tile, and of what it is made from

@@ -2,6 +2,8 @@
 
 import copy
 import threading
+import weakref
+from collections.abc import Callable
 
 import PIL.Image
 import torch
@@ -9,16 +11,57 @@ import torch.nn.functional as F
 from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
 
+from ..checks import check_integer
 from .conditioning import repeat_rows
 from .image_reading import to_rgb
 
 logger = logging.get_logger(__name__)
 
 _TOKENIZING = threading.Lock()  # fast tokenizers set their padding on themselves
+_CACHING = threading.Lock()
 
 
 class EncodingMixin:
     """What a pipeline's encoders and its prior do."""
+
+    _prompt_cache, _prompt_cache_size = None, 0
+
+    def enable_prompt_cache(self, max_entries: int = 64):
+        """
+        Keep what the text encoders made of the prompts of recent calls, for calls with the same prompts: nothing is encoded
+        twice. Prompts of one call are one entry for each encoder: about 10 kB a byte of text at the published sizes. Another
+        encoder, or other weights or embeddings in it, are noticed, unless weights are set through `.data`.
+
+        Args:
+            max_entries (`int`, defaults to 64): Keep so many; the one that was used the longest ago goes first.
+
+        Raises:
+            ValueError: If `max_entries` is not an integer of at least 1.
+        """
+        check_integer("max_entries", max_entries, 1)
+        self._prompt_cache, self._prompt_cache_size = {}, max_entries
+
+    def disable_prompt_cache(self):
+        """Encode the prompts of every call, as without `enable_prompt_cache`, and forget what was kept."""
+        self._prompt_cache = None
+
+    def _cached(self, encoder, encode: Callable, *inputs: torch.Tensor | None) -> torch.Tensor:
+        """What `encode()` makes of the inputs, which are tokens and their mask, or made of them in an earlier call."""
+        cache = self._prompt_cache
+        if cache is None:
+            return encode()
+        # other weights: training and loading change them in place, which torch counts
+        version = sum(0 if weight.is_inference() else weight._version for weight in encoder.parameters())
+        tokens = tuple(None if part is None else (tuple(part.shape), part.cpu().numpy().tobytes()) for part in inputs)
+        key = (weakref.ref(encoder), encoder.dtype, inputs[0].device, version, tokens)
+        with _CACHING:
+            encoded = cache.pop(key, None)
+        encoded = encode() if encoded is None else encoded
+        with _CACHING:
+            cache[key] = encoded
+            while len(cache) > self._prompt_cache_size:
+                del cache[next(iter(cache))]
+        return encoded
 
     @torch.no_grad()
     def encode_prompt(
@@ -104,7 +147,8 @@ class EncodingMixin:
                 raise ValueError(f"`padded_length` must be above {ids.shape[1]}, the longest text's, got {padded_length}.")
             ids, mask = F.pad(ids, (0, missing), value=self.tokenizer.pad_token_id), F.pad(mask, (0, missing))
         mask = None if mask.all() else mask  # no mask, no padding
-        embeds = self.text_encoder(ids, attention_mask=mask).last_hidden_state
+        encode = lambda: self.text_encoder(ids, attention_mask=mask).last_hidden_state
+        embeds = self._cached(self.text_encoder, encode, ids, mask)
         return embeds[rows], None if mask is None else mask[rows]
 
     def _tokenize_byt5(self, prompts: list[str], max_length: int):
@@ -125,7 +169,8 @@ class EncodingMixin:
                 return_tensors="pt",
             ).to(device)
         # causal, and pooled at the end-of-text token: padding behind it changes nothing
-        return self.text_encoder_2(inputs.input_ids).text_embeds[rows]
+        encode = lambda: self.text_encoder_2(inputs.input_ids).text_embeds
+        return self._cached(self.text_encoder_2, encode, inputs.input_ids)[rows]
 
     @torch.no_grad()
     def encode_image(
@@ -172,10 +217,14 @@ class EncodingMixin:
         times = torch.linspace(1, 0, num_inference_steps + 2)[1:]
         scheduler.set_timesteps(timesteps=times.tolist(), device=text.device)
         sample = randn_tensor(text.shape, generator=generator, device=text.device, dtype=text.dtype)
+        # In float32 two passes as published: errors grow along the steps, and one batch of both would round differently. In
+        # half precision one batch, which reads the weights once.
+        texts = [text, torch.zeros_like(text)]
+        if text.dtype in (torch.bfloat16, torch.float16):
+            texts = [torch.cat(texts)]
         for t in scheduler.timesteps[:-1]:
-            # two passes as published: errors grow along the steps, and one batch of both would round differently
-            conditional = self.prior(sample, t, text).sample
-            unconditional = self.prior(sample, t, torch.zeros_like(text)).sample
+            passes = [self.prior(sample.repeat(len(rows) // len(sample), 1), t, rows).sample for rows in texts]
+            conditional, unconditional = torch.cat(passes).chunk(2)
             noise = torch.lerp(unconditional, conditional, guidance_scale)
             sample = scheduler.step(noise, t.expand(len(sample)), sample, generator=generator).prev_sample
         return sample

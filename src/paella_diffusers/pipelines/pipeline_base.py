@@ -22,6 +22,7 @@ from ..loaders.textual_inversion import PaellaTextualInversionMixin
 from ..models.prior_paella import PaellaPrior
 from ..models.unet_paella import PaellaUNet
 from ..models.vq_model import PaellaVQModel
+from ..optimize import optimize
 from ..sampling.denoiser import Denoiser
 from ..sampling.early_stop import EarlyStop
 from ..sampling.guidance.base import GuidanceMixin
@@ -152,6 +153,25 @@ class PaellaPipelineBase(
     def _prepare_for_images(self):
         self.vae_scale_factor = self.vqgan.patch_size if getattr(self, "vqgan", None) else 4
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor, do_normalize=False)
+
+    def optimize(self, enable: bool = True):
+        """
+        Make all later calls faster on this machine, whatever their size, batch size, prompts, guidance or adapters: the
+        U-Net is compiled by `torch.compile`, once for each size, batch size and way of guidance. A U-Net that pipelines
+        share is optimized in all of them; one that is assigned later, or a copy, is not. Without a C++ compiler nothing
+        changes, and a warning says so.
+
+        Args:
+            enable (`bool`, defaults to `True`): False undoes it.
+
+        Returns:
+            The pipeline.
+
+        Raises:
+            ValueError: If `enable` is no boolean, or `unet` is wrapped by `torch.compile` already.
+        """
+        optimize(self.unet, enable)
+        return self
 
     # ----------------------------------------------------------------------------------------------- the whole call
 

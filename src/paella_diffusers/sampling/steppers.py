@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import AmusedScheduler, BlockRefinementScheduler
 
-from ..schedulers.categorical import add_uniform_noise, check_logits
+from ..schedulers.categorical import add_uniform_noise, check_finite, check_logits
 from ..schedulers.scheduling_utils import PaellaSchedulerBase, RenoisingSchedulerBase
 from .plan import Plan, Step, linear_ramp
 
@@ -277,8 +277,9 @@ class InversionStepper:
         """As [`PaellaStepper.why_no_draw`]: which tokens are noise is drawn."""
 
     def _log_probabilities(self, logits):
-        check_logits(logits, dim=1)
-        return self._smoothed(logits.float().softmax(1).movedim(1, -1))
+        probabilities = logits.float().softmax(1).movedim(1, -1)
+        check_finite(probabilities[..., 0])  # logits that are NaN, or infinite, make a whole row NaN
+        return self._smoothed(probabilities)
 
     def _smoothed(self, probabilities):
         return (probabilities * (1 - self.smoothing) + self.smoothing / probabilities.shape[-1]).log()
