@@ -99,15 +99,15 @@ def test_no_setting_is_changed(pipe, monkeypatch):
         return *configs, precision, torch.get_num_threads()
 
     frozen, seen = [], []
-    monkeypatch.setattr(torch._inductor.config, "freezing", True)
     monkeypatch.setattr(
         optimize_module, "BACKEND", lambda graph, inputs: frozen.append(torch._inductor.config.freezing) or graph.forward
     )
-    before = settings()
-    pipe.optimize()
-    tokens(pipe, callback_on_step_end=lambda *args: seen.append(settings()) or {})
-    pipe.optimize(False)
-    assert frozen == [False] and seen == [before, before] and settings() == before
+    with torch._inductor.config.patch(freezing=True):
+        before = settings()
+        pipe.optimize()
+        tokens(pipe, callback_on_step_end=lambda *args: seen.append(settings()) or {})
+        pipe.optimize(False)
+        assert frozen == [False] and seen == [before, before] and settings() == before
 
 
 def test_without_a_compiler(tmp_path):
@@ -122,6 +122,13 @@ def test_without_a_compiler(tmp_path):
     ran = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
     assert "`optimize` changes nothing, and calls work as before: there is no C++ compiler; install g++" in ran.stderr
+
+
+@torch._dynamo.config.patch(disable=True)
+def test_with_the_compiler_switched_off(pipe, said):
+    expected = tokens(pipe)
+    assert torch.equal(tokens(pipe.optimize()), expected)
+    assert "changes nothing, and calls work as before: torch's compiler is switched off" in said.text
 
 
 def test_what_cannot_be_compiled_runs_as_before(pipe, float64, monkeypatch, said):
@@ -174,9 +181,9 @@ def test_saved_copied_and_shared(pipe, float64, tmp_path):
 
 
 @pytest.mark.compile
-def test_walk_of_20_calls(pipe, float64, monkeypatch):
+@torch._dynamo.config.patch(recompile_limit=2)  # of others, which is not heeded
+def test_walk_of_20_calls(pipe, float64):
     """Whatever changes between calls: the tokens stay the same, and at most one graph is added for what is new."""
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)  # of others, which is not heeded
     plain, size = twin(), {"height": 48, "width": 32}
     pipe.optimize()
     walk = [  # the call, and how many graphs it may add

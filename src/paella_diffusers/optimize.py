@@ -163,7 +163,11 @@ def _compile_errors() -> tuple[type[Exception], ...]:
 
 
 def _obstacle(device: torch.device) -> str | None:
-    """Why nothing can be compiled on this machine."""
+    """Why nothing can be compiled in this process."""
+    import torch._dynamo.config
+
+    if torch._dynamo.config.disable:
+        return "torch's compiler is switched off, as by TORCH_COMPILE_DISABLE in the environment"
     if "isolate_recompiles" not in inspect.signature(torch.compile).parameters:
         return f"torch {torch.__version__} cannot keep compilations apart; torch 2.13 can"
     if device.type == "cpu":
