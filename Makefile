@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := "red heart" "grinning face" "pizza" "dog face" "rocket" "sunflower" "green apple" "soccer ball" "guitar"
 
-.PHONY: demo test test-golden test-kills test-ray test-compile test-oldest test-comfyui test-web test-docs fuzz soak docs lint clean
+.PHONY: demo test test-golden test-kills test-ray test-compile test-oldest test-comfyui test-web test-docs coverage fuzz soak docs lint clean
 
 demo: $(VENV)/installed
 	$(BIN)/paella-diffusers generate $(DEMO) --out demo.png
@@ -64,6 +64,10 @@ test-docs: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m pages tests/docs
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --nbmake --nbmake-timeout=600 docs/tutorials
 
+# lines and branches that the tests reach; the table of what they do not is printed at the end
+coverage: $(VENV)/installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --cov --cov-report=term-missing:skip-covered $(TESTS)
+
 # the site, into site/, without a network; a broken link or reference is an error
 docs: $(VENV)/installed
 	NO_MKDOCS_2_WARNING=1 PYTHONPATH=src $(BIN)/mkdocs build --quiet
@@ -82,4 +86,4 @@ $(VENV)/installed: requirements.txt setup.py
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-oldest .venv-comfyui site demo*.png
+	rm -rf $(VENV) .venv-oldest .venv-comfyui site .coverage demo*.png
