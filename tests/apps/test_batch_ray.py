@@ -43,7 +43,7 @@ def two_nodes(monkeypatch):
 
 def test_a_killed_worker_loses_nothing_and_makes_nothing_twice(two_nodes, tmp_path):
     tiny_pipeline().save_pretrained(tmp_path / "model")
-    source = write_rows(tmp_path / "rows.jsonl", [{"prompt": f"picture {number}"} for number in range(60)])
+    source = write_rows(tmp_path / "rows.jsonl", [{"prompt": f"picture {number}"} for number in range(30)])
     whole, out, notes = tmp_path / "whole", tmp_path / "out", tmp_path / "notes"
     notes.mkdir()
     run(make_job(source, whole), functools.partial(quiet_pipeline, str(tmp_path / "model")))
@@ -56,7 +56,7 @@ def test_a_killed_worker_loses_nothing_and_makes_nothing_twice(two_nodes, tmp_pa
     killer = threading.Thread(target=kill_one, daemon=True)
     killer.start()
     load = functools.partial(load_and_note, str(tmp_path / "model"), notes)
-    assert run(make_job(source, out), load, processes=2, engine="ray") == (20, 20, 0)
+    assert run(make_job(source, out), load, processes=2, engine="ray") == (10, 10, 0)
     killer.join()
     assert sum(node["Alive"] for node in two_nodes.nodes()) == 2
     print(f"{len(list(notes.iterdir()))} processes loaded the model, one was killed")

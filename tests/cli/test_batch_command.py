@@ -86,13 +86,13 @@ def test_what_is_refused(tmp_path, capsys, monkeypatch, arguments, message):
 # ----------------------------------------------------------------------------------------------------------------- kills
 
 
-def start(arguments: list[str], wait_for, signals=signal.SIGKILL, of_child: bool = False) -> subprocess.Popen:
+def start(arguments: list[str], wait_for, of_child: bool = False) -> subprocess.Popen:
     """Start a command, and kill it, or one of its processes, as soon as `wait_for()` is true."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     process = subprocess.Popen([sys.executable, "-m", "paella_diffusers.cli", *arguments], env=environment)
     while process.poll() is None and not wait_for():
         time.sleep(0.01)
-    os.kill(children(process.pid)[-1] if of_child else process.pid, signals)
+    os.kill(children(process.pid)[-1] if of_child else process.pid, signal.SIGKILL)
     process.wait()
     return process
 
@@ -104,20 +104,19 @@ def children(pid: int) -> list[int]:
 
 
 @pytest.mark.kills
-def test_killed_with_any_number_of_processes_and_started_with_another(model, prompts, tmp_path):
+@pytest.mark.parametrize("first, then", [(1, 2), (2, 1), (2, 3), (3, 2)])
+def test_killed_with_any_number_of_processes_and_started_with_another(model, prompts, tmp_path, first, then):
+    out = tmp_path / "out"
+    for shards, processes in ((1, first), (4, then), (6, first)):
+        process = start(
+            command(model, prompts, out, "--processes", str(processes)),
+            lambda: len(list(out.glob("??????.json"))) >= shards,  # noqa: B023
+        )
+        assert process.returncode == -signal.SIGKILL
+    assert main(command(model, prompts, out, "--processes", str(then))) == 0
     assert main(command(model, prompts, tmp_path / "whole")) == 0
-    whole, kills = contents(tmp_path / "whole"), 0
-    for first, then in ((1, 2), (2, 1), (2, 3), (3, 2)):
-        out = tmp_path / f"{first}-{then}"
-        for shards, processes in ((1, first), (4, then), (6, first)):
-            done = lambda count=shards, out=out: len(list(out.glob("??????.json"))) >= count
-            process = start(command(model, prompts, out, "--processes", str(processes)), done)
-            assert process.returncode == -signal.SIGKILL
-            kills += 1
-        assert main(command(model, prompts, out, "--processes", str(then))) == 0
-        assert contents(out) == whole
-        assert not leftovers(out)
-    print(f"{kills} kills of the command")
+    assert contents(out) == contents(tmp_path / "whole")
+    assert not leftovers(out)
 
 
 @pytest.mark.kills

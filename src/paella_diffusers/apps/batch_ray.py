@@ -29,6 +29,7 @@ def draw_in_actors(job: Job, load: Callable, shards: list[int], most: int | None
         return
     if not ray.is_initialized():
         ray.init()  # the cluster of RAY_ADDRESS, or else one on this machine
+    ray.data.DataContext.get_current().enable_progress_bars = False  # there is one, of all engines
     on_gpus = ray.cluster_resources().get("GPU", 0) > 0
     drawn = ray.data.from_items([{"shard": index} for index in shards], override_num_blocks=len(shards)).map_batches(
         ShardActor,

@@ -47,6 +47,9 @@ def add_batch(commands):
 def batch(args: argparse.Namespace):
     """Draw what is not done yet, and say what is."""
     columns = _check(args)
+    # processes of a cluster run in other folders
+    args.prompts, args.model, *args.lora = map(_absolute, (args.prompts, args.model, *args.lora))
+    args.out = args.out if "://" in args.out else os.path.abspath(args.out)
     rank, world_size = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
 
     import torch  # seconds, from here on
@@ -77,6 +80,10 @@ def batch(args: argparse.Namespace):
     if rank == 0:
         refused = f"; {result.errors} rows were refused: see *.errors.jsonl" if result.errors else ""
         print(f"{args.out}: {result.shards_done} of {result.num_shards} shards{refused}")
+
+
+def _absolute(source: str) -> str:
+    return os.path.abspath(source) if os.path.exists(source) else source
 
 
 def _check(args) -> dict[str, str]:
