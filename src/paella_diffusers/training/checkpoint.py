@@ -43,7 +43,15 @@ FIXED = [
     "train_text_encoder",
     "decoder_only",
 ]  # checkpoints of others do not fit
-POSITION = ["data", "batch_size", "num_workers", "seed", "max_train_samples", "processes"]  # others cannot resume mid-epoch
+POSITION = [
+    "data",
+    "batch_size",
+    "num_workers",
+    "seed",
+    "max_train_samples",
+    "processes",
+    "aspect_ratio_buckets",
+]  # others cannot resume mid-epoch
 
 
 class DamagedCheckpoint(Exception):

@@ -23,10 +23,12 @@ from PIL import Image
 from torch.utils.data import IterableDataset, get_worker_info
 
 from ..pipelines.image_reading import open_image, to_rgb
+from .buckets import Buckets
 
 logger = logging.get_logger(__name__)
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+WINDOW = 1000  # samples that are shuffled, or put into buckets, together
 INTERPOLATIONS = ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos")  # of Pillow
 # what `examples/precompute.py` can store of a sample, with the number of dimensions
 DIMENSIONS = {"tokens": 2, "prompt_embeds": 2, "clip_text_embeds": 1, "clip_image_embeds": 1}
@@ -145,6 +147,7 @@ class SampleTransform:
 
     Attributes:
         arrays ([`StoredArrays`]): What computed arrays must be; set by who knows the model.
+        buckets ([`Buckets`], *optional*): Sizes to crop to instead of the square one; set by [`SampleStream.use_buckets`].
     """
 
     def __init__(
@@ -159,7 +162,7 @@ class SampleTransform:
         self.resolution, self.quality, self.captions = resolution, quality, captions
         self.center_crop, self.random_flip = center_crop, random_flip
         self.interpolation = Image.Resampling[interpolation.upper()]
-        self.arrays = StoredArrays()
+        self.arrays, self.buckets = StoredArrays(), None
 
     def __call__(self, raw: dict, rng: random.Random) -> dict | None:
         """The sample, or None if it is not wanted. Raises anything if it cannot be read."""
@@ -186,16 +189,23 @@ class SampleTransform:
 
     def _pixels(self, image: Image.Image, rng: random.Random) -> torch.Tensor:
         image = to_rgb(image, "the image")
+        if self.buckets is None:
+            image = self._square(image, rng)
+        else:
+            place = (0.5, 0.5) if self.center_crop else (rng.random(), rng.random())
+            image = self.buckets.crop(image, self.interpolation, place)
+        if self.random_flip and rng.random() < 0.5:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
+
+    def _square(self, image: Image.Image, rng: random.Random) -> Image.Image:
         scale = self.resolution / min(image.size)
         if scale != 1:
             size = [max(self.resolution, round(side * scale)) for side in image.size]
             image = image.resize(size, self.interpolation)
         free = [side - self.resolution for side in image.size]
         left, top = (side // 2 if self.center_crop else rng.randint(0, side) for side in free)
-        image = image.crop((left, top, left + self.resolution, top + self.resolution))
-        if self.random_flip and rng.random() < 0.5:
-            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
+        return image.crop((left, top, left + self.resolution, top + self.resolution))
 
 
 class SampleStream(IterableDataset):
@@ -231,6 +241,7 @@ class SampleStream(IterableDataset):
         self.process_index, self.num_processes = process_index, num_processes
         self.epoch, self.position = 0, None  # the position is None, or what a subclass gave with the last sample
         self.begin = 0.0  # the share of this epoch that is left out
+        self.buckets = None  # with buckets, each `batch_size` samples from the first on have one size
         self.skipped = {"unreadable": 0, "filtered": 0}  # since the last sample
 
     def raw_samples(self, part: int, parts: int) -> Iterator[tuple]:
@@ -239,6 +250,10 @@ class SampleStream(IterableDataset):
         only it has, and what reads it.
         """
         raise NotImplementedError
+
+    def use_buckets(self, buckets: Buckets):
+        """Give batches of one size each."""
+        self.buckets = self.transform.buckets = buckets
 
     def start(self, epochs: float):
         """Begin after so many epochs, whatever the number of parts was before."""
@@ -256,32 +271,38 @@ class SampleStream(IterableDataset):
         part, parts = self.process_index * workers + index, self.num_processes * workers
         empty_epochs = 0
         while self.epochs is None or self.epoch < self.epochs:
-            samples, error = 0, None
+            samples, self.error = 0, None
             whole_epoch = self.position is None and not self.begin
-            for position, share, name, read in self.raw_samples(part, parts):
-                self.position = position
-                try:
-                    sample = self.transform(read(), random.Random(f"{self.seed} {self.epoch} {name}"))
-                except Exception as problem:  # whatever it is: a decoder's errors are of any kind
-                    self.skipped["unreadable"] += 1
-                    error = f"{name}: {type(problem).__name__}: {problem}"
-                    logger.info(f"Skipped a sample that cannot be read, {error}")
-                    continue
-                if sample is None:
-                    self.skipped["filtered"] += 1
-                    continue
-                samples += 1
-                skipped, self.skipped = self.skipped, dict.fromkeys(self.skipped, 0)
-                yield sample | skipped | {"epochs": self.epoch + share}
+            raw = self.raw_samples(part, parts)
+            while group := list(islice(raw, 1 if self.buckets is None else self.buckets.batch_size)):
+                self.position, share, *_ = group[-1]
+                found = [sample for _, _, name, read in group if (sample := self._sample(name, read)) is not None]
+                for number in range(len(group) if found else 0):  # a batch's readable samples stand in for the others
+                    samples += 1
+                    skipped, self.skipped = self.skipped, dict.fromkeys(self.skipped, 0)
+                    yield found[number % len(found)] | skipped | {"epochs": self.epoch + share}
             empty_epochs = 0 if samples else empty_epochs + whole_epoch
             # with less samples than parts, some have none in an epoch
             if empty_epochs and (sum(self.skipped.values()) or empty_epochs > parts) and self.epochs is None:
                 raise ValueError(
                     f"No sample of {self} could be used: {self.skipped['unreadable']} are unreadable"
-                    + (f" (the last: {error})" if error else "")
+                    + (f" (the last: {self.error})" if self.error else "")
                     + f" and {self.skipped['filtered']} were filtered out."
                 )
             self.epoch, self.position, self.begin = self.epoch + 1, None, 0.0
+
+    def _sample(self, name: str, read: Callable) -> dict | None:
+        """A sample, or None if it cannot be read or is not wanted, which is counted."""
+        try:
+            sample = self.transform(read(), random.Random(f"{self.seed} {self.epoch} {name}"))
+        except Exception as problem:  # whatever it is: a decoder's errors are of any kind
+            self.skipped["unreadable"] += 1
+            self.error = f"{name}: {type(problem).__name__}: {problem}"
+            logger.info(f"Skipped a sample that cannot be read, {self.error}")
+            return None
+        if sample is None:
+            self.skipped["filtered"] += 1
+        return sample
 
     def state_dict(self) -> dict:
         return {"epoch": self.epoch, "position": self.position, "begin": self.begin}
@@ -316,14 +337,36 @@ class RowStream(SampleStream):
         if self.shuffle:
             order = np.random.default_rng((self.seed, self.epoch)).permutation(len(self.rows))
         turns = self.turns(len(order), part, parts)  # all processes together have the batches of one
+        if self.buckets is not None:
+            yield from self._bucketed(order, turns, part)
+            return
         for position in turns if self.position is None else range(self.position + parts, len(order), parts):
             number = int(order[position])
             yield position, (position + 1) / len(order), f"row {number}", partial(self._read, number)
 
+    def _bucketed(self, order: np.ndarray, turns: range, part: int):
+        """As `raw_samples`, in batches of one size, which are made of windows of this part's turns."""
+        first_window, first = self.position or (0, -1)
+        for window in range(first_window, -(-len(turns) // WINDOW)):
+            places = turns[window * WINDOW : (window + 1) * WINDOW]
+            images = [self._image(self.rows[int(order[place])]) for place in places]
+            rng = random.Random(f"{self.seed} {self.epoch} {part} {window}")
+            arranged = self.buckets.arrange(images, rng)
+            for index in range(first + 1, len(arranged)):
+                number, again = arranged[index]
+                row = int(order[places[number]])
+                share = (places[-1] + 1) / len(order)
+                yield (window, index), share, f"row {row}{f' {again}' * bool(again)}", partial(self._read, row)
+            first = -1
+
+    def _image(self, row: dict) -> bytes | str:
+        return row[self.image_column]["bytes"] or row[self.image_column]["path"]
+
     def _read(self, number: int) -> dict:
         row = self.rows[number]
-        image = row.pop(self.image_column)
-        return {"image": image["bytes"] or image["path"], "text": row.pop(self.text_column, None), "metadata": row}
+        image = self._image(row)
+        row.pop(self.image_column)
+        return {"image": image, "text": row.pop(self.text_column, None), "metadata": row}
 
 
 class _Member(tarfile.TarInfo):
@@ -351,7 +394,7 @@ class ShardStream(SampleStream):
         window (`int`, defaults to 1000): Samples that are in memory, still compressed, to be shuffled.
     """
 
-    def __init__(self, shards: list[str], *args, window: int = 1000, **kwargs):
+    def __init__(self, shards: list[str], *args, window: int = WINDOW, **kwargs):
         super().__init__(*args, **kwargs)
         self.shards, self.window = sorted(shards), window
 
@@ -386,9 +429,15 @@ class ShardStream(SampleStream):
             while window := list(islice(samples, self.window)):
                 if self.shuffle:
                     random.Random(f"{self.seed} {self.epoch} {shard} {offset} {count}").shuffle(window)
-                for index in range(first + 1, len(window)):
-                    name = f"{window[index]['__key__']} of {shard}"
-                    yield (number, count, index), number / len(units), name, partial(self._parse, window[index])
+                places = [(place, 0) for place in range(len(window))]
+                if self.buckets is not None:
+                    images = [self._parse(sample)["image"] for sample in window]
+                    rng = random.Random(f"{self.seed} {self.epoch} {shard} {offset} {count} buckets")
+                    places = self.buckets.arrange(images, rng)
+                for index in range(first + 1, len(places)):
+                    sample, again = window[places[index][0]], places[index][1]
+                    name = f"{sample['__key__']} of {shard}{f' {again}' * bool(again)}"
+                    yield (number, count, index), number / len(units), name, partial(self._parse, sample)
                 count, first = count + 1, -1
 
     def _read(self, shard: str) -> Iterator[dict]:

@@ -41,6 +41,8 @@ def check_dreambooth_arguments(parser: argparse.ArgumentParser, args: argparse.N
         parser.error(f"--with-prior-preservation needs --{missing[0].replace('_', '-')}")
     if not args.with_prior_preservation and len(missing) < 2:
         parser.error("--class-data-dir and --class-prompt are of no use without --with-prior-preservation")
+    if args.aspect_ratio_buckets:
+        parser.error("--aspect-ratio-buckets: DreamBooth's pictures and those of the class have one size; leave it out")
     for name in ("num_class_images", "sample_batch_size"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")

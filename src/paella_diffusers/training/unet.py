@@ -13,6 +13,7 @@ from ..loaders.original_repo import has_original_layout
 from ..models.unet_paella import PaellaUNet
 from ..pipelines.pipeline_paella import PaellaPipeline
 from .arguments import add_pretrained, pretrained_options
+from .buckets import Buckets
 from .card import publish
 from .conditioning import Encoder, drop_conditioning
 from .data import StoredArrays
@@ -28,7 +29,7 @@ def train_unet(run: TrainingRun, unet: Trained, frozen: "FrozenParts"):
         generator = run.generator()  # of this pass, and the same in every process
         dropped = drop_conditioning(generator, args.text_dropout, args.clip_text_dropout, args.clip_image_dropout)
         tokens, conditioning = frozen.encoder.tokens(batch), frozen.encoder.conditioning(batch, dropped)
-        frozen.grid = tokens.shape[1:]
+        frozen.grid = frozen.grid or tokens.shape[1:]
         timestep = draw_timesteps(len(tokens), generator, run.part).to(tokens.device)
         noised, mask = corrupt(tokens, timestep, num_tokens, generator, run.part)
         with accelerator.autocast():
@@ -60,6 +61,7 @@ def add_unet_arguments(parser: argparse.ArgumentParser):
     """The arguments of the functions here."""
     add_pretrained(parser, "a Paella: a folder or Hub id")
     add = parser.add_argument_group("Paella").add_argument
+    add("--aspect-ratio-buckets", action="store_true", help="crop to the nearest of several sizes, one size a batch")
     add("--label-smoothing", type=float, default=0.1)
     add("--clean-weight", type=float, default=0.3, help="loss weight of tokens without noise, at t = 0")
     add("--text-dropout", type=float, default=0.05, help="share of batches without the ByT5 prompt")
@@ -91,13 +93,18 @@ class FrozenParts:
         if resolution % multiple:
             raise ValueError(f"--resolution must be divisible by {multiple}, for VQGAN and U-Net, got {resolution}.")
         self._expect_arrays(computed, resolution)
+        if args.aspect_ratio_buckets and computed.parts:
+            raise ValueError(f"--aspect-ratio-buckets needs pictures, but {args.data} has computed arrays of one size.")
+        if args.aspect_ratio_buckets:
+            run.stream.use_buckets(Buckets(resolution, multiple, args.batch_size))
         self.pipe.set_progress_bar_config(disable=True)
         self.encode_prompts()
         self.pipe.register_modules(**dict.fromkeys(computed.spare))
         if self.pipe.prior is not None:
             self.pipe.prior.eval().requires_grad_(False).to(device)
         self.encoder = Encoder(self.pipe, computed.empty).to(device, half=run.accelerator.mixed_precision != "no")
-        self.grid = None  # height and width of the last batch in tokens
+        side = resolution // self.pipe.vqgan.patch_size
+        self.grid = (side, side) if args.aspect_ratio_buckets else None  # height and width of sheets' pictures in tokens
 
     def _expect_arrays(self, computed: "Computed", resolution: int):
         sizes, side = self.pipe.unet.config, resolution // self.pipe.vqgan.patch_size
@@ -114,7 +121,7 @@ class FrozenParts:
         self.prompts = {name: None if part is None else part.to(device) for name, part in zip(names, encoded)}
 
     def draw(self) -> Image.Image:
-        """A row of pictures of the batches' size, one for each of `--prompts`."""
+        """A row of pictures of the batches' size, with buckets the square one, one for each of `--prompts`."""
         args = self.run.args
         height, width = (side * self.pipe.vqgan.patch_size for side in self.grid)
         generator = [torch.Generator().manual_seed(args.seed) for _ in args.prompts]
