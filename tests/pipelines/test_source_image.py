@@ -151,7 +151,7 @@ def test_large_enlargements_are_said_once(caplog):
     for size, said in [((160, 96), 0), ((500, 300), 1)]:
         caplog.clear()
         source = prepare_source([photo(*size)] * 2, RULE, height=None)
-        source.restore(source.image)
+        source.warn_if_enlarged(source.image)
         assert len(caplog.records) == said
     assert "enlarged 6.2 times to the size of `image`: they were generated at 80×48 pixels" in caplog.text
 
