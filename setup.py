@@ -29,7 +29,7 @@ EXTRAS = {
         *("fastapi>=0.115", "starlette>=0.40", "pydantic>=2.7"),
         *("uvicorn>=0.30", "python-multipart>=0.0.18", "prometheus-client>=0.20"),
     ],
-    "batch": ["datasets>=3.0", "pyarrow>=16.0", "webdataset>=0.2.100"],
+    "batch": ["datasets>=3.0", "fsspec>=2024.2", "pyarrow>=16.0", "webdataset>=0.2.100"],
     "ray": ["ray[data]>=2.40"],
     "emoji": ["resvg_py>=0.2"],  # examples/train_emoji.py
 }

@@ -12,7 +12,7 @@ from PIL import Image
 
 import paella_diffusers
 from paella_diffusers.cli import main
-from paella_diffusers.cli.checks import _local_model
+from paella_diffusers.cli.checks import local_model
 from paella_diffusers.cli.options import OPTIONAL_COMPONENTS, make_parser
 from paella_diffusers.cli.values import SCHEDULERS, scheduler_settings
 
@@ -160,11 +160,11 @@ def parse(*arguments):
 
 def test_sizes_come_from_the_folder(pretrained):
     pipe = paella_diffusers.PaellaPipeline.from_pretrained(pretrained)
-    local = _local_model(parse("--model", pretrained))
+    local = local_model(parse("--model", pretrained))
     assert local.patch_size == pipe.vae_scale_factor == 4
     assert local.multiple == pipe.vae_scale_factor * pipe.unet.sample_multiple == 16
     assert (local.side, local.num_tokens) == (32, 32)
-    assert _local_model(parse("--model", "dome272/Paella")) is None
+    assert local_model(parse("--model", "dome272/Paella")) is None
 
 
 def test_damaged_folders_are_refused(tmp_path, capsys):
