@@ -4,10 +4,10 @@ import argparse
 import importlib.util
 import ipaddress
 import os
-import socket
 from pathlib import Path
 
 from ..about import pip_install
+from .address import add_address_options, bind
 from .checks import check_adapters, local_model
 from .draw import load
 from .model_options import add_model_options
@@ -94,30 +94,11 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def bind(host: str, port: int) -> socket.socket:
-    """A socket at the address; nothing is answered on it yet."""
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(family, kind, protocol)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-    except OSError as error:
-        raise ValueError(f"--host {host} --port {port}: {error.strerror or error}.") from None
-    return listener
-
-
 # ---------------------------------------------------------------------------------------------------------------- options
 
 
 def _add_address(group):
-    group.add_argument(
-        "--host",
-        default="127.0.0.1",
-        metavar="ADDRESS",
-        help="where to listen; other machines reach it with 0.0.0.0, which needs an API key (default: %(default)s)",
-    )
-    port = number(int, at_least=0, at_most=65535)
-    group.add_argument("--port", type=port, default=8000, metavar="N", help="0 takes a free one (default: %(default)s)")
+    add_address_options(group, port=8000, others="which needs an API key")
     group.add_argument(
         "--api-key-file",
         type=Path,

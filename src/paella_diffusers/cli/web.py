@@ -4,10 +4,10 @@ import argparse
 import importlib.util
 
 from ..about import pip_install
+from .address import add_address_options, bind
 from .checks import check_adapters, local_model
 from .draw import load, load_options
 from .model_options import add_model_options
-from .serve import bind
 from .values import number
 
 
@@ -20,14 +20,7 @@ def add_web(commands):
     )
     parser.set_defaults(run=web, scheduler=None)
     group = parser.add_argument_group("address")
-    group.add_argument(
-        "--host",
-        default="127.0.0.1",
-        metavar="ADDRESS",
-        help="where to listen; with 0.0.0.0 other machines reach it, without a password (default: %(default)s)",
-    )
-    port = number(int, at_least=1, at_most=65535)
-    group.add_argument("--port", type=port, default=7860, metavar="N", help="(default: %(default)s)")
+    add_address_options(group, port=7860, others="without a password")
     many = number(int, at_least=1, at_most=1024)
     group.add_argument(
         "--at-once", type=many, default=1, metavar="N", help="pictures drawn at once; others wait (default: %(default)s)"
@@ -41,13 +34,14 @@ def web(args: argparse.Namespace):
         raise ValueError(f"web needs Gradio: {pip_install('web')}")
     check_adapters(args)
     local_model(args)
-    bind(args.host, args.port).close()  # or it is refused
+    with bind(args.host, args.port) as listener:  # or it is refused
+        port = listener.getsockname()[1]
     pipe = load(args)
 
     from ..apps.web import launch, make_page
 
     page = make_page(pipe, args.at_once, load_options(args), adapters_code(args))
-    _, address, _ = launch(page, args.host, args.port, quiet=True, prevent_thread_lock=True)
+    _, address, _ = launch(page, args.host, port, quiet=True, prevent_thread_lock=True)
     print(f"The page is at {address} until Ctrl-C.", flush=True)
     page.block_thread()
 
