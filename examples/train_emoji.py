@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from emoji_model import data, image, scoring, sheets, text, unet, vqgan
 from emoji_model.captions import Captions, colours_of, keywords_of
-from emoji_model.fit import has_tiles, log
+from emoji_model.fit import has_fast_bfloat16, log
 
 from paella_diffusers import PaellaClassifierFreeGuidance, PaellaPipeline, PaellaScheduler
 from paella_diffusers.schedulers.scheduling_ddim_wuerstchen import DDIMWuerstchenScheduler
@@ -77,7 +77,7 @@ def train(args) -> tuple[data.Icons, Captions, PaellaPipeline]:
     """The data, and the pipeline: from the output folder if it is there."""
     args.work_dir.mkdir(parents=True, exist_ok=True)
     threads = f"{torch.get_num_threads()} threads of {os.cpu_count()} processors"
-    log(args.work_dir, f"start: {threads}, {'bfloat16 in tiles' if has_tiles() else 'float32'}")
+    log(args.work_dir, f"start: {threads}, {'bfloat16' if has_fast_bfloat16() else 'float32'}")
     icons = data.load(args.work_dir)
     cells = data.training_cells(icons, args.held_out, args.held_out_count)
     words = Captions(icons.names, keywords_of(icons, args.work_dir), colours_of(icons.images(0)))

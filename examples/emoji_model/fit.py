@@ -23,15 +23,16 @@ def log(work_dir: Path, message: str):
         file.write(line + "\n")
 
 
-def has_tiles() -> bool:
-    """Whether this processor multiplies bfloat16 matrices in tiles (AMX); without, float32 is faster."""
+def has_fast_bfloat16() -> bool:
+    """Whether this processor multiplies bfloat16 matrices, in tiles (AMX) or vectors; without, float32 is faster."""
     cpuinfo = Path("/proc/cpuinfo")
-    return cpuinfo.exists() and "amx_bf16" in cpuinfo.read_text()
+    flags = cpuinfo.read_text().split() if cpuinfo.exists() else []
+    return "amx_bf16" in flags or "avx512_bf16" in flags
 
 
 def autocast():
     """bfloat16 where it is faster."""
-    return torch.autocast("cpu", torch.bfloat16) if has_tiles() else contextlib.nullcontext()
+    return torch.autocast("cpu", torch.bfloat16) if has_fast_bfloat16() else contextlib.nullcontext()
 
 
 def adamw(module: nn.Module, lr: float, weight_decay: float = 0.01, fast: str = "") -> torch.optim.AdamW:
