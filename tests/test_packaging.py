@@ -127,6 +127,13 @@ def test_what_is_imported_is_declared(built):
     assert {"numpy", "tqdm"} <= base
 
 
+def test_every_file_names_the_same_version():
+    version = ABOUT["__version__"]
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
+    headings = re.findall(r"(?m)^## \[([\d.]+)\] - \d{4}-\d{2}-\d{2}$", (ROOT / "CHANGELOG.md").read_text())
+    assert headings[0] == version
+
+
 def test_extras():
     extras = SETUP["EXTRAS"]
     assert extras["lora"] == [requirement for requirement in extras["train"] if requirement.startswith("peft")]

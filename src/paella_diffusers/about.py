@@ -1,6 +1,6 @@
 """What changes at a release, in one place: setup.py, error messages, model cards and the command line read it."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 DIFFUSERS = "diffusers>=0.42,<0.43"  # the versions that are tested: `registration.py` extends private tables of theirs
 
 AUTHOR = "The paella-diffusers authors"  # as in LICENSE
