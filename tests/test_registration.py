@@ -1,19 +1,37 @@
-"""The package as a plugin: plain diffusers finds our classes. Each case runs in a process with imports of its own."""
+"""The package as a plugin: plain diffusers finds our classes. Where imports matter, a case has a process of its own."""
 
 import json
-import os
 import re
 import shutil
 import subprocess
 import sys
 
+import diffusers
 import pytest
 import torch
 from conftest import TINY_UNET, tiny_components, tiny_pipeline, tiny_unet
+from diffusers import (
+    AutoModel,
+    AutoPipelineForImage2Image,
+    AutoPipelineForInpainting,
+    AutoPipelineForText2Image,
+    ClassifierFreeGuidance,
+)
 
-from paella_diffusers import PaellaUNet
+from paella_diffusers import (
+    PaellaClassifierFreeGuidance,
+    PaellaImg2ImgPipeline,
+    PaellaInpaintPipeline,
+    PaellaInversionPipeline,
+    PaellaPipeline,
+    PaellaPrior,
+    PaellaUNet,
+    VQModel,
+)
 from paella_diffusers.about import DIFFUSERS
 from paella_diffusers.registration import library_names
+
+AUTOMATIC = (AutoPipelineForText2Image, AutoPipelineForImage2Image, AutoPipelineForInpainting)
 
 
 @pytest.fixture(scope="module")
@@ -41,53 +59,70 @@ def test_plain_diffusion_pipeline_returns_ours(saved, imports):
 
 def test_from_the_hub(saved, hub, tmp_path):
     shutil.copytree(saved, hub.repo("someone/finetune"), dirs_exist_ok=True)
-    code = (
-        "import sys, paella_diffusers; from diffusers import DiffusionPipeline; "
-        "pipe = DiffusionPipeline.from_pretrained('someone/finetune', cache_dir=sys.argv[1]); "
-        "print(type(pipe.unet).__name__)"
-    )
-    assert os.environ["HF_ENDPOINT"] == hub.endpoint
-    assert run(code, tmp_path) == "PaellaUNet"
+    pipe = diffusers.DiffusionPipeline.from_pretrained("someone/finetune", cache_dir=tmp_path)
+    assert type(pipe.unet) is PaellaUNet
 
 
-def test_automatic_pipelines_and_models(saved):
-    code = (
-        "import sys, paella_diffusers; from diffusers import AutoModel, AutoPipelineForText2Image; "
-        "print(type(AutoPipelineForText2Image.from_pretrained(sys.argv[1])).__name__, "
-        "*[type(AutoModel.from_pretrained(sys.argv[1], subfolder=s)).__name__ for s in ('unet', 'vqgan', 'prior')], "
-        "type(AutoModel.from_pretrained(sys.argv[1] + '/unet')).__name__)"
-    )
-    assert run(code, saved) == "PaellaPipeline PaellaUNet PaellaVQModel PaellaPrior PaellaUNet"
+def test_automatic_models(saved):
+    for name, cls in (("unet", PaellaUNet), ("vqgan", VQModel), ("prior", PaellaPrior)):
+        assert type(AutoModel.from_pretrained(str(saved), subfolder=name)) is cls
+    assert type(AutoModel.from_pretrained(f"{saved}/unet")) is PaellaUNet
 
 
 def test_automatic_pipelines_between_tasks(saved):
-    code = (
-        "import sys, paella_diffusers; from diffusers import AutoPipelineForText2Image as T, "
-        "AutoPipelineForImage2Image as I, AutoPipelineForInpainting as P; "
-        "names = [type(A.from_pretrained(sys.argv[1])).__name__ for A in (T, I, P)]; "
-        "pipe = T.from_pretrained(sys.argv[1]); other = I.from_pipe(pipe); "
-        "print(*names, *[type(A.from_pipe(pipe)).__name__ for A in (I, P)], type(T.from_pipe(other)).__name__, "
-        "other.unet is pipe.unet)"
-    )
-    three = "PaellaPipeline PaellaImg2ImgPipeline PaellaInpaintPipeline"
-    assert run(code, saved) == f"{three} PaellaImg2ImgPipeline PaellaInpaintPipeline PaellaPipeline True"
+    text, image, inpaint = (automatic.from_pretrained(saved) for automatic in AUTOMATIC)
+    assert [type(pipe) for pipe in (text, image, inpaint)] == [
+        PaellaPipeline,
+        PaellaImg2ImgPipeline,
+        PaellaInpaintPipeline,
+    ]
+    other = AutoPipelineForImage2Image.from_pipe(text)
+    assert type(other) is PaellaImg2ImgPipeline and other.unet is text.unet
+    assert type(AutoPipelineForInpainting.from_pipe(text)) is PaellaInpaintPipeline
+    assert type(AutoPipelineForText2Image.from_pipe(other)) is PaellaPipeline
+
+
+def test_automatic_pipelines_of_an_inversion(saved, tmp_path):
+    """It is image to image: its folder gives it back, and the other tasks take its components."""
+    inversion = PaellaInversionPipeline.from_pretrained(saved)
+    text = AutoPipelineForText2Image.from_pipe(inversion)
+    assert text.unet is inversion.unet
+    assert type(AutoPipelineForImage2Image.from_pipe(text)) is PaellaImg2ImgPipeline
+    inversion.save_pretrained(tmp_path)
+    expected = [PaellaPipeline, PaellaInversionPipeline, PaellaInpaintPipeline]
+    assert [type(automatic.from_pipe(inversion)) for automatic in AUTOMATIC] == expected
+    assert [type(automatic.from_pretrained(tmp_path)) for automatic in AUTOMATIC] == expected
 
 
 def test_modular_pipelines(saved):
     """From the folder of a plain pipeline, without remote code."""
-    code = (
-        "import sys, paella_diffusers; from diffusers import ModularPipeline; "
-        "lazy = 'paella_diffusers.modular' not in sys.modules; pipe = ModularPipeline.from_pretrained(sys.argv[1]); "
-        "pipe.load_components(); images = pipe(prompt='a', num_inference_steps=1, output='images'); "
-        "print(lazy, type(pipe).__name__, type(pipe.unet).__name__, images[0].size)"
-    )
-    assert run(code, saved) == "True PaellaModularPipeline PaellaUNet (32, 32)"
+    pipe = diffusers.ModularPipeline.from_pretrained(saved)
+    pipe.load_components()
+    images = pipe(prompt="a", num_inference_steps=1, output="images")
+    assert type(pipe).__name__ == "PaellaModularPipeline" and type(pipe.unet) is PaellaUNet
+    assert images[0].size == (32, 32)
+
+
+def test_guiders_are_saved_and_loaded_by_plain_diffusers(saved, tmp_path):
+    """Ours and theirs, alone and in a pipeline."""
+    pipe = diffusers.DiffusionPipeline.from_pretrained(saved)
+    for library, cls in (("paella_diffusers", PaellaClassifierFreeGuidance), ("diffusers", ClassifierFreeGuidance)):
+        pipe.guider = cls(guidance_scale=3.0)
+        folder = tmp_path / library
+        pipe.save_pretrained(folder)
+        again = diffusers.DiffusionPipeline.from_pretrained(folder)
+        diffusers.DiffusionPipeline.save_pretrained(again, folder / "again")
+        index = json.loads((folder / "again/model_index.json").read_text())
+        alone = cls.from_pretrained(folder / "again", subfolder="guider")
+        assert index["guider"] == [library, cls.__name__]
+        assert again.guider.config.guidance_scale == alone.config.guidance_scale == 3.0
 
 
 def test_names_on_diffusers_load_lazily():
     code = (
         "import sys, paella_diffusers, diffusers, diffusers.pipelines; from diffusers import DiffusionPipeline; "
-        "lazy = not any(name.startswith('paella_diffusers.pipelines') for name in sys.modules); "
+        "parts = ('pipelines', 'modular', 'sampling'); "
+        "lazy = not any(name.startswith('paella_diffusers.' + part) for name in sys.modules for part in parts); "
         "same = diffusers.PaellaPipeline is diffusers.pipelines.PaellaPipeline is paella_diffusers.PaellaPipeline; "
         "print(lazy, same, diffusers.PaellaUNet is paella_diffusers.PaellaUNet)"
     )
@@ -102,20 +137,6 @@ def test_asking_for_diffusers_is_not_importing_it():
     assert run(code) == "PaellaPipeline"
 
 
-def test_automatic_pipelines_of_an_inversion(saved, tmp_path):
-    """It is image to image: its folder gives it back, and the other tasks take its components."""
-    code = (
-        "import sys, paella_diffusers; from diffusers import AutoPipelineForText2Image as T, "
-        "AutoPipelineForImage2Image as I, AutoPipelineForInpainting as P; "
-        "inversion = paella_diffusers.PaellaInversionPipeline.from_pretrained(sys.argv[1]); "
-        "text = T.from_pipe(inversion); inversion.save_pretrained(sys.argv[2]); "
-        "print(*[type(A.from_pipe(inversion)).__name__ for A in (T, I, P)], text.unet is inversion.unet, "
-        "type(I.from_pipe(text)).__name__, *[type(A.from_pretrained(sys.argv[2])).__name__ for A in (T, I, P)])"
-    )
-    three = "PaellaPipeline PaellaInversionPipeline PaellaInpaintPipeline"
-    assert run(code, saved, tmp_path) == f"{three} True PaellaImg2ImgPipeline {three}"
-
-
 def test_library_names_are_those_of_public_classes():
     """A subclass of a user's is not of this library, whatever its name is."""
     unet = tiny_unet()
@@ -125,27 +146,6 @@ def test_library_names_are_those_of_public_classes():
     assert library_names(components) == {"ours": ours, "compiled": ours}
     named = library_names({"processor": tiny_components()["feature_extractor"]})  # its class depends on torchvision
     assert named in ({}, {"processor": ("transformers", "CLIPImageProcessor")})
-
-
-def test_guiders_are_saved_and_loaded_by_plain_diffusers(saved, tmp_path):
-    """Ours and theirs, alone and in a pipeline; without importing this package's guidance until it is used."""
-    code = (
-        "import json, sys, diffusers, paella_diffusers; from diffusers import DiffusionPipeline; loaded = []\n"
-        "assert 'paella_diffusers.sampling' not in sys.modules\n"
-        "pipe = DiffusionPipeline.from_pretrained(sys.argv[1])\n"
-        "for cls in (diffusers.PaellaClassifierFreeGuidance, diffusers.ClassifierFreeGuidance):\n"
-        "    pipe.guider = cls(guidance_scale=3.0)\n"
-        "    folder = f'{sys.argv[2]}/{cls.__name__}'\n"
-        "    pipe.save_pretrained(folder)\n"
-        "    again = DiffusionPipeline.from_pretrained(folder)\n"
-        "    DiffusionPipeline.save_pretrained(again, folder + '/again')\n"
-        "    index = json.load(open(folder + '/again/model_index.json'))\n"
-        "    alone = cls.from_pretrained(folder + '/again', subfolder='guider')\n"
-        "    loaded.append([*index['guider'], again.guider.config.guidance_scale, alone.config.guidance_scale])\n"
-        "print(json.dumps(loaded))"
-    )
-    expected = [["paella_diffusers", "PaellaClassifierFreeGuidance"], ["diffusers", "ClassifierFreeGuidance"]]
-    assert json.loads(run(code, saved, tmp_path)) == [[*names, 3.0, 3.0] for names in expected]
 
 
 TABLES = {
