@@ -194,7 +194,7 @@ def bias(args):
     table(["TV after steps", *steps], rows)
 
 
-def plot(path: Path, steps: list[int], curves: dict, label: str, log: bool, xlabel: str = "U-Net evaluations"):
+def plot(path: Path, steps: list[int], curves: dict, label: str, log: bool, xlabel: str = "U-Net evaluations", base=2):
     import matplotlib
 
     matplotlib.use("Agg")
@@ -204,7 +204,8 @@ def plot(path: Path, steps: list[int], curves: dict, label: str, log: bool, xlab
     for number, (name, values) in enumerate(curves.items()):
         style = {"marker": "osD^vP*X<>"[number % 10], "linestyle": "--" if number >= 10 else "-"}  # colours repeat after ten
         axes.plot(steps, values, markersize=4, linewidth=1.2, label=name, **style)
-    axes.set_xscale("log", base=2)
+    if base is not None:
+        axes.set_xscale("log", base=base)
     axes.set_xticks(steps, steps)
     if log:
         axes.set_yscale("log")

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from paella_diffusers import PaellaPipeline
 from paella_diffusers.loaders.atomic import atomic_file
 from paella_diffusers.training.conditioning import Encoder
-from paella_diffusers.training.data import ARRAYS, SampleTransform, add_filters, collate, load_stream, quality_filter
+from paella_diffusers.training.data import COMPUTED, SampleTransform, add_filters, collate, load_stream, quality_filter
 
 
 def parse_args(args=None):
@@ -34,7 +34,7 @@ def parse_args(args=None):
     add("--data", required=True, help="as for train_paella.py")
     add("--pretrained", required=True, help="a Paella: a folder or Hub id")
     add("--output-dir", type=Path, required=True)
-    add("--parts", nargs="+", choices=ARRAYS, default=list(ARRAYS), help="what to compute")
+    add("--parts", nargs="+", choices=COMPUTED, default=list(COMPUTED), help="what to compute")
     add("--resolution", type=int, default=256, help="pixels a side")
     add("--batch-size", type=int, default=16)
     add("--shard-size", type=int, default=1000, help="samples a shard")

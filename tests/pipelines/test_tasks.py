@@ -5,9 +5,16 @@ import PIL.Image
 import pytest
 import torch
 from conftest import tiny_pipeline
+from diffusers import DiscreteDDIMScheduler
 from images import animation, grey_png_16, phone_photo, photo, saved, transparent_png
 
-from paella_diffusers import PaellaImg2ImgPipeline, PaellaInpaintPipeline, PaellaInversionPipeline, PaellaPipeline
+from paella_diffusers import (
+    PaellaImg2ImgPipeline,
+    PaellaInpaintPipeline,
+    PaellaInversionPipeline,
+    PaellaPipeline,
+    PaellaScheduler,
+)
 from paella_diffusers.pipelines.image_reading import to_rgb
 
 
@@ -167,3 +174,12 @@ def test_wrong_values_are_named(pipe, task, arguments, message):
 def test_wrong_types_are_named(pipe, cls, arguments, message):
     with pytest.raises(ValueError, match=message):
         cls.from_pipe(pipe)(**{"prompt": "a"} | arguments)
+
+
+def test_the_number_of_steps_is_the_schedulers_unless_given(pipe, monkeypatch):
+    call = {"prompt": "a", "output_type": "latent", "guidance_scale": 1}
+    assert pipe(**call).steps_taken == [12]
+    monkeypatch.setattr(pipe, "scheduler", PaellaScheduler(num_inference_steps=2, num_vq_embeddings=32))
+    assert pipe(**call).steps_taken == [2] and pipe(**call, num_inference_steps=3).steps_taken == [3]
+    monkeypatch.setattr(pipe, "scheduler", DiscreteDDIMScheduler())  # whose own 32 is for text
+    assert pipe(**call).steps_taken == [12]

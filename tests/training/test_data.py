@@ -435,6 +435,13 @@ def test_captions():
     assert SampleTransform(8, captions=False)(raw | {"text": None}, random.Random(0))["text"] == ""
 
 
+def test_the_prompt_of_the_batch_command_is_a_caption(tmp_path):
+    picture_of = {"png": picture(3), "json": b'{"prompt": "red"}'}
+    write_tar(tmp_path / "0.tar", [picture_of, picture_of | {"txt": b"blue"}])
+    read = load_stream(str(tmp_path), SampleTransform(8), shuffle=False, epochs=1)
+    assert [sample["text"] for sample in read] == ["red", "blue"]
+
+
 def test_embeddings_of_several_lengths_are_padded():
     counts = {"unreadable": 1, "filtered": 2, "epochs": 0.5}
     samples = [{"text": "", **counts, "prompt_embeds": torch.ones(n, 4)} for n in (2, 3)]

@@ -35,6 +35,24 @@ def test_timesteps_are_the_published_ones():
     assert timestep.min() >= 0.001 and timestep.max() == 1
 
 
+def test_corrupt_with_given_noise():
+    tokens, noise = torch.randint(50, (2, 4, 8, 8))
+    noised, mask = corrupt(tokens, torch.tensor([0.2, 0.4, 0.8, 1.0]), 50, noise=noise)
+    assert torch.equal(noised, torch.where(mask.bool(), noise, tokens)) and mask.bool().any()
+    assert torch.equal(noised[3], noise[3])
+    parts = [
+        corrupt(tokens[i::2], torch.full((2,), 0.5), 50, torch.Generator().manual_seed(0), (i, 2), noise[i::2])[0]
+        for i in (0, 1)
+    ]
+    whole, _ = corrupt(tokens, torch.full((4,), 0.5), 50, torch.Generator().manual_seed(0), noise=noise)
+    assert torch.equal(torch.stack(parts, 1).flatten(0, 1), whole)
+
+
+def test_timesteps_of_given_levels():
+    timestep = draw_timesteps(300, torch.Generator().manual_seed(0), levels=[1.0, 0.5, 0.25])
+    assert timestep.unique(return_counts=True)[1].min() > 70 and timestep.unique().tolist() == [0.25, 0.5, 1.0]
+
+
 def test_processes_have_the_noise_of_one():
     tokens, t = torch.randint(50, (6, 8, 8)), torch.rand(6)
     whole = corrupt(tokens, t, 50, torch.Generator().manual_seed(0))

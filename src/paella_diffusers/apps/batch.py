@@ -293,12 +293,13 @@ class Worker:
         return {f"{number:09d}.{ending}": content for ending, content in files.items()}
 
     def _components(self) -> dict[str, Any]:
-        """The sampler, the guidance, and the kind of processor."""
+        """The sampler, the guidance, whether the prior is used unless told otherwise, and the kind of processor."""
         parts = {name: getattr(self.pipe, name) for name in ("scheduler", "guider")}
         configs = {name: json.loads(part.to_json_string()) for name, part in parts.items() if part is not None}
         on_gpu = self.pipe.device.type == "cuda"
         name = torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.backends.cpu.get_cpu_capability()}"
-        return configs | {"processor": name}
+        use_prior = self.pipe.prior is not None and self.pipe.config.get("use_prior") is not False
+        return configs | {"use_prior": use_prior, "processor": name}
 
 
 def _refused(number: int, key: str | None, error: Exception) -> dict[str, Any]:

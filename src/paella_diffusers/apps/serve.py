@@ -26,7 +26,6 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect
 
-from ..pipelines.inputs import SamplingInputs
 from ..pipelines.pipeline_base import PaellaPipelineBase
 from . import openai_images as openai
 from .batching import Batcher, Job, QueueFullError
@@ -210,7 +209,7 @@ class EventStream(StreamingResponse):
     def __init__(self, batcher: Batcher, wanted: GenerationRequest, job: Job, deadline: float):
         self.wanted, self.job, self.deadline = wanted, job, deadline
         loop, self.queue = asyncio.get_running_loop(), asyncio.Queue()
-        job.preview_steps = preview_steps(wanted.steps or SamplingInputs.num_inference_steps, wanted.partial_images)
+        job.preview_steps = preview_steps(wanted.steps or job.pipe.default_num_inference_steps, wanted.partial_images)
         job.on_preview = partial(loop.call_soon_threadsafe, self.queue.put_nowait)
         job.result.add_done_callback(partial(loop.call_soon_threadsafe, self.queue.put_nowait))
         batcher.submit([job])

@@ -40,7 +40,7 @@ def add_batch(commands):
     sampling.add_argument(
         "--size", type=size, metavar="N or WxH", help="size of the pictures in pixels (default: the model's own)"
     )
-    add_sampling_options(sampling, steps="12")
+    add_sampling_options(sampling, steps="the model's own, mostly 12")
     add_model_options(parser.add_argument_group("model"))
 
 

@@ -297,4 +297,4 @@ def _add_sampling(group):
         metavar="N",
         help="random seed of the first picture; each further picture takes the next one (default: 0)",
     )
-    add_sampling_options(group, steps="12, or 32 with --source-prompt")
+    add_sampling_options(group, steps="the model's own, mostly 12, or 32 with --source-prompt")

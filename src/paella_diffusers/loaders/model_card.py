@@ -49,6 +49,7 @@ def model_card(
     samples: list[dict] | None = None,
     is_lora: bool = False,
     inversion_token: str | None = None,
+    call: str = '"a prompt"',
 ) -> str:
     """
     The model card of a pipeline, model, scheduler or adapter.
@@ -61,6 +62,7 @@ def model_card(
         samples (`list[dict]`, *optional*): `image` (PIL), `prompt` and `seed` of pictures to show.
         is_lora (`bool`, defaults to `False`): Whether it is an adapter for `thing`.
         inversion_token (`str`, *optional*): The token whose vectors it is, for `thing`.
+        call (`str`): The arguments of the call by which an adapter is used, as code.
     """
     class_name = type(thing).__name__
     origin = base_model or getattr(thing.config, "_name_or_path", "") or ""
@@ -73,7 +75,7 @@ def model_card(
     kind = []
     if is_lora:
         what, kind = "A LoRA adapter", ["lora"]
-        usage = f'{load_base}pipe.load_lora_weights("{repo_id}")\nimage = pipe("a prompt").images[0]'
+        usage = f'{load_base}pipe.load_lora_weights("{repo_id}")\nimage = pipe({call}).images[0]'
     elif inversion_token is not None:
         what, kind = f"Textual inversion's vectors of the token `{inversion_token}`", ["textual_inversion"]
         usage = (

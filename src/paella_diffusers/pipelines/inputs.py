@@ -202,7 +202,7 @@ class ImageConditionInputs:
 class SamplingInputs:
     """How the loop runs."""
 
-    num_inference_steps: int = 12
+    num_inference_steps: int | None = None
     guidance_scale: Any = MODEL_DEFAULT
     guidance_steps: Any = None
     temperature: Any = None
@@ -218,7 +218,8 @@ class SamplingInputs:
 
     def check(self):
         """Refuse what is out of range."""
-        check_integer("num_inference_steps", self.num_inference_steps, 1, MAX_STEPS)
+        if self.num_inference_steps is not None:
+            check_integer("num_inference_steps", self.num_inference_steps, 1, MAX_STEPS)
         check_integer("num_images_per_prompt", self.num_images_per_prompt, 1, MAX_IMAGES_PER_PROMPT)
         check_integer("deep_feature_interval", self.deep_feature_interval, 1)
         if self.guidance_scale is not None:

@@ -33,6 +33,7 @@ from ..sampling.loop import sample
 from ..sampling.steering import Steering, reward_of_pictures, spawn_generators
 from ..sampling.steppers import make_stepper
 from ..schedulers.categorical import add_uniform_noise, random_tokens
+from ..schedulers.scheduling_utils import PaellaSchedulerBase
 from .call_state import CallState, CallStateMixin
 from .conditioning import Conditioning, PromptEmbeds, repeat_rows
 from .encoding import EncodingMixin
@@ -269,7 +270,7 @@ class PaellaPipelineBase(
         return state, stepper, num_images, regions
 
     def prepare_state(self, inputs: CallInputs) -> CallState:
-        """This call's copy of the guidance, and its scale: the call's, or else the guider's own."""
+        """This call's copy of the guidance, and its scale. What the call leaves out, the guider and the scheduler say."""
         guider, editing = self.guider or PaellaClassifierFreeGuidance(), inputs.editing.given()
         if editing:
             guider = PaellaSemanticGuidance.from_guider(guider, **editing)
@@ -278,6 +279,8 @@ class PaellaPipelineBase(
         guidance = DiffusersGuidance(guider) if isinstance(guider, BaseGuidance) else copy.deepcopy(guider)
         if inputs.sampling.guidance_scale is MODEL_DEFAULT:
             inputs.sampling.guidance_scale = guidance.guidance_scale
+        if inputs.sampling.num_inference_steps is None:
+            inputs.sampling.num_inference_steps = self.default_num_inference_steps
         inputs.sampling.check()
         return CallState(guidance, inputs.sampling.guidance_scale, inputs.sampling.guided_steps)
 
@@ -332,6 +335,11 @@ class PaellaPipelineBase(
     def default_size(self) -> int:
         """Height and width, in pixels, that the model draws unless told otherwise."""
         return self.unet.config.sample_size * self.vae_scale_factor
+
+    @property
+    def default_num_inference_steps(self) -> int:
+        """Steps of a call that says nothing else: those of the scheduler's configuration, or 12 with diffusers' own."""
+        return self.scheduler.config.num_inference_steps if isinstance(self.scheduler, PaellaSchedulerBase) else 12
 
     @property
     def size_rule(self) -> SizeRule:

@@ -54,7 +54,7 @@ class PaellaPipeline(PaellaPipelineBase):
         negative_prompt: str | list[str] | None = None,
         height: int | None = None,
         width: int | None = None,
-        num_inference_steps: int = 12,
+        num_inference_steps: int | None = None,
         guidance_scale: float | tuple[float, float] | None = MODEL_DEFAULT,
         guidance_steps: int | tuple[int, int] | None = None,
         temperature: float | tuple[float, float] | None = None,
@@ -106,7 +106,7 @@ class PaellaPipeline(PaellaPipelineBase):
             prompt (`str` or `list[str]`, *optional*): What the images shall show; or pass `prompt_embeds`.
             negative_prompt (`str` or `list[str]`, *optional*): What guidance moves away from; "" unless given.
             height, width (`int`, *optional*): Size in pixels, multiples of 32 in the released model; its default is 256.
-            num_inference_steps (`int`, defaults to 12): Sampling steps.
+            num_inference_steps (`int`, *optional*): Sampling steps; what the scheduler's configuration says, mostly 12.
             guidance_scale (`float` or `tuple[float, float]`, *optional*):
                 How strictly to follow the prompt: w of the pipeline's `guider`, or (first, last) for a linear ramp over the
                 steps. Left out, it is what the model's folder says, 8 for the published model. With 1 or less, or None,

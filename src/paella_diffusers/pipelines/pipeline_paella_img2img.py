@@ -43,7 +43,7 @@ class PaellaImg2ImgPipeline(PaellaPipelineBase):
         width: int | None = None,
         resize_mode: str = "default",
         negative_prompt: str | list[str] | None = None,
-        num_inference_steps: int = 12,
+        num_inference_steps: int | None = None,
         guidance_scale: float | tuple[float, float] | None = MODEL_DEFAULT,
         guidance_steps: int | tuple[int, int] | None = None,
         temperature: float | tuple[float, float] | None = None,

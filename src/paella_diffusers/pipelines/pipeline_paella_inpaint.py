@@ -49,7 +49,7 @@ class PaellaInpaintPipeline(PaellaPipelineBase):
         resize_mode: str = "default",
         padding_mask_crop: int | None = None,
         negative_prompt: str | list[str] | None = None,
-        num_inference_steps: int = 12,
+        num_inference_steps: int | None = None,
         guidance_scale: float | tuple[float, float] | None = MODEL_DEFAULT,
         guidance_steps: int | tuple[int, int] | None = None,
         temperature: float | tuple[float, float] | None = None,

@@ -30,9 +30,11 @@ logger = logging.get_logger(__name__)
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 WINDOW = 1000  # samples that are shuffled, or put into buckets, together
 INTERPOLATIONS = ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos")  # of Pillow
-# what `examples/precompute.py` can store of a sample, with the number of dimensions
-DIMENSIONS = {"tokens": 2, "prompt_embeds": 2, "clip_text_embeds": 1, "clip_image_embeds": 1}
+# the arrays that a sample can have, with the number of dimensions
+DIMENSIONS = {"tokens": 2, "noise": 2, "prompt_embeds": 2, "clip_text_embeds": 1, "clip_image_embeds": 1}
+GRIDS = ("tokens", "noise")  # those of tokens
 ARRAYS = tuple(DIMENSIONS)
+COMPUTED = tuple(name for name in ARRAYS if name != "noise")  # what `examples/precompute.py` can store
 
 
 @dataclass
@@ -123,12 +125,12 @@ class StoredArrays:
         )
         if not fits:
             raise ValueError(f"`{name}` has the shape {array.shape}, but must have {shape}")
-        if array.dtype.kind not in ("iu" if name == "tokens" else "f"):
+        if array.dtype.kind not in ("iu" if name in GRIDS else "f"):
             raise ValueError(f"`{name}` has the type {array.dtype}")
-        if name != "tokens" and not np.isfinite(array).all():
+        if name not in GRIDS and not np.isfinite(array).all():
             raise ValueError(f"`{name}` has NaN or infinite values")
-        if name == "tokens" and (array.min() < 0 or array.max() >= (self.num_tokens or np.inf)):
-            raise ValueError(f"`tokens` must be from 0 to {self.num_tokens} - 1, got {array.min()} to {array.max()}")
+        if name in GRIDS and (array.min() < 0 or array.max() >= (self.num_tokens or np.inf)):
+            raise ValueError(f"`{name}` must be from 0 to {self.num_tokens} - 1, got {array.min()} to {array.max()}")
 
 
 class SampleTransform:
@@ -171,14 +173,16 @@ class SampleTransform:
         image = raw["image"]
         if not arrays:
             image = open_image(io.BytesIO(image) if isinstance(image, bytes) else image, "the image")
+        metadata = raw["metadata"] or {}
+        if isinstance(metadata, bytes) and (self.quality is not None or raw["text"] is None):
+            metadata = json.loads(metadata)
         if self.quality is not None:
-            metadata = raw["metadata"]
-            metadata = json.loads(metadata) if isinstance(metadata, bytes) else metadata or {}
             if isinstance(image, Image.Image):
                 metadata = {"original_width": image.width, "original_height": image.height} | metadata
             if not self.quality(metadata):
                 return None
         text = raw["text"] if self.captions else ""
+        text = metadata.get("prompt") if text is None else text  # of what `paella-diffusers batch` wrote
         text = text.decode() if isinstance(text, bytes) else rng.choice(text) if isinstance(text, list) else text
         if not isinstance(text, str):
             raise ValueError("it has no caption")
@@ -383,8 +387,9 @@ class _Member(tarfile.TarInfo):
 
 class ShardStream(SampleStream):
     """
-    Samples of WebDataset shards, local or remote, streamed: pictures as `.jpg`, `.png` or `.webp`, captions as `.txt`,
-    metadata as `.json`, arrays as `.npy`. The order of shards is random, and so is that of samples within windows.
+    Samples of WebDataset shards, local or remote, streamed: pictures as `.jpg`, `.png` or `.webp`, captions as `.txt` or as
+    `prompt` in the `.json`, metadata as `.json`, arrays as `.npy`. The order of shards is random, and so is that of samples
+    within windows.
 
     With more readers (processes × workers) than shards, a shard is shared by several: with 64 readers and 8 shards each of
     8 readers reads all of the file and takes every eighth sample. `sharing` says what that costs.

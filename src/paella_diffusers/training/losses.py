@@ -1,5 +1,7 @@
 """What Paella is trained to do: to say the clean tokens from noisy ones."""
 
+from collections.abc import Sequence
+
 import torch
 
 from ..schedulers.categorical import add_uniform_noise
@@ -11,6 +13,7 @@ def corrupt(
     num_tokens: int,
     generator: torch.Generator | None = None,
     part: tuple[int, int] = (0, 1),
+    noise: torch.LongTensor | None = None,
 ) -> tuple[torch.LongTensor, torch.LongTensor]:
     """
     Replace each token by a uniformly random one with probability t (https://huggingface.co/papers/2211.07292, section 3.2).
@@ -23,22 +26,33 @@ def corrupt(
         part (`tuple[int, int]`, defaults to `(0, 1)`):
             `(index, count)` if the batch is every `count`-th row, from `index` on, of one that is spread over processes:
             with the same generator everywhere the rows get the noise that they would get in one process.
+        noise (`torch.LongTensor` of the shape of `tokens`, *optional*): The replacements; uniformly random unless given.
 
     Returns:
         The noised tokens and the mask, 1 where noised, both of the shape of `tokens`, int64.
     """
     index, count = part  # of each group of `count` rows, only one is used: all processes draw the whole batch's numbers
-    tokens, timestep = (x.repeat_interleave(count, 0) for x in (tokens, timestep))
-    noised, mask = add_uniform_noise(tokens, timestep, num_tokens, generator=generator)
+    grids = (tokens, timestep, noise)
+    tokens, timestep, noise = (None if x is None else x.repeat_interleave(count, 0) for x in grids)
+    noised, mask = add_uniform_noise(tokens, timestep, num_tokens, noise, generator)
     return noised[index::count], mask[index::count].long()
 
 
 def draw_timesteps(
-    batch_size: int, generator: torch.Generator | None = None, part: tuple[int, int] = (0, 1)
+    batch_size: int,
+    generator: torch.Generator | None = None,
+    part: tuple[int, int] = (0, 1),
+    levels: Sequence[float] | None = None,
 ) -> torch.Tensor:
-    """Noise levels as published: uniform in [0.001, 1], a little more often 1. `(batch_size,)`; `part` as in `corrupt`."""
+    """
+    Noise levels as published: uniform in [0.001, 1], a little more often 1. `(batch_size,)`; `part` as in `corrupt`. With
+    `levels`, one of these, each as often.
+    """
     index, count = part
-    return (1.001 - torch.rand(batch_size * count, generator=generator)[index::count]).clamp(0.001, 1)
+    draws = torch.rand(batch_size * count, generator=generator)[index::count]
+    if levels is not None:
+        return torch.tensor(levels)[(draws * len(levels)).long()]
+    return (1.001 - draws).clamp(0.001, 1)
 
 
 def loss_weights(mask: torch.Tensor, timestep: torch.Tensor, clean_weight: float = 0.3) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """Training the U-Net, all of it or an adapter: the loop, and the frozen parts around it."""
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,8 +22,11 @@ from .losses import corrupt, draw_timesteps, paella_loss
 from .run import Trained, TrainingRun
 
 
-def train_unet(run: TrainingRun, unet: Trained, frozen: "FrozenParts"):
-    """Paella's training (section 3.2): replace a random share of the tokens, predict all of the clean ones, compare."""
+def train_unet(run: TrainingRun, unet: Trained, frozen: "FrozenParts", levels: Sequence[float] | None = None):
+    """
+    Paella's training (section 3.2): replace a random share of the tokens, predict all of the clean ones, compare. Batches
+    with `noise` have its tokens as replacements. `levels` are the noise levels to train at, all unless given.
+    """
     args, accelerator = run.args, run.accelerator
     num_tokens = frozen.pipe.unet.config.num_vq_embeddings
     for batch in run.batches(frozen.draw if args.prompts else None):
@@ -30,8 +34,8 @@ def train_unet(run: TrainingRun, unet: Trained, frozen: "FrozenParts"):
         dropped = drop_conditioning(generator, args.text_dropout, args.clip_text_dropout, args.clip_image_dropout)
         tokens, conditioning = frozen.encoder.tokens(batch), frozen.encoder.conditioning(batch, dropped)
         frozen.grid = frozen.grid or tokens.shape[1:]
-        timestep = draw_timesteps(len(tokens), generator, run.part).to(tokens.device)
-        noised, mask = corrupt(tokens, timestep, num_tokens, generator, run.part)
+        timestep = draw_timesteps(len(tokens), generator, run.part, levels).to(tokens.device)
+        noised, mask = corrupt(tokens, timestep, num_tokens, generator, run.part, batch.get("noise"))
         with accelerator.autocast():
             logits = unet.model(noised, timestep, **conditioning).sample
         smoothing, weights = args.label_smoothing, (args.clean_weight, batch.get("weight"))
@@ -50,11 +54,16 @@ def train_unet(run: TrainingRun, unet: Trained, frozen: "FrozenParts"):
         run.log(loss=loss, accuracy=(logits.movedim(1, -1).argmax(-1) == tokens).float().mean())
 
 
-def publish_unet(run: TrainingRun, config: dict, weights: dict[str, torch.Tensor]):
-    """Write the pretrained pipeline with a U-Net of these sizes and weights to the output folder."""
+def trained_pipeline(args: argparse.Namespace, config: dict, weights: dict[str, torch.Tensor]) -> PaellaPipeline:
+    """The pretrained pipeline with a U-Net of these sizes and weights."""
     unet = PaellaUNet.from_config(config)
     unet.load_state_dict(weights)
-    publish(run, PaellaPipeline.from_pretrained(run.args.pretrained, unet=unet, **pretrained_options(run.args)))
+    return PaellaPipeline.from_pretrained(args.pretrained, unet=unet, **pretrained_options(args))
+
+
+def publish_unet(run: TrainingRun, config: dict, weights: dict[str, torch.Tensor]):
+    """Write the pretrained pipeline with a U-Net of these sizes and weights to the output folder."""
+    publish(run, trained_pipeline(run.args, config, weights))
 
 
 def add_unet_arguments(parser: argparse.ArgumentParser):
@@ -88,29 +97,34 @@ class FrozenParts:
         without = dict.fromkeys([*computed.spare, "prior", "prior_scheduler"]) if not args.prompts else {}
         with run.accelerator.local_main_process_first():  # which downloads for the node's others
             self.pipe = PaellaPipeline.from_pretrained(args.pretrained, **pretrained_options(args), **without | components)
-        multiple = self.pipe.vqgan.patch_size * self.pipe.unet.sample_multiple
-        resolution = computed.resolution or args.resolution
-        if resolution % multiple:
-            raise ValueError(f"--resolution must be divisible by {multiple}, for VQGAN and U-Net, got {resolution}.")
-        self._expect_arrays(computed, resolution)
-        if args.aspect_ratio_buckets and computed.parts:
-            raise ValueError(f"--aspect-ratio-buckets needs pictures, but {args.data} has computed arrays of one size.")
-        if args.aspect_ratio_buckets:
-            run.stream.use_buckets(Buckets(resolution, multiple, args.batch_size))
+        self.grid = self._prepare_data(computed)
         self.pipe.set_progress_bar_config(disable=True)
         self.encode_prompts()
         self.pipe.register_modules(**dict.fromkeys(computed.spare))
         if self.pipe.prior is not None:
             self.pipe.prior.eval().requires_grad_(False).to(device)
         self.encoder = Encoder(self.pipe, computed.empty).to(device, half=run.accelerator.mixed_precision != "no")
-        side = resolution // self.pipe.vqgan.patch_size
-        self.grid = (side, side) if args.aspect_ratio_buckets else None  # height and width of sheets' pictures in tokens
 
-    def _expect_arrays(self, computed: "Computed", resolution: int):
-        sizes, side = self.pipe.unet.config, resolution // self.pipe.vqgan.patch_size
+    def _prepare_data(self, computed: "Computed") -> tuple[int, int] | None:
+        """
+        Tell the stream what this model takes. Height and width, in tokens, of sheets' pictures; None for those of the first
+        batch.
+        """
+        run, args, sizes = self.run, self.run.args, self.pipe.unet.config
+        multiple = self.pipe.vqgan.patch_size * self.pipe.unet.sample_multiple
+        resolution = computed.resolution or args.resolution
+        if resolution % multiple:
+            raise ValueError(f"--resolution must be divisible by {multiple}, for VQGAN and U-Net, got {resolution}.")
+        side = resolution // self.pipe.vqgan.patch_size
         shapes = {"tokens": (side, side), "prompt_embeds": (None, sizes.text_embed_dim)}
         shapes |= dict.fromkeys(("clip_text_embeds", "clip_image_embeds"), (sizes.clip_embed_dim,))
-        self.run.stream.transform.arrays = StoredArrays(shapes, sizes.num_vq_embeddings, computed.required)
+        run.stream.transform.arrays = StoredArrays(shapes, sizes.num_vq_embeddings, computed.required)
+        if not args.aspect_ratio_buckets:
+            return None
+        if computed.parts:
+            raise ValueError(f"--aspect-ratio-buckets needs pictures, but {args.data} has computed arrays of one size.")
+        run.stream.use_buckets(Buckets(resolution, multiple, args.batch_size))
+        return side, side
 
     def encode_prompts(self):
         """Encode what is drawn on sample sheets."""
