@@ -10,12 +10,14 @@ in the work folder: about 15 GB. Each mode runs in a process of its own, 256 × 
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import torch
+from accelerate import init_empty_weights
 
 from paella_diffusers import PaellaPipeline, PaellaPrior, PaellaScheduler, PaellaUNet, VQModel
 
@@ -28,20 +30,10 @@ MODES = {
 GIB = 2**30
 
 
-def random_weights(model: torch.nn.Module) -> torch.nn.Module:
-    for parameter in model.parameters():
-        parameter.data.normal_(std=0.02)
-    return model.eval()
+def published_models() -> dict[str, torch.nn.Module]:
+    """The models of a picture at the published sizes, as components of the pipeline: without weights."""
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
-
-def make(folder: Path):
-    """The converted folder and the published U-Net."""
-    from diffusers import DDPMWuerstchenScheduler
-    from transformers import ByT5Tokenizer, CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
-
-    if (folder / "done").exists():
-        return
-    folder.mkdir(parents=True, exist_ok=True)
     byt5 = T5Config(
         vocab_size=384, d_model=2560, d_kv=64, d_ff=6720, num_layers=36, num_heads=32, feed_forward_proj="gated-gelu"
     )
@@ -49,18 +41,54 @@ def make(folder: Path):
         hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, projection_dim=1024,
         eos_token_id=1, pad_token_id=0,
     )  # fmt: skip
-    unet = random_weights(PaellaUNet())
-    torch.save(unet.to_original_state_dict(), folder / "paella_v3.pt")
-    torch.set_default_dtype(torch.bfloat16)
+    with init_empty_weights():
+        return {
+            "text_encoder": T5EncoderModel(byt5),
+            "text_encoder_2": CLIPTextModelWithProjection(clip),
+            "prior": PaellaPrior(),
+            "unet": PaellaUNet(),
+            "vqgan": VQModel(),
+        }
+
+
+def random_weights(model: torch.nn.Module, dtype: torch.dtype, distinct_layers: int = 0) -> torch.nn.Module:
+    """
+    Give a model that has none its weights; buffers are computed already. With `distinct_layers`, equal layers take turns with
+    the weights of so many.
+    """
+    weights = {}
+    for name, parameter in list(model.named_parameters()):
+        key = name
+        if distinct_layers:
+            key = re.sub(r"\b(blocks?)\.(\d+)", lambda part: f"{part[1]}.{int(part[2]) % distinct_layers}", name)
+        if key not in weights:
+            values = torch.empty(parameter.shape, dtype=dtype).normal_(std=0.02)
+            weights[key] = torch.nn.Parameter(values, requires_grad=False)
+        owner, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, weights[key])
+    if hasattr(model, "tie_weights"):
+        model.tie_weights()
+    return model.to(dtype).eval()
+
+
+def make(folder: Path):
+    """The converted folder and the published U-Net."""
+    from diffusers import DDPMWuerstchenScheduler
+    from transformers import ByT5Tokenizer
+
+    if (folder / "done").exists():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    models = published_models()
+    random_weights(models["unet"], torch.float32)
+    torch.save(models["unet"].to_original_state_dict(), folder / "paella_v3.pt")
+    for name, model in models.items():
+        model.to(torch.bfloat16) if name == "unet" else random_weights(model, torch.bfloat16)
     pipe = PaellaPipeline(
-        vqgan=random_weights(VQModel()),
-        unet=unet.to(torch.bfloat16),
+        **models,
         scheduler=PaellaScheduler(),
-        text_encoder=random_weights(T5EncoderModel(byt5)),
         tokenizer=ByT5Tokenizer(),
-        text_encoder_2=random_weights(CLIPTextModelWithProjection(clip)),
         tokenizer_2=ByT5Tokenizer(),  # any: its tokens are in the vocabulary
-        prior=random_weights(PaellaPrior()),
         prior_scheduler=DDPMWuerstchenScheduler(),
     )
     pipe.save_pretrained(folder / "pipeline")
@@ -90,16 +118,18 @@ def run(mode: str, folder: Path, steps: int) -> dict:
     )
     peaks["load"], loaded = peak(), time.perf_counter()
 
-    def with_peak(stage, method):
+    def with_peak(stage, method, before=None):
         def call(*args, **kwargs):
+            if before is not None:
+                peaks[before] = peak()
             result = method(*args, **kwargs)
             peaks[stage] = peak()
             return result
 
         return call
 
-    for stage, name in {"text": "encode_prompt", "prior": "sample_prior", "denoise": "denoise", "decode": "decode"}.items():
-        setattr(pipe, name, with_peak(stage, getattr(pipe, name)))
+    pipe.encode_prompt, pipe.sample_prior = with_peak("text", pipe.encode_prompt), with_peak("prior", pipe.sample_prior)
+    pipe.decode = with_peak("decode", pipe.decode, before="denoise")
     call = {"num_inference_steps": steps, "prior_num_inference_steps": 4, "generator": torch.Generator().manual_seed(0)}
     if mode == "embeddings":
         text, clip = torch.randn(1, 32, 2560), torch.randn(1, 1024)
