@@ -2,21 +2,31 @@
 How long does a sampling step take at full size, where does the time go, and how near is it to what the machine can do?
 
     python benchmarks/inference.py [--published CLONE] [--dtypes float32 bfloat16] [--optimize] [--sizes 256 512 1024]
+    python benchmarks/inference.py --parts [--dtypes float32 bfloat16]
     python benchmarks/inference.py --costs [--dtypes float32 bfloat16] [--sizes 256 320]
 
-`PaellaPipeline`'s loop with a U-Net of the published size and random weights, guidance 8 (`--small` for a try). With
-`--published`, a clone of https://github.com/dome272/Paella, the same weights also run in that code as it is, in turns with
-ours, and with `--compare` of its float32 steps each is taken again by ours, from the same tokens and random numbers.
-`--previous` runs another checkout of this repository beside this one, each in a process, in at least ten pairs of turns.
-`--optimize` adds `pipe.optimize()`. `--costs` compares it with `compile_repeated_blocks` and with neither, each in
-processes of its own with an empty cache of compiled code: the first call, later ones in turns, a second size, memory.
+`PaellaPipeline`'s loop with a U-Net of the published size and random weights, guidance 8. `--small` is for a try, and
+`--layers 1 3 1` has the published width and a sixth of the depth.
+
+* `--published CLONE`, of https://github.com/dome272/Paella: the same weights also run in that code as it is, in turns with
+  ours. With `--compare`, each of its float32 steps is taken again by ours, from the same tokens and random numbers.
+* `--previous CHECKOUT`, of this repository: it runs beside this one, each in a process, in at least ten pairs of turns.
+* `--optimize`: with `pipe.optimize()` too. `--int8`: with linears quantized by torchao too, in int8: weights by channel,
+  their inputs by token.
+* `--parts`: an eager step by torch's operators.
+* `--costs`: `pipe.optimize()`, `compile_repeated_blocks` and neither, each in processes of its own with an empty cache of
+  compiled code: the first call, later ones in turns, a second size, memory.
+* `--cpu-time`: processor time of all threads, and of compilers, in place of time. With one thread, other programs then
+  matter little.
+
 The ceiling is the machine's rate of a large matrix product in the same dtype, measured before and after each run, and the
-share of it is the FLOPs of two passes ÷ ceiling ÷ time of a step.
+share of it is the FLOPs of two passes ÷ ceiling ÷ time of a step. The peak of the memory is the whole process's.
 """
 
 import argparse
 import ast
 import contextlib
+import copy
 import functools
 import importlib.util
 import itertools
@@ -27,10 +37,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from accelerate import init_empty_weights
+from memory import peak, random_weights
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from paella_diffusers import PaellaPipeline, PaellaScheduler, PaellaUNet, VQModel
 from paella_diffusers.optimize import CompiledCalls
@@ -38,14 +52,23 @@ from paella_diffusers.optimize import CompiledCalls
 SMALL = {"block_out_channels": (64, 128, 256), "layers_per_block": (1, 1, 1)}
 
 
+def processor_time() -> float:
+    """Seconds of this process's threads, and of what it ran, such as a C++ compiler."""
+    both = resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN)
+    return sum(usage.ru_utime + usage.ru_stime for usage in both)
+
+
+clock = time.perf_counter
+
+
 def ceiling(dtype: torch.dtype, size: int = 4096) -> float:
-    """FLOP/s of a square matrix product, the best of five."""
+    """FLOP/s of a square matrix product, the best of two."""
     a, b = torch.randn(size, size).to(dtype), torch.randn(size, size).to(dtype)
     times = []
-    for _ in range(6):
-        start = time.perf_counter()
+    for _ in range(3):
+        start = clock()
         a @ b
-        times.append(time.perf_counter() - start)
+        times.append(clock() - start)
     return 2 * size**3 / min(times[1:])
 
 
@@ -78,9 +101,9 @@ class Ours:
         self.in_unet = 0.0
 
     def call(self, name, *args, **kwargs):
-        start = time.perf_counter()
+        start = clock()
         output = self.timed[name](*args, **kwargs)
-        self.in_unet += time.perf_counter() - start
+        self.in_unet += clock() - start
         return output
 
     @contextlib.contextmanager
@@ -99,7 +122,7 @@ class Ours:
         """Seconds a step, and of them seconds in the U-Net."""
         text, clip = embeddings(self.unet, batch_size, 32)
         negative_text, negative_clip = embeddings(self.unet, batch_size, 1)
-        start = time.perf_counter()
+        start = clock()
         with self.measured():
             self.pipe(
                 prompt_embeds=text,
@@ -111,7 +134,7 @@ class Ours:
                 num_inference_steps=steps,
                 output_type="latent",
             )
-        return (time.perf_counter() - start) / steps, self.in_unet / steps
+        return (clock() - start) / steps, self.in_unet / steps
 
     def step(self, index: int, steps: int, tokens, noise, conditionings) -> torch.Tensor:
         """The tokens after one of the steps of a run."""
@@ -134,8 +157,7 @@ def pairs(previous: Path, args):
         "| dtype | pixels | step | step of the other | times its speed | quartiles of the pairs |\n|---|---|---|---|---|---|"
     )
     for dtype, size in itertools.product(args.dtypes, args.sizes):
-        command = [sys.executable, __file__, "--worker", "--dtypes", dtype, "--sizes", str(size), "--steps", str(args.steps)]
-        command += ["--small"] if args.small else []
+        command = [sys.executable, __file__, "--worker", "eager", *same_model(args, dtype)]
         checkouts = (Path(__file__).parent.parent, previous)
         workers = [
             subprocess.Popen(
@@ -177,6 +199,12 @@ def worker(unet: PaellaUNet, args):
             print(ours.run(args.steps, 1, int(line))[0], flush=True)
 
 
+def same_model(args, dtype: str) -> list[str]:
+    """Options of a worker that has this process's model and clock."""
+    options = ["--dtypes", dtype, "--steps", str(args.steps), "--layers", *map(str, args.layers)]
+    return options + ["--small"] * args.small + ["--cpu-time"] * args.cpu_time
+
+
 def ask(process: subprocess.Popen, question) -> float:
     """A worker's answer."""
     process.stdin.write(f"{question}\n")
@@ -193,8 +221,7 @@ def costs(args):
         start = {}
         with tempfile.TemporaryDirectory() as folder:
             for way in ("eager", "compile_repeated_blocks", "optimize"):
-                command = [sys.executable, __file__, "--worker", way, "--dtypes", dtype, "--steps", str(args.steps)]
-                command += ["--small"] if args.small else []
+                command = [sys.executable, __file__, "--worker", way, *same_model(args, dtype)]
                 environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": f"{folder}/{way}"}
                 start[way] = functools.partial(
                     subprocess.Popen, command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -221,6 +248,43 @@ def costs(args):
                 print(f"| {dtype} | {way} | {seconds} | {memory:.2f} GiB |", flush=True)
 
 
+class Parts(TorchDispatchMode):
+    """Time of torch's operators, and FLOPs of those that are products."""
+
+    def __init__(self):
+        super().__init__()
+        self.seconds, self.calls, self.flops = Counter(), Counter(), Counter()
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        start = clock()
+        output = operator(*args, **kwargs or {})
+        name = operator.overloadpacket
+        self.seconds[name] += clock() - start
+        self.calls[name] += 1
+        if name in flop_registry:
+            self.flops[name] += flop_registry[name](*args, **kwargs or {}, out_val=output)
+        return output
+
+
+def parts(unet: PaellaUNet, args):
+    """An eager step by operators: those that take 1 % of it or more."""
+    print("| dtype | operator | calls | a step | share | GFLOP/s |\n|---|---|---|---|---|---|")
+    for dtype, size in itertools.product(args.dtypes, args.sizes):
+        ours = Ours(unet.to(getattr(torch, dtype)))
+        ours.run(1, 1, size)
+        with Parts() as measured:
+            start = clock()
+            ours.run(args.steps, 1, size)
+            total = clock() - start
+        for name, seconds in measured.seconds.most_common():
+            if seconds >= total / 100:
+                calls, rate = measured.calls[name] / args.steps, measured.flops[name] / seconds / 1e9
+                columns = f"{calls:.0f} | {seconds / args.steps * 1e3:.0f} ms | {seconds / total:.1%} | {rate:.0f}"
+                print(f"| {dtype} | `{name}` | {columns if rate else columns[:-2]} |")
+        rest = 1 - sum(seconds for seconds in measured.seconds.values() if seconds >= total / 100) / total
+        print(f"| {dtype} | others, and Python | | {rest * total / args.steps * 1e3:.0f} ms | {rest:.1%} | |", flush=True)
+
+
 def machine() -> str:
     """The processor, what it can do, and versions."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if sys.platform == "linux" else []
@@ -230,6 +294,16 @@ def machine() -> str:
     features = " ".join(flag for flag in wanted if flag in flags)
     cores = torch.get_num_threads()
     return f"{' '.join(model)} ({features}), {cores} threads, torch {torch.__version__}, Python {sys.version.split()[0]}"
+
+
+def quantized(unet: PaellaUNet, optimize: bool) -> dict[str, Ours]:
+    """Ways with a copy of a U-Net whose linears are in int8."""
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+
+    unet = copy.deepcopy(unet)
+    quantize_(unet, Int8DynamicActivationInt8WeightConfig())
+    ways = {"int8": Ours(unet)}
+    return ways | {"int8, optimized": Ours(unet, CompiledCalls(unet))} if optimize else ways
 
 
 class Published:
@@ -256,9 +330,9 @@ class Published:
         names = ("byt5", "clip")
         inputs = dict(zip(names, embeddings(self.unet, batch_size, 32)))
         negative = dict(zip(names, embeddings(self.unet, batch_size, 1)))
-        start = time.perf_counter()
+        start = clock()
         self.sample(self.model, inputs, negative, (batch_size, size // 4, size // 4), steps=steps)
-        return (time.perf_counter() - start) / steps, float("nan")
+        return (clock() - start) / steps, float("nan")
 
     def differences(self, steps: int, size: int, ways: dict[str, "Ours"]) -> dict[str, list[int]]:
         """How many tokens each way's step chooses otherwise than the published one from the same state, by step."""
@@ -312,13 +386,20 @@ def main():
     parser.add_argument("--steps", type=int, default=4, help="in each run")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--optimize", action="store_true", help="ours with `pipe.optimize()` too")
+    parser.add_argument("--int8", action="store_true", help="ours with int8 linears too; needs torchao")
+    parser.add_argument("--parts", action="store_true", help="a step by operators")
     parser.add_argument("--costs", action="store_true", help="of compiling")
     parser.add_argument("--plot", type=Path, metavar="PICTURE", help="bars of the first size and batch")
+    parser.add_argument("--layers", type=int, nargs=3, default=[6, 16, 6], help="of the U-Net's levels")
+    parser.add_argument("--cpu-time", action="store_true", help="where other programs run")
     parser.add_argument("--small", action="store_true", help="a small U-Net, to see that it runs")
     args = parser.parse_args()
     if args.compare and not args.published:
         parser.error("--compare is with --published")
 
+    if args.cpu_time:
+        global clock
+        clock = processor_time
     if args.previous:
         args.repeats = max(args.repeats, 10)
         pairs(args.previous, args)
@@ -329,12 +410,16 @@ def main():
         costs(args)
         return
     torch.manual_seed(0)
-    unet = PaellaUNet(**SMALL if args.small else {}).eval()
-    for parameter in unet.parameters():
-        torch.nn.init.normal_(parameter, std=0.02)
+    with init_empty_weights():
+        unet = PaellaUNet(**SMALL if args.small else {"layers_per_block": tuple(args.layers)})
+    random_weights(unet, torch.float32)
     if args.worker:
         with torch.inference_mode():
             worker(unet.to(getattr(torch, args.dtypes[0])), args)
+        return
+    if args.parts:
+        with torch.no_grad():  # inference mode would not show what linears are made of
+            parts(unet, args)
         return
     published = Published(args.published, unet) if args.published else None
     ours = {"ours": Ours(unet)}
@@ -348,24 +433,27 @@ def main():
                     f"Tokens in which each step of {name} differs from the published one, of 4,096: {counts}\n", flush=True
                 )
         print(
-            "| dtype | pixels | batch | loop | step | of it not U-Net | × published | × it in float32 | share of ceiling |"
+            "| dtype | pixels | batch | loop | step | of it not U-Net | × published | × it in float32 | share of ceiling | "
+            "peak memory |"
         )
-        print("|---" * 9 + "|")
+        print("|---" * 10 + "|")
         drawn, yardstick = {}, {}  # the published loop's step in float32, by size and batch
         for dtype in args.dtypes:
             unet.to(getattr(torch, dtype))
-            ways = ours
+            ways = ours | (quantized(unet, args.optimize) if args.int8 else {})
             if published:
                 published.to(unet.dtype)
                 ways = {"published": published} | ways
             top = 0.0
             for size in args.sizes:
                 for batch_size in args.batch_sizes:
-                    runs = {name: [] for name in ways}
+                    runs, memory = {name: [] for name in ways}, {}
                     for repeat in range(args.repeats + 1):  # in turns, and the first is to warm up
                         for name, way in ways.items():
                             before = ceiling(unet.dtype)
+                            peak()
                             times = way.run(args.steps, batch_size, size)
+                            memory[name] = peak() / 2**30
                             around = (before + ceiling(unet.dtype)) / 2  # as the machine's neighbours let it
                             if repeat:
                                 runs[name].append((*times, around))
@@ -384,7 +472,7 @@ def main():
                         share = statistics.median(flops / around / step for step, _, around in times)
                         print(
                             f"| {dtype} | {size} | {batch_size} | {name} | {steps[name]:.2f} s | {rest:.1%} | "
-                            f"{' | '.join(ratios)} | {share:.2f} |",
+                            f"{' | '.join(ratios)} | {share:.2f} | {memory[name]:.2f} GiB |",
                             flush=True,
                         )
             print(f"\nCeiling in {dtype}: {top / 1e9:.0f} GFLOP/s\n")

@@ -53,17 +53,18 @@ def published_models() -> dict[str, torch.nn.Module]:
 
 def random_weights(model: torch.nn.Module, dtype: torch.dtype, distinct_layers: int = 0) -> torch.nn.Module:
     """
-    Give a model that has none its weights; buffers are computed already. With `distinct_layers`, equal layers take turns with
-    the weights of so many.
+    Give a model that has none its weights. With `distinct_layers`, equal layers take turns with the weights of so many.
     """
+    noise = torch.randn(1_000_003).mul(0.02).to(dtype)  # repeated: a thousand million would take half a minute
     weights = {}
     for name, parameter in list(model.named_parameters()):
         key = name
         if distinct_layers:
             key = re.sub(r"\b(blocks?)\.(\d+)", lambda part: f"{part[1]}.{int(part[2]) % distinct_layers}", name)
         if key not in weights:
-            values = torch.empty(parameter.shape, dtype=dtype).normal_(std=0.02)
-            weights[key] = torch.nn.Parameter(values, requires_grad=False)
+            count = parameter.numel()
+            values = noise.expand(count // len(noise) + 1, -1).reshape(-1)[:count].clone()
+            weights[key] = torch.nn.Parameter(values.view(parameter.shape), requires_grad=False)
         owner, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(owner), leaf, weights[key])
     if hasattr(model, "tie_weights"):
@@ -95,8 +96,10 @@ def make(folder: Path):
     (folder / "done").touch()
 
 
-def peak() -> int:
-    """The peak since the last call."""
+def peak() -> float:
+    """The peak in bytes since the last call; not a number on other systems than Linux."""
+    if sys.platform != "linux":
+        return float("nan")
     lines = Path("/proc/self/status").read_text().splitlines()
     value = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
     Path("/proc/self/clear_refs").write_text("5")

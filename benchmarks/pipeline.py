@@ -20,7 +20,7 @@ import statistics
 import time
 
 import torch
-from inference import machine
+from inference import machine, processor_time
 from memory import published_models, random_weights
 
 from paella_diffusers import EMOJI_MODEL, PaellaPipeline, PaellaScheduler
@@ -87,7 +87,7 @@ def main():
     args = parser.parse_args()
 
     print(machine())
-    clock = time.process_time if args.cpu_time else time.perf_counter
+    clock = processor_time if args.cpu_time else time.perf_counter
     call = {"num_inference_steps": args.steps}
     for dtype in args.dtypes:
         if args.small:
@@ -99,9 +99,12 @@ def main():
         stages = Stages(pipe, clock)
         first, *later = [stages.picture(**call) for _ in range(1 + args.repeats)]
         later = {stage: statistics.median(picture[stage] for picture in later) for stage in first}
+        names = {"prior": f"prior, {args.prior_steps} steps", "U-Net": f"U-Net, {args.steps} steps"}
         print(f"\n| {dtype} | first picture | later pictures | share of a later one |\n|---|---|---|---|")
         for stage, seconds in later.items():
-            print(f"| {stage} | {first[stage]:.3g} s | {seconds:.3g} s | {seconds / later['picture']:.1%} |")
+            print(
+                f"| {names.get(stage, stage)} | {first[stage]:.3g} s | {seconds:.3g} s | {seconds / later['picture']:.1%} |"
+            )
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         print(f"\nPeak memory so far: {peak:.2f} GiB", flush=True)
         del pipe, stages

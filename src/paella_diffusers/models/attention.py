@@ -34,10 +34,9 @@ def chunked_attention(
     """
     batch_size, length, heads, channels = query.shape
     query, key, value = (states.transpose(1, 2).flatten(0, 1) for states in (query, key, value))
-    query = query * channels**-0.5
+    bias = query.new_zeros(len(query), 1, key.shape[1])
     if attention_mask is not None:
-        bias = torch.zeros_like(attention_mask, dtype=query.dtype).masked_fill_(~attention_mask, -torch.inf)
-        bias = bias.repeat_interleave(heads, dim=0)[:, None]
+        bias.masked_fill_(~attention_mask.repeat_interleave(heads, dim=0)[:, None], -torch.inf)
     rows = min(length, 256)
     together = max(2, 2**19 // (rows * key.shape[1]))
     attended = torch.empty_like(query)
@@ -45,9 +44,7 @@ def chunked_attention(
         some = slice(first, first + together)
         for row in range(0, length, rows):
             part = slice(row, row + rows)
-            scores = torch.bmm(query[some, part], key[some].mT)
-            if attention_mask is not None:
-                scores += bias[some]
+            scores = torch.baddbmm(bias[some], query[some, part], key[some].mT, alpha=channels**-0.5)
             attended[some, part] = torch.bmm(scores.softmax(-1), value[some])
     return attended.unflatten(0, (batch_size, heads)).transpose(1, 2).contiguous()
 
