@@ -38,6 +38,7 @@ def linear(dtype: torch.dtype, rows: int, channels: int, outputs: int, int8: boo
 
         quantized = torch.nn.Sequential(copy.deepcopy(layer))
         quantize_(quantized, Int8DynamicActivationInt8WeightConfig())
+        torch.compiler.reset()  # it compiles eight sizes of one function at most
         compiled = torch.compile(quantized, dynamic=False)
         left, right = (torch.randint(-127, 128, states.shape, dtype=torch.int8) for states in (x, weight))
         ways["int8"], ways["int8, compiled"] = lambda: quantized(x), lambda: compiled(x)
