@@ -174,6 +174,7 @@ def test_editing_shows_before_and_after(visit, heart):
     tab.get_by_label("Prompt for the result").fill("blue heart")
     tab.get_by_role("button", name="Draw").click()
     page.get_by_text("Done: red heart, blue heart").wait_for()
+    page.locator(".result img:visible").nth(1).wait_for()
     both = {picture_of(image).tobytes() for image in page.locator(".result img:visible").all()}
     assert len(both) == 2 and Image.open(heart).convert("RGB").tobytes() in both
 

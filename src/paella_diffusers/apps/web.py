@@ -183,7 +183,10 @@ class Page:
                     self.add_results()
             with tabs:
                 self.add_tabs()
-            self.cancel.click(self.on_cancel, outputs=self.status, cancels=self.draws, queue=False, api_visibility="private")
+            quiet = {"queue": False, "api_visibility": "private"}
+            cancelled = self.cancel.click(self.on_cancel, cancels=self.draws, **quiet)
+            # in a turn of its own, so that a step that was on its way to the page does not come after it
+            cancelled.then(lambda: _status("Cancelled."), outputs=self.status, **quiet)
 
     # --------------------------------------------------------------------------------------------------- parts
 
@@ -379,11 +382,10 @@ class Page:
     def show_image(self, image: Image.Image | str) -> dict:
         return {self.result: gr.update(value=image, visible=True), self.before_after: gr.update(visible=False)}
 
-    def on_cancel(self, request: gr.Request) -> str:
+    def on_cancel(self, request: gr.Request):
         for visitor, cancelled in [*self.running]:
             if visitor == request.session_hash:
                 cancelled.set()
-        return _status("Cancelled.")
 
     def on_select(self, made: list[Made], chosen: gr.SelectData) -> dict:
         return self.show(made[-1 - chosen.index])

@@ -171,7 +171,8 @@ def watch(call: Call, pipe, preview: Callable, executor: Executor, cancelled: th
     try:
         while (taken := steps.get()) is not None:
             step, num_steps, tokens = taken
-            yield Progress(step, num_steps, preview(tokens))
+            if not cancelled.is_set():
+                yield Progress(step, num_steps, preview(tokens))
         images = future.result()
         if not cancelled.is_set():
             yield Progress(num_steps, num_steps, images, is_result=True)
