@@ -282,7 +282,10 @@ def parts(unet: PaellaUNet, args):
                 columns = f"{calls:.0f} | {seconds / args.steps * 1e3:.0f} ms | {seconds / total:.1%} | {rate:.0f}"
                 print(f"| {dtype} | `{name}` | {columns if rate else columns[:-2]} |")
         rest = 1 - sum(seconds for seconds in measured.seconds.values() if seconds >= total / 100) / total
-        print(f"| {dtype} | others, and Python | | {rest * total / args.steps * 1e3:.0f} ms | {rest:.1%} | |", flush=True)
+        print(
+            f"| {dtype} | others, and what measuring takes | | {rest * total / args.steps * 1e3:.0f} ms | {rest:.1%} | |",
+            flush=True,
+        )
 
 
 def machine() -> str:
