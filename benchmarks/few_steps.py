@@ -195,10 +195,11 @@ class Distillation:
         found = nearest(draw(pipe, list(self.sentences), use_prior=False, **call), flat)
         right = [self.icons.names[row] in wanted for row, wanted in zip(found, self.sentences.values())]
         cells.append(f"{sum(right) / len(right):.1%}")
+        seconds = time.process_time() - start
+        count = len(self.learnt[: self.args.limit]) + len(self.other) + len(self.sentences)
         if self.args.styles:
             cells.append(self.held_out(pipe, **call))
-        count = 2 * self.args.limit + len(self.sentences)
-        return [*cells, f"{1000 * (time.process_time() - start) / count:.0f} ms"]
+        return [*cells, f"{1000 * seconds / count:.0f} ms"]
 
     def held_out(self, pipe: PaellaPipeline, **call) -> str:
         """Objects in the style in which the teacher never saw them."""
