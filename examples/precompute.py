@@ -6,14 +6,15 @@ Compute tokens and embeddings once, and train many epochs on them: a frozen ByT5
 
 It writes WebDataset shards, each whole or not at all, with `tokens.npy` (int16 or int32), the embeddings as float16, and
 captions; `empty.safetensors` has the embeddings of "". Started again, it goes on after the last whole shard.
+
+With `--float8`, `prompt_embeds.npy` has bytes of float8 (e4m3), and `prompt_embeds_scales.npy` a float32 for each token, by
+which they are multiplied.
 """
 
 import argparse
-import io
 import json
 from pathlib import Path
 
-import numpy as np
 import torch
 import webdataset
 from accelerate import Accelerator
@@ -25,7 +26,8 @@ from tqdm import tqdm
 from paella_diffusers import PaellaPipeline
 from paella_diffusers.loaders.atomic import atomic_file
 from paella_diffusers.training.conditioning import Encoder
-from paella_diffusers.training.data import COMPUTED, SampleTransform, add_filters, collate, load_stream, quality_filter
+from paella_diffusers.training.data import SampleTransform, add_filters, collate, load_stream, quality_filter
+from paella_diffusers.training.stored import COMPUTED, store
 
 
 def parse_args(args=None):
@@ -35,6 +37,7 @@ def parse_args(args=None):
     add("--pretrained", required=True, help="a Paella: a folder or Hub id")
     add("--output-dir", type=Path, required=True)
     add("--parts", nargs="+", choices=COMPUTED, default=list(COMPUTED), help="what to compute")
+    add("--float8", action="store_true", help="store `prompt_embeds` in float8 with a scale for each token: half the size")
     add("--resolution", type=int, default=256, help="pixels a side")
     add("--batch-size", type=int, default=16)
     add("--shard-size", type=int, default=1000, help="samples a shard")
@@ -47,21 +50,8 @@ def parse_args(args=None):
     return parser.parse_args(args)
 
 
-def npy(array: torch.Tensor) -> bytes:
-    array = array.cpu().numpy()
-    if array.dtype == np.int64:
-        array = array.astype(np.int16 if array.max() < 2**15 else np.int32)
-    if array.dtype.kind == "f":
-        array = array.astype(np.float16)
-        if not np.isfinite(array).all():
-            raise FloatingPointError("An embedding is not finite, or too large for float16.")
-    buffer = io.BytesIO()
-    np.save(buffer, array, allow_pickle=False)
-    return buffer.getvalue()
-
-
 @torch.no_grad()
-def compute(encoder: Encoder, batch: dict, parts: list[str]) -> list[dict]:
+def compute(encoder: Encoder, batch: dict, parts: list[str], float8: bool = False) -> list[dict]:
     """One dictionary of files for each sample of a batch."""
     arrays = {}
     if "tokens" in parts:
@@ -77,8 +67,8 @@ def compute(encoder: Encoder, batch: dict, parts: list[str]) -> list[dict]:
             lengths = [None] * len(embeds) if mask is None else mask.sum(1).tolist()
             arrays["prompt_embeds"] = [rows[:length] for rows, length in zip(embeds, lengths)]
     arrays = {name: array for name, array in arrays.items() if array is not None}
-    samples = [{f"{name}.npy": npy(array[row]) for name, array in arrays.items()} for row in range(len(batch["text"]))]
-    return [files | {"txt": text} for files, text in zip(samples, batch["text"])]
+    rows = [{name: array[row] for name, array in arrays.items()} for row in range(len(batch["text"]))]
+    return [store(row, float8) | {"txt": text} for row, text in zip(rows, batch["text"])]
 
 
 def main(args):
@@ -131,7 +121,7 @@ def main(args):
     for batch in bar:
         skipped += batch.pop("unreadable") + batch.pop("filtered")
         batch.pop("epochs")
-        waiting += compute(encoder, send_to_device(batch, accelerator.device), args.parts)
+        waiting += compute(encoder, send_to_device(batch, accelerator.device), args.parts, args.float8)
         if len(waiting) >= args.shard_size:
             write(waiting, finished=False)
             waiting = []

@@ -18,8 +18,8 @@ from paella_diffusers.training.adapter import Adapter, add_lora_arguments
 from paella_diffusers.training.arguments import add_pretrained, pretrained_options, training_arguments
 from paella_diffusers.training.card import publish, publish_files
 from paella_diffusers.training.conditioning import Encoder
-from paella_diffusers.training.data import StoredArrays
 from paella_diffusers.training.run import Trained, TrainingRun
+from paella_diffusers.training.stored import StoredArrays
 from paella_diffusers.training.unet import Computed, stored_config
 
 

@@ -1,4 +1,5 @@
 import io
+from pathlib import Path
 
 import numpy as np
 import precompute
@@ -7,6 +8,7 @@ import torch
 import train_paella
 import train_prior
 import webdataset
+from safetensors.torch import load_file
 from trainers import TINY
 
 from paella_diffusers import PaellaPipeline
@@ -66,6 +68,30 @@ def test_training_on_it(options, pretrained, tmp_path, prompts):
     train_prior.main(train_prior.parse_args([*train, "--output-dir", str(tmp_path / "prior")]))
 
 
+def test_training_on_float8_is_training_on_its_floats(options, pretrained, tmp_path):
+    computed, results = tmp_path / "computed", []
+    precompute.main(precompute.parse_args([*options, "--float8"]))
+    for name in ("float8", "floats"):
+        if name == "floats":
+            replace_float8(computed)
+        train = [*TINY, "--data", str(computed), "--pretrained", pretrained, "--max-steps", "2", "--batch-size", "4"]
+        train_paella.main(train_paella.parse_args([*train, "--output-dir", str(tmp_path / name)]))
+        results.append(load_file(tmp_path / name / "unet" / "diffusion_pytorch_model.safetensors"))
+    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+
+
+def replace_float8(folder: Path):
+    """Write shards anew, with float16 in place of float8."""
+    for path in folder.glob("*.tar"):
+        samples = list(webdataset.WebDataset(str(path), shardshuffle=False))
+        with webdataset.TarWriter(str(path)) as shard:
+            for sample in samples:
+                contents = (sample.pop(f"prompt_embeds{end}.npy") for end in ("", "_scales"))
+                embeds, scales = (torch.from_numpy(np.load(io.BytesIO(content))) for content in contents)
+                floats = embeds.view(torch.float8_e4m3fn).float() * scales[:, None]
+                shard.write(sample | {"prompt_embeds.npy": floats.half().numpy()})
+
+
 @pytest.mark.parametrize("script", [train_paella, train_prior])
 def test_damaged_arrays_do_not_end_a_run(options, pretrained, tmp_path, script, caplog):
     """Tokens that do not exist, embeddings that are not finite, other shapes, and missing files are skipped and counted."""
@@ -100,11 +126,11 @@ def test_tokens_alone(options, pretrained, tmp_path):
 def test_interrupted_it_goes_on(options, tmp_path, monkeypatch):
     whole = precompute.compute
 
-    def interrupted(encoder, batch, parts, calls=[]):
+    def interrupted(*args, calls=[]):
         calls.append(1)
         if len(calls) == 6:
             raise KeyboardInterrupt
-        return whole(encoder, batch, parts)
+        return whole(*args)
 
     monkeypatch.setattr(precompute, "compute", interrupted)
     with pytest.raises(KeyboardInterrupt):

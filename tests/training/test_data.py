@@ -13,7 +13,8 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from benchmarks.data import simulate
 from paella_diffusers.pipelines.image_reading import load_image
-from paella_diffusers.training.data import QualityFilter, SampleTransform, ShardStream, StoredArrays, collate, load_stream
+from paella_diffusers.training.data import QualityFilter, SampleTransform, ShardStream, collate, load_stream
+from paella_diffusers.training.stored import StoredArrays
 
 
 def picture(value: int, size=(20, 16), **save) -> bytes:

@@ -10,7 +10,7 @@ import json
 import random
 import re
 import tarfile
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -24,17 +24,13 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from ..pipelines.image_reading import open_image, to_rgb
 from .buckets import Buckets
+from .stored import ARRAYS, SCALES, StoredArrays
 
 logger = logging.get_logger(__name__)
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 WINDOW = 1000  # samples that are shuffled, or put into buckets, together
 INTERPOLATIONS = ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos")  # of Pillow
-# the arrays that a sample can have, with the number of dimensions
-DIMENSIONS = {"tokens": 2, "noise": 2, "prompt_embeds": 2, "clip_text_embeds": 1, "clip_image_embeds": 1}
-GRIDS = ("tokens", "noise")  # those of tokens
-ARRAYS = tuple(DIMENSIONS)
-COMPUTED = tuple(name for name in ARRAYS if name != "noise")  # what `examples/precompute.py` can store
 
 
 @dataclass
@@ -84,53 +80,6 @@ def quality_filter(args) -> QualityFilter | None:
     """The filter that these arguments ask for."""
     limits = (args.min_size, args.max_watermark, args.min_aesthetic, args.max_unsafe)
     return None if all(limit is None for limit in limits) else QualityFilter(*limits)
-
-
-@dataclass
-class StoredArrays:
-    """
-    What arrays that were computed before must be, so that a damaged one is skipped like any other sample that cannot be
-    read, instead of ending the training. Without arguments, finite numbers of a fitting kind are enough.
-
-    Args:
-        shapes (`dict`, *optional*): Which arrays to read, with their shapes; None for a length that may be any but zero.
-        num_tokens (`int`, *optional*): Number of tokens there are: `tokens` are less.
-        required (`Collection[str]`): The arrays that no sample may lack.
-    """
-
-    shapes: dict[str, tuple[int | None, ...]] | None = None
-    num_tokens: int | None = None
-    required: Collection[str] = ()
-
-    def read(self, raw: dict) -> dict[str, np.ndarray]:
-        """
-        The arrays of a raw sample.
-
-        Raises:
-            ValueError: If one is missing, or has another shape, type or range.
-        """
-        missing = [name for name in self.required if name not in raw]
-        if missing:
-            raise ValueError(f"it has no `{missing[0]}`")
-        wanted = ARRAYS if self.shapes is None else self.shapes
-        arrays = {name: np.load(io.BytesIO(raw[name]), allow_pickle=False) for name in wanted if name in raw}
-        for name, array in arrays.items():
-            self._check(name, array)
-        return arrays
-
-    def _check(self, name: str, array: np.ndarray):
-        shape = (None,) * DIMENSIONS[name] if self.shapes is None else self.shapes[name]
-        fits = len(shape) == array.ndim and all(
-            has == size or (has and size is None) for has, size in zip(array.shape, shape)
-        )
-        if not fits:
-            raise ValueError(f"`{name}` has the shape {array.shape}, but must have {shape}")
-        if array.dtype.kind not in ("iu" if name in GRIDS else "f"):
-            raise ValueError(f"`{name}` has the type {array.dtype}")
-        if name not in GRIDS and not np.isfinite(array).all():
-            raise ValueError(f"`{name}` has NaN or infinite values")
-        if name in GRIDS and (array.min() < 0 or array.max() >= (self.num_tokens or np.inf)):
-            raise ValueError(f"`{name}` must be from 0 to {self.num_tokens} - 1, got {array.min()} to {array.max()}")
 
 
 class SampleTransform:
@@ -484,7 +433,7 @@ class ShardStream(SampleStream):
     @staticmethod
     def _parse(sample: dict) -> dict:
         image = next((sample[extension] for extension in IMAGE_EXTENSIONS if extension in sample), None)
-        raw = {name: sample[f"{name}.npy"] for name in ARRAYS if f"{name}.npy" in sample}
+        raw = {name: sample[f"{name}.npy"] for name in (*ARRAYS, SCALES) if f"{name}.npy" in sample}
         text, metadata = sample.get("txt"), sample.get("json")
         return raw | {"image": image, "text": text, "metadata": metadata}
 

@@ -15,8 +15,9 @@ from ..pipelines.pipeline_paella import PaellaPipeline
 from ..sampling.guidance.classifier_free_guidance import PaellaClassifierFreeGuidance
 from ..schedulers.scheduling_paella import PaellaScheduler
 from .card import publish, publish_files
-from .data import ShardStream, StoredArrays
+from .data import ShardStream
 from .run import TrainingRun
+from .stored import StoredArrays
 from .unet import FrozenParts, stored_config, trained_pipeline
 
 PAIR = ("tokens", "noise")

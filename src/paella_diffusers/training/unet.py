@@ -17,9 +17,9 @@ from .arguments import add_pretrained, pretrained_options
 from .buckets import Buckets
 from .card import publish
 from .conditioning import Encoder, drop_conditioning
-from .data import StoredArrays
 from .losses import corrupt, draw_timesteps, paella_loss
 from .run import Trained, TrainingRun
+from .stored import StoredArrays
 
 
 def train_unet(run: TrainingRun, unet: Trained, frozen: "FrozenParts", levels: Sequence[float] | None = None):
