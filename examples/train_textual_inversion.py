@@ -21,7 +21,8 @@ from paella_diffusers.training.unet import add_unet_arguments, train_unet
 
 
 def parse_args(args=None):
-    defaults = dict(learning_rate=5e-3, warmup_steps=50, weight_decay=0.0, batch_size=4, save_every=500, sample_every=500)
+    defaults = dict(learning_rate=5e-2, lr_scheduler="cosine", warmup_steps=50, weight_decay=0.0)
+    defaults |= dict(batch_size=4, save_every=500, sample_every=500)
     dropouts = dict(text_dropout=0.0, clip_text_dropout=0.5, clip_image_dropout=1.0)
     parser = training_arguments(__doc__, default_steps=1000, text_column=None)
     add_unet_arguments(parser)

@@ -1,5 +1,6 @@
 """Textual inversion (https://huggingface.co/papers/2208.01618): vectors of new tokens in training, and nothing else."""
 
+import math
 import random
 from pathlib import Path
 
@@ -19,23 +20,27 @@ TEMPLATES = {
 
 
 class NewRows(nn.Module):
-    """An embedding's weight with rows for new tokens: a parametrization of it."""
+    """An embedding's weight with rows for new tokens, `rows * unit`: a parametrization of it."""
 
-    def __init__(self, ids: list[int], rows: nn.Parameter):
+    def __init__(self, ids: list[int], rows: nn.Parameter, unit: float):
         super().__init__()
         self.rows, self.count = [rows], max(ids) + 1  # in a list: the rows are the parameters of one module only
-        self.ids = ids
+        self.ids, self.unit = ids, unit
 
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
         missing = weight.new_zeros(max(0, self.count - len(weight)), weight.shape[1])
         ids = torch.tensor(self.ids, device=weight.device)
-        return torch.cat([weight, missing]).index_copy(0, ids, self.rows[0].to(weight.dtype))
+        return torch.cat([weight, missing]).index_copy(0, ids, (self.rows[0] * self.unit).to(weight.dtype))
 
 
 class LearnedTokens(CaptionedUNet):
     """
     A token's vectors for each text encoder of a pipeline. The encoders then know the token, and only its vectors are
     trained.
+
+    Each encoder's vectors are trained in a unit of their own, about the size of the entries that they begin with: these may
+    be many times larger in one encoder than in the other, and both have one learning rate. The unit is a power of two, so
+    that vectors are written and read without rounding.
 
     Args:
         pipe ([`PaellaPipeline`]): It is changed in place.
@@ -51,7 +56,7 @@ class LearnedTokens(CaptionedUNet):
         super().__init__(pipe)
         self.token = token
         pipe.unet.requires_grad_(False)
-        vectors = {}
+        vectors, self.units = {}, {}
         for name in TOKENIZERS:
             encoder, tokenizer = getattr(pipe, name), getattr(pipe, TOKENIZERS[name])
             if encoder is None:
@@ -63,8 +68,9 @@ class LearnedTokens(CaptionedUNet):
                 raise ValueError(f"`{TOKENIZERS[name]}` knows {token} already: take another --placeholder-token.")
             weight = encoder.get_input_embeddings().weight
             rows = weight[[start[i % len(start)] for i in range(num_vectors)]].detach().float().clone()
-            vectors[name] = nn.Parameter(rows)
-            rows = NewRows(tokenizer.convert_tokens_to_ids(tokens), vectors[name])
+            self.units[name] = 2.0 ** round(math.log2(rows.square().mean().sqrt().clamp_min(1e-6)))
+            vectors[name] = nn.Parameter(rows / self.units[name])
+            rows = NewRows(tokenizer.convert_tokens_to_ids(tokens), vectors[name], self.units[name])
             # T5 has its embedding twice, with one weight
             tables = [part for part in encoder.modules() if isinstance(part, nn.Embedding) and part.weight is weight]
             for table in tables:
@@ -74,12 +80,14 @@ class LearnedTokens(CaptionedUNet):
     def write(self, weights: dict[str, torch.Tensor], folder: Path):
         """Write the vectors as `load_textual_inversion` reads them, with a file for each text encoder."""
         folder.mkdir(parents=True, exist_ok=True)
-        for name, vectors in weights.items():
-            save_file({self.token: vectors}, folder / WEIGHT_NAMES[name.removeprefix("vectors.")])
+        for key, vectors in weights.items():
+            name = key.removeprefix("vectors.")
+            save_file({self.token: vectors * self.units[name]}, folder / WEIGHT_NAMES[name])
 
     def read(self, folder: Path) -> dict[str, torch.Tensor]:
         """The vectors by the names of this module's parameters."""
-        return {f"vectors.{name}": load_file(folder / WEIGHT_NAMES[name])[self.token] for name in self.vectors}
+        stored = {name: load_file(folder / WEIGHT_NAMES[name])[self.token] for name in self.vectors}
+        return {f"vectors.{name}": vectors / self.units[name] for name, vectors in stored.items()}
 
 
 class TemplateCaptions(CaptionsLeft):
