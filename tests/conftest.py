@@ -233,8 +233,15 @@ def pictures(tmp_path):
     return str(folder)
 
 
+@pytest.fixture(scope="session")
+def saved_pipeline(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved") / "pipeline"
+    tiny_pipeline().save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture
-def pretrained(tmp_path):
-    """A tiny pipeline's folder. Dropout is on: its random numbers must be continued, too."""
-    tiny_pipeline().save_pretrained(tmp_path / "pretrained")
+def pretrained(saved_pipeline, tmp_path):
+    """A tiny pipeline's folder, the test's own. Dropout is on: its random numbers must be continued, too."""
+    shutil.copytree(saved_pipeline, tmp_path / "pretrained")
     return str(tmp_path / "pretrained")

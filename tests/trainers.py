@@ -43,6 +43,7 @@ FSDP = {
 FORKS = multiprocessing.get_context("forkserver")
 PRELOADED = [
     "train_dreambooth",
+    "train_emoji",
     "train_paella",
     "train_paella_lora",
     "train_prior",

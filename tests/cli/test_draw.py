@@ -134,7 +134,8 @@ def test_leftovers_of_a_killed_run_are_removed(model, tmp_path):
 
 
 def test_ctrl_c_ends_quietly(model, tmp_path):
-    command = [sys.executable, "-m", "paella_diffusers.cli", "generate", "a", "--model", model, "--steps", "10000"]
+    options = ["--model", model, "--steps", "10000", "--no-prior"]
+    command = [sys.executable, "-m", "paella_diffusers.cli", "generate", "a", *options]
     environment = os.environ | {"PYTHONUNBUFFERED": "1"}
     heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # background jobs ignore it
     process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, env=environment, preexec_fn=heed)

@@ -1,12 +1,16 @@
-"""The launch configurations, with stand-ins for Slurm's commands; `test_train_paella.py` trains with FSDP's."""
+"""The launch configurations, with stand-ins for Slurm's commands."""
 
+import json
 import os
 import subprocess
 import sys
 
 import pytest
 import train_paella
-from trainers import EXAMPLES, TIMEOUT, TINY, free_port, kill_group
+from safetensors.torch import load_file
+from trainers import EXAMPLES, FSDP, TIMEOUT, TINY, finish, free_port, kill_group, start
+
+from paella_diffusers import PaellaPipeline
 
 SRUN = f"""#!{sys.executable}
 # srun: as many tasks as there are, on nodes with two; one that fails ends all
@@ -24,6 +28,30 @@ for task in tasks:
         task.kill()
 sys.exit(max(abs(task.wait()) for task in tasks))
 """
+
+
+@pytest.mark.parametrize("config, expected", [("ddp", {}), ("fsdp", FSDP)])
+def test_what_the_trainers_find_in_their_environment(config, expected, tmp_path):
+    """It is what `Launch` gives them in other tests."""
+    script, names = tmp_path / "show.py", ["RANK", "LOCAL_RANK", "WORLD_SIZE", "ACCELERATE_USE_CPU", *FSDP]
+    show = f"json.dumps([os.environ.get(name) for name in {names}]) + os.linesep"
+    script.write_text(f"import json, os\nos.write(1, ({show}).encode())\n")  # at once: both write to one pipe
+    lines = finish(start(script, processes=2, config=config)).splitlines()
+    found = [dict(zip(names, json.loads(line))) for line in lines if line.startswith("[")]
+    assert sorted(own["RANK"] for own in found) == ["0", "1"]
+    for own in found:
+        assert own["LOCAL_RANK"] == own["RANK"] and own["WORLD_SIZE"] == "2" and own["ACCELERATE_USE_CPU"] == "true"
+        assert {name: own[name] for name in FSDP if own[name] is not None} == expected
+
+
+@pytest.mark.kills
+def test_the_launch_configuration_of_fsdp(tmp_path, pictures, pretrained):
+    """Two processes with half of each weight; what is published is whole."""
+    options = [*TINY, "--data", pictures, "--pretrained", pretrained, "--output-dir", tmp_path / "out", "--max-steps", 2]
+    finish(start("train_paella.py", *options, "--log-every", 1, processes=2, config="fsdp"))
+    assert PaellaPipeline.from_pretrained(tmp_path / "out")("red", num_inference_steps=2).images[0].size == (32, 32)
+    weights = load_file(tmp_path / "out" / "unet" / "diffusion_pytorch_model.safetensors")
+    assert all(weight.isfinite().all() for weight in weights.values())
 
 
 @pytest.fixture

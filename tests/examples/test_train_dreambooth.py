@@ -1,14 +1,17 @@
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import train_dreambooth
+from accelerate import Accelerator
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from trainers import TINY, Launch
 
 from paella_diffusers import PaellaPipeline, PaellaUNet
+from paella_diffusers.training.dreambooth import draw_class_pictures
 from paella_diffusers.training.losses import paella_loss
 
 LORA = "pytorch_lora_weights.safetensors"
@@ -53,16 +56,18 @@ def test_the_whole_model_with_class_pictures_that_it_drew(options, preservation,
 
 
 def test_class_pictures_are_kept_and_the_missing_ones_are_drawn(options, preservation, tmp_path):
-    options += ["--rank", "2", "--max_train_steps", "1"]
-    train([*options, *preservation], tmp_path / "first")
+    args = parse(*options, *preservation, "--output_dir", tmp_path / "out")
+    run = SimpleNamespace(args=args, part=(0, 1), accelerator=Accelerator(cpu=True))
+    draw_class_pictures(run)
     drawn = pictures_in(tmp_path / "class")
+    assert len(drawn) == 5
     (tmp_path / "class" / "class-00001.png").unlink()
-    train([*options, *preservation], tmp_path / "second")
+    draw_class_pictures(run)
     assert pictures_in(tmp_path / "class") == drawn
     # own pictures count
     (tmp_path / "class" / "class-00001.png").unlink()
     Image.new("RGB", (40, 40)).save(tmp_path / "class" / "own.png")
-    train([*options, *preservation], tmp_path / "third")
+    draw_class_pictures(run)
     assert pictures_in(tmp_path / "class").keys() == (drawn.keys() - {"class-00001.png"}) | {"own.png"}
 
 
@@ -83,9 +88,9 @@ def test_two_processes_draw_and_train_as_one_with_twice_the_batch(options, prese
 @pytest.mark.parametrize("rank", [[], ["--rank", "2"]])
 def test_resumed_it_ends_as_if_not_interrupted(options, preservation, tmp_path, rank):
     options += [*preservation, *rank, "--dataloader_num_workers", "2"]
-    train(options, tmp_path / "whole", "--max_train_steps", 4)
-    train(options, tmp_path / "parts", "--max_train_steps", 2)
-    train(options, tmp_path / "parts", "--max_train_steps", 4, "--resume_from_checkpoint", "latest")
+    options += ["--max_train_steps", "4"]
+    train(options, tmp_path / "whole", "--checkpointing_steps", 2)
+    train(options, tmp_path / "parts", "--resume_from_checkpoint", tmp_path / "whole" / "checkpoints" / "00000002")
     name = LORA if rank else "unet/diffusion_pytorch_model.safetensors"
     expected, found = load_file(tmp_path / "whole" / name), load_file(tmp_path / "parts" / name)
     assert expected.keys() == found.keys() and all(torch.equal(expected[key], found[key]) for key in expected)

@@ -1,10 +1,12 @@
 """The script that trains the embedded model: whole, on twelve objects and for a few steps, and its parts."""
 
+import itertools
 import json
+import os
 import random
 import re
+import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import psutil
@@ -12,6 +14,7 @@ import pytest
 import torch
 import train_emoji
 from emoji_model import captions, data, fit, scoring, text, unet, vqgan
+from trainers import FORKS, start_server
 
 from paella_diffusers import PaellaPipeline, VQModel
 from paella_diffusers.training.lock import FolderLock
@@ -58,22 +61,18 @@ def arguments(folder: Path) -> list[str]:
     return [*map(str, options), *STEPS, "--held-out-count", "3", "--batch-scale", "0.05", "--score-limit", "2"]
 
 
-KILLED = """
-import os, signal, sys
-import torch, train_emoji
-from emoji_model import fit, unet
-torch.set_num_threads(1)
-fit.SAVE_SECONDS = 0
-whole, count = unet.paella_loss, 0
-def loss(*args, **kwargs):
-    global count
-    count += 1
-    if count == 3:  # two steps of the U-Net are saved
-        os.kill(os.getpid(), signal.SIGKILL)
-    return whole(*args, **kwargs)
-unet.paella_loss = loss
-train_emoji.main(train_emoji.parse_args(sys.argv[1:]))
-"""
+def die_in_the_last_stage(options: list[str]):
+    """In a process of its own: it is killed when two steps of the U-Net are saved."""
+    torch.set_num_threads(1)
+    whole, calls = unet.paella_loss, itertools.count(1)
+
+    def loss(*args, **kwargs):
+        if next(calls) == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return whole(*args, **kwargs)
+
+    fit.SAVE_SECONDS, unet.paella_loss = 0, loss
+    train_emoji.main(train_emoji.parse_args(options))
 
 
 draw_tokens = scoring.draw_tokens
@@ -88,13 +87,11 @@ def test_from_nothing_killed_and_resumed(tmp_path, monkeypatch, capsys):
     for folder in ("whole", "killed"):
         write_packages(tmp_path / folder)
     whole, killed = (train_emoji.parse_args(arguments(tmp_path / name)) for name in ("whole", "killed"))
-    path = [str(Path(train_emoji.__file__).parent), *sys.path]
-    process = subprocess.run(
-        [sys.executable, "-c", f"import sys; sys.path[:0] = {path}\n{KILLED}", *arguments(tmp_path / "killed")],
-        capture_output=True,
-        text=True,
-    )
-    assert process.returncode == -9, process.stderr[-3000:]
+    start_server()
+    process = FORKS.Process(target=die_in_the_last_stage, args=(arguments(tmp_path / "killed"),))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     assert not (tmp_path / "killed" / "model").exists()
     threads = torch.get_num_threads()
     try:

@@ -7,6 +7,8 @@ from trainers import TINY
 
 from paella_diffusers import PaellaPipeline
 
+MORE = ["--max-steps", 4, "--save-every", 2]
+
 
 @pytest.fixture
 def options(pictures, pretrained):
@@ -38,9 +40,8 @@ def test_the_adapter_changes_what_is_drawn(options, tmp_path, pretrained):
 
 def test_resumed_it_ends_as_if_not_interrupted(options, tmp_path):
     options += ["--num-workers", "2", "--ema-decay", "0.5"]
-    expected = train(options, tmp_path / "whole", "--max-steps", 4)
-    train(options, tmp_path / "parts", "--max-steps", 2)
-    resumed = train(options, tmp_path / "parts", "--max-steps", 4, "--resume", "latest")
+    expected = train(options, tmp_path / "whole", *MORE)
+    resumed = train(options, tmp_path / "parts", *MORE, "--resume", tmp_path / "whole" / "checkpoints" / "00000002")
     assert resumed.keys() == expected.keys() and all(torch.equal(resumed[name], expected[name]) for name in resumed)
 
 
@@ -59,14 +60,14 @@ TEXT = ["--train_text_encoder", "--clip-text-dropout", "0.3", "--ema-decay", "0.
 
 @pytest.mark.parametrize("kind", [["--use-dora"], ["--lora_dropout", "0.5"], TEXT, ["--optimizer", "Prodigy"]])
 def test_kinds_of_adapters_resumed_end_as_if_not_interrupted(options, tmp_path, pretrained, kind):
-    expected = train([*options, *kind], tmp_path / "whole", "--max-steps", 4)
+    expected = train([*options, *kind], tmp_path / "whole", *MORE)
     assert any("magnitude" in name for name in expected) == (kind == ["--use-dora"])
     components = {"unet", "text_encoder", "text_encoder_2"} if kind == TEXT else {"unet"}
     assert {name.partition(".")[0] for name in expected} == components
     changed = {name.partition(".")[0] for name, weight in expected.items() if "lora_B" in name and weight.any()}
     assert changed == components  # which begin as zeros
-    train([*options, *kind], tmp_path / "parts", "--max-steps", 2)
-    found = train([*options, *kind], tmp_path / "parts", "--max-steps", 4, "--resume", "latest")
+    middle = tmp_path / "whole" / "checkpoints" / "00000002"
+    found = train([*options, *kind], tmp_path / "parts", *MORE, "--resume", middle)
     assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
     PaellaPipeline.from_pretrained(pretrained).load_lora_weights(tmp_path / "parts")
 

@@ -70,9 +70,9 @@ def test_it_learns(options, tmp_path, pretrained):
 
 
 def test_resumed_it_ends_as_if_not_interrupted(options, tmp_path):
-    expected = train(options, tmp_path / "whole", "--max-steps", 4)
-    train(options, tmp_path / "parts", "--max-steps", 2)
-    found = train(options, tmp_path / "parts", "--max-steps", 4, "--resume", "latest")
+    options += ["--max-steps", "4"]
+    expected = train(options, tmp_path / "whole", "--save-every", 2)
+    found = train(options, tmp_path / "parts", "--resume", tmp_path / "whole" / "checkpoints" / "00000002")
     assert all(torch.equal(found[name], expected[name]) for name in FILES)
 
 

@@ -1,7 +1,6 @@
 """One golden training step by accelerate: each process has its part of the batch, in as many passes as are asked for."""
 
 import json
-import sys
 from pathlib import Path
 
 import torch
@@ -36,7 +35,14 @@ def golden_step(folder: Path, passes: int = 1) -> tuple[float, float]:
     return loss.item(), norm.item()
 
 
-if __name__ == "__main__":
-    result = golden_step(Path(sys.argv[1]))
+# to be launched as a trainer
+
+
+def parse_args(options: list[str]) -> Path:
+    return Path(options[0])
+
+
+def main(folder: Path):
+    result = golden_step(folder)
     if Accelerator(cpu=True).is_main_process:
-        print("golden", *result)
+        print("golden", *result, flush=True)

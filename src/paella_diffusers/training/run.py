@@ -93,7 +93,8 @@ class TrainingRun:
         args (`argparse.Namespace`): Of `training_arguments`.
 
     Raises:
-        ValueError: If an argument is out of range, or the output folder has checkpoints that `--resume` does not ask for.
+        ValueError: If an argument is out of range or does not fit the launch, or the output folder has checkpoints that
+            `--resume` does not ask for.
         RuntimeError: If another run is at work in the output folder.
     """
 
@@ -105,6 +106,9 @@ class TrainingRun:
         self.samples, self.stopped_by, self.stop_asked, self.waited = [], None, None, 0.0
         self.accelerator = self._make_accelerator()
         self.sharded = self.accelerator.distributed_type == DistributedType.FSDP
+        if self.sharded and (args.adam_8bit or args.optimizer != "adamw"):
+            what = "--adam-8bit" if args.adam_8bit else f"--optimizer {args.optimizer}"
+            raise ValueError(f"{what} cannot be sharded: leave it out with FSDP, or take examples/configs/ddp.yaml.")
         self.lock = self.on_main_process(lambda: FolderLock(args.output_dir), share=False)
         self.checkpoint = self.on_main_process(lambda: choose_checkpoint(args.resume, self.folder))
         self.resumed = None if self.checkpoint is None else read_state(self)
@@ -232,9 +236,6 @@ class TrainingRun:
         prodigy = self.args.optimizer == "prodigy"
         if not prodigy and not self.args.adam_8bit:
             return partial(torch.optim.AdamW, fused=True)
-        if self.sharded:
-            what = "--optimizer prodigy" if prodigy else "--adam-8bit"
-            raise ValueError(f"{what} cannot be sharded: leave it out with FSDP, or take examples/configs/ddp.yaml.")
         if prodigy:
             from prodigyopt import Prodigy
 
