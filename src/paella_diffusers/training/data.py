@@ -122,7 +122,7 @@ class SampleTransform:
         image = raw["image"]
         if not arrays:
             image = open_image(io.BytesIO(image) if isinstance(image, bytes) else image, "the image")
-        metadata = raw["metadata"] or {}
+        metadata = raw.get("metadata") or {}
         if isinstance(metadata, bytes) and (self.quality is not None or raw["text"] is None):
             metadata = json.loads(metadata)
         if self.quality is not None:
