@@ -6,6 +6,12 @@ A training step's time and peak memory, beside the published single-GPU loop's.
 All variants have the same U-Net of 50 M parameters and the same batch, 64 × 64 tokens of 8192 kinds with ByT5-XL embeddings,
 and each runs in a process of its own, in turns. With `--published`, a clone of https://github.com/dome272/Paella, its model
 and its loop take part: the loop is written out here, as it cannot be imported, with the optimizer's step that it forgets.
+
+    python benchmarks/training.py --memory
+
+computes instead what a GPU needs to train the released U-Net: the sizes of all tensors that are alive at once in a step with
+fake tensors, which have sizes but no memory. It first does so for the U-Net of this benchmark, to be compared with the peaks
+that are measured without `--memory`.
 """
 
 import argparse
@@ -16,12 +22,16 @@ import subprocess
 import sys
 import tempfile
 import time
+import weakref
 from itertools import islice, pairwise
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 SIZES = dict(
     cross_attention_dim=384, block_out_channels=(192, 384, 384), layers_per_block=(3, 6, 3), num_attention_heads=(-1, 6, 6)
@@ -108,6 +118,80 @@ def write_inputs(folder: Path, batch_size: int):
             shard.write({"__key__": f"{index:04d}", "txt": "", **arrays})
 
 
+class AliveBytes(TorchDispatchMode):
+    """Within, `now` is the size of all tensors that were made and are alive, and `peak` what it was at most."""
+
+    def __init__(self):
+        super().__init__()
+        self.now, self.peak, self.known = 0, 0, set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        tree_map_only(torch.Tensor, self._count, result)
+        return result
+
+    def _count(self, tensor):
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self.known:
+            size = storage.nbytes()
+            self.known.add(storage._cdata)
+            self.now += size
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self._free, storage._cdata, size)
+
+    def _free(self, key: int, size: int):
+        self.known.discard(key)
+        self.now -= size
+
+
+def step_bytes(sizes: dict, batch_size: int, checkpointing: bool, bf16=False, buckets=False) -> tuple[int, int]:
+    """
+    Number of parameters, and the bytes that forward, loss and backward of `train_unet` add at most to the weights; with
+    DDP's `buckets`, in which the gradients always are, to weights and gradients.
+    """
+    from paella_diffusers import PaellaUNet
+    from paella_diffusers.training.losses import paella_loss
+
+    with FakeTensorMode():
+        model = PaellaUNet(**sizes).train()
+        if checkpointing:
+            model.enable_gradient_checkpointing()
+        for parameter in model.parameters() if buckets else ():
+            parameter.grad = torch.zeros_like(parameter)
+        config = model.config
+        tokens = torch.randint(config.num_vq_embeddings, (batch_size, config.sample_size, config.sample_size))
+        timestep, text = torch.rand(batch_size), torch.randn(batch_size, 78, config.text_embed_dim)
+        clip = torch.randn(batch_size, config.clip_embed_dim)
+        with AliveBytes() as alive:
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                logits = model(tokens, timestep, text, clip_text_embeds=clip, clip_image_embeds=clip).sample
+            paella_loss(logits, tokens, torch.ones_like(tokens), timestep).backward()
+        return sum(parameter.numel() for parameter in model.parameters()), alive.peak
+
+
+def print_memory(batch_size: int):
+    """The tables of `--memory`."""
+    importlib.import_module("paella_diffusers.training.run")
+    print(f"Python and its libraries: {resident() / 2**30:.2f} GiB")
+    print(f"| U-Net of this benchmark, float32, {batch_size} images | GiB |\n|---|---|")
+    for checkpointing in (False, True):
+        parameters, added = step_bytes(SIZES, batch_size, checkpointing)
+        states = parameters * 4 * 3  # weights and AdamW's two
+        print(f"| {'gradient checkpointing' if checkpointing else ''} | {(states + added) / 2**30:.2f} |", flush=True)
+    print("| released U-Net, bfloat16, DDP | fixed, GB | GB an image |\n|---|---|---|")
+    for checkpointing in (False, True):
+        (parameters, few), (_, many) = (step_bytes({}, size, checkpointing, True, True) for size in (8, 16))
+        states, image = parameters * 4 * 4, (many - few) / 8  # weights, gradients and AdamW's two
+        what = "gradient checkpointing" if checkpointing else ""
+        print(f"| {what} | {(states + few - 8 * image) / 1e9:.1f} | {image / 1e9:.2f} |", flush=True)
+
+
+def resident(peak: bool = False) -> int:
+    """This process's resident memory in bytes, or its highest."""
+    name, status = "VmHWM" if peak else "VmRSS", Path("/proc/self/status").read_text()
+    return int(next(line for line in status.splitlines() if line.startswith(name)).split()[1]) * 1024
+
+
 def measure(folder: Path, args) -> dict:
     """Median seconds of a step, and the process's highest resident memory in GiB."""
     if args.variant == "published":
@@ -115,9 +199,7 @@ def measure(folder: Path, args) -> dict:
     else:
         times = our_steps(folder, args.batch_size, args.steps + 1, VARIANTS[args.variant])
     seconds = [later - earlier for earlier, later in pairwise(times[1:])]  # without the first, which is slower
-    status = Path("/proc/self/status").read_text()
-    peak = int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1]) / 2**20
-    return {"seconds": statistics.median(seconds), "peak": peak}
+    return {"seconds": statistics.median(seconds), "peak": resident(peak=True) / 2**30}
 
 
 def main():
@@ -126,10 +208,14 @@ def main():
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--memory", action="store_true", help="compute what a GPU needs, instead of measuring steps")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--variant", choices=VARIANTS, help=argparse.SUPPRESS)  # in a process of its own
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.memory:
+        print_memory(args.batch_size)
+        return
     if args.variant:
         print(json.dumps(measure(args.folder, args)))
         return
