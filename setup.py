@@ -12,11 +12,11 @@ HERE = Path(__file__).resolve().parent
 ABOUT = runpy.run_path(str(HERE / "src/paella_diffusers/about.py"))
 
 EXTRAS = {
-    "lora": ["peft>=0.17"],
+    "lora": ["peft>=0.18"],
     # the trainers in examples/
     "train": [
         "accelerate>=1.6",
-        "peft>=0.17",
+        "peft>=0.18",
         "datasets>=3.0",
         "psutil>=5.9",
         "webdataset>=0.2.100",
@@ -37,7 +37,7 @@ EXTRAS["all"] = sorted({requirement for extra in EXTRAS.values() for requirement
 EXTRAS["docs"] = ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.27"]
 EXTRAS["test"] = [
     *("pytest>=8.0", "pytest-xdist", "pytest-cov", "nbmake", "hypothesis"),
-    *("ruff", "pyright", "codespell"),
+    *("ruff", "pyright[nodejs]", "codespell"),
     *("flow_matching", "scipy"),
     *("openai>=2.0", "playwright>=1.49"),  # clients of the server and of the web page
 ]
@@ -84,14 +84,14 @@ if __name__ == "__main__":
         python_requires=">=3.11",
         package_dir={"": "src"},
         packages=find_packages("src"),
-        package_data={"paella_diffusers": ["py.typed", "pretrained/emoji/*", "pretrained/emoji/*/*"]},
+        package_data={"paella_diffusers": ["py.typed", "*.pyi", "pretrained/emoji/*", "pretrained/emoji/*/*"]},
         cmdclass={"build_py": BuildPy},
         install_requires=[
-            "torch>=2.6",
+            "torch>=2.13",
             ABOUT["DIFFUSERS"],
             "transformers>=5.0",
-            "huggingface_hub>=1.0",
-            "safetensors>=0.5",
+            "huggingface_hub>=1.32",
+            "safetensors>=0.8",
             "accelerate>=1.0",
             "numpy>=1.26",
             "pillow>=10.0",

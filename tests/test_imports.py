@@ -1,5 +1,7 @@
+import ast
 import subprocess
 import sys
+from pathlib import Path
 
 import paella_diffusers
 
@@ -10,6 +12,13 @@ def test_every_public_name_is_there():
     assert paella_diffusers.VQModel is paella_diffusers.PaellaVQModel
     assert set(paella_diffusers.__all__) <= set(dir(paella_diffusers))
     assert len(dir(paella_diffusers)) == len(set(dir(paella_diffusers)))
+
+
+def test_type_checkers_know_the_same_names():
+    stub = ast.parse(Path(paella_diffusers.__file__).with_suffix(".pyi").read_text())
+    imported = [node for node in stub.body if isinstance(node, ast.ImportFrom)]
+    modules = {alias.asname: node.module for node in imported for alias in node.names if alias.asname == alias.name}
+    assert modules == paella_diffusers._MODULES | {"__version__": "about"}
 
 
 def test_importing_the_package_loads_neither_torch_nor_diffusers():

@@ -3,6 +3,7 @@
 import inspect
 import json
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import torch
@@ -49,7 +50,7 @@ def convert_to_diffusers(
     with atomic_folder(output_dir) as folder, no_inner_bars, quiet:
         if not has_original_layout(source, **kwargs):
             raise ValueError(f"{source} is in diffusers' layout already: it has a `model_index.json`.")
-        index = {"_class_name": "PaellaPipeline", "_diffusers_version": diffusers.__version__}
+        index: dict[str, Any] = {"_class_name": "PaellaPipeline", "_diffusers_version": diffusers.__version__}
         parameters = inspect.signature(PaellaPipeline).parameters
         index |= {name: parameter.default for name, parameter in parameters.items() if name not in names}
         components = original_components(source, names, dtype, **dict.fromkeys(leave_out), **kwargs)

@@ -2,10 +2,10 @@
 
 import contextlib
 import functools
-import inspect
 import threading
 import time
 from dataclasses import replace
+from typing import Any
 
 import torch
 from diffusers.utils import logging
@@ -64,9 +64,8 @@ class CompiledCalls:
     def __init__(self, unet: PaellaUNet):
         self.unet = unet
         self.earlier = unet._compiled_call_impl
-        self.compiled = torch.compile(
-            unet._call_impl, backend=BACKEND, fullgraph=True, dynamic=False, recompile_limit=MANY, isolate_recompiles=True
-        )
+        options: dict[str, Any] = {"recompile_limit": MANY, "isolate_recompiles": True}  # torch's stubs lack the second
+        self.compiled = torch.compile(unet._call_impl, backend=BACKEND, fullgraph=True, dynamic=False, **options)
         self.known, self.said = set(), set()
         self.failed = False
         self.compiling = threading.Lock()
@@ -168,8 +167,6 @@ def _obstacle(device: torch.device) -> str | None:
 
     if torch._dynamo.config.disable:
         return "torch's compiler is switched off, as by TORCH_COMPILE_DISABLE in the environment"
-    if "isolate_recompiles" not in inspect.signature(torch.compile).parameters:
-        return f"torch {torch.__version__} cannot keep compilations apart; torch 2.13 can"
     if device.type == "cpu":
         from torch._inductor.cpp_builder import get_cpp_compiler
         from torch._inductor.exc import InvalidCxxCompiler

@@ -442,3 +442,18 @@ def test_guiders_that_cannot_work_are_refused_by_name(make, message):
 def test_guiders_without_a_scale_are_refused():
     with pytest.raises(ValueError, match="`guider`, a .*, has no `guidance_scale` to set"):
         DiffusersGuidance(type("NoScale", (ClassifierFreeGuidance,), {"__init__": lambda self: None})())
+
+
+def test_a_guider_without_momentum_keeps_nothing_of_the_images():
+    guidance = DiffusersGuidance(ClassifierFreeGuidance(guidance_scale=3.0))
+    guidance.reorder(torch.tensor([1, 0]))
+    source = guidance.for_source()
+    assert source.guidance_scale == 3.0 and source.guider is not guidance.guider
+
+
+def test_the_parts_of_an_offloaded_model_are_called_in_turn():
+    pipe = tiny_pipeline(prior=None, prior_scheduler=None).to(torch.float64)
+    draw = lambda: pipe("a", generator=torch.Generator().manual_seed(0), num_inference_steps=2, output_type="latent").images
+    expected = draw()
+    pipe.unet.down_blocks[0]._hf_hook = None  # as accelerate marks what it moves about
+    assert torch.equal(draw(), expected)

@@ -6,6 +6,7 @@ import torch
 from conftest import tiny_pipeline
 
 from paella_diffusers import ClassifierReward, ClipReward, LayoutReward, PaellaPipeline, RewardSum
+from paella_diffusers.sampling.rewards import Reward
 
 
 def seeded(seed=0):
@@ -69,3 +70,14 @@ def test_sums():
     torch.testing.assert_close(RewardSum([one, one])(pictures, None), 2 * one(pictures, None))
     with pytest.raises(ValueError, match="`weights` must have one entry"):
         RewardSum([one], [1.0, 2.0])
+
+
+def test_a_sum_asks_those_of_its_rewards_that_may_refuse():
+    class Refusing(Reward):
+        def check(self, has_prompts):
+            raise ValueError("not this call")
+
+    plain = lambda images, prompts: torch.zeros(len(images))
+    RewardSum([plain, LayoutReward("red")]).check(has_prompts=False)
+    with pytest.raises(ValueError, match="not this call"):
+        RewardSum([plain, Refusing()]).check(has_prompts=True)

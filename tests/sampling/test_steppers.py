@@ -5,12 +5,14 @@ from dataclasses import dataclass
 import pytest
 import torch
 from conftest import tiny_pipeline
+from diffusers import DiscreteDDIMScheduler
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import BaseOutput
 from schedulers.stand_in import DescendingDDIMScheduler
 
 from paella_diffusers import PaellaImg2ImgPipeline, PaellaInpaintPipeline, PaellaScheduler
+from paella_diffusers.sampling.steppers import DiscreteStepper, InversionStepper
 
 
 def seeded(seed=0):
@@ -113,3 +115,36 @@ def test_a_step_without_clean_tokens_is_refused(monkeypatch):
     monkeypatch.setattr(MostLikelyScheduler, "step", lambda self, logits, t, sample, **kwargs: Bare(sample))
     with pytest.raises(ValueError, match="a MostLikelyScheduler, cannot sample from Paella: its `step` returns no"):
         tokens(tiny_pipeline(scheduler=MostLikelyScheduler()))
+
+
+class GeneratorElsewhere(torch.Generator):
+    """Says that it is on another device than the logits."""
+
+    device = torch.device("cpu", 0)
+
+
+def test_a_generator_of_another_device_seeds_one_of_the_logits():
+    logits, grid = torch.randn(1, 32, 4, 4, generator=seeded(1)), torch.zeros(1, 4, 4, dtype=torch.long)
+
+    def drawn(generator):
+        stepper = DiscreteStepper(DiscreteDDIMScheduler())
+        return stepper.step(logits, stepper.plan(2).steps[0], grid, grid, generator=generator)[1]
+
+    seed = torch.randint(2**62, (1,), generator=seeded()).item()
+    assert torch.equal(drawn(GeneratorElsewhere().manual_seed(0)), drawn(seeded(seed)))
+
+
+class PlainScheduler(MostLikelyScheduler):
+    """One whose `step` has no options."""
+
+    def step(self, model_output, timestep, sample):
+        return Output(model_output.argmax(-1), model_output.argmax(-1))
+
+
+def test_options_that_are_not_taken():
+    stepper = DiscreteStepper(PlainScheduler())
+    with pytest.raises(ValueError, match="PlainScheduler takes no `temperature`"):
+        stepper.plan(4, temperature=1.0)
+    assert "takes no `generator`" in stepper.why_no_draw(stepper.plan(4))
+    with pytest.raises(ValueError, match="`temperature` is not used by discrete inversion"):
+        InversionStepper(PaellaScheduler(), 0.9, 0.1).plan(4, temperature=1.0)

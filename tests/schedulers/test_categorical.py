@@ -24,6 +24,20 @@ def test_tokens_are_drawn_from_the_softmax(dtype, num_tokens):
     assert (share - probabilities).abs().sum() < 0.03
 
 
+class GeneratorElsewhere(torch.Generator):
+    """Says that it is on an accelerator."""
+
+    device = torch.device("cuda")
+
+
+def test_elsewhere_than_on_a_cpu_torch_draws():
+    logits = torch.randn(2, 3, 7, generator=seeded(1))
+    expected = torch.multinomial((logits / 0.5).softmax(-1).flatten(0, 1), 1, generator=seeded()).view(2, 3)
+    assert torch.equal(sample_tokens(logits, 0.5, GeneratorElsewhere().manual_seed(0)), expected)
+    with pytest.raises(ValueError, match="NaN or infinite logits"):
+        sample_tokens(logits.log(), 0.5, GeneratorElsewhere())
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_extreme_temperatures(dtype):
     """The lowest that schedulers take gives the most likely token, the highest uniform tokens."""

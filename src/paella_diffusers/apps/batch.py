@@ -12,7 +12,7 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
@@ -160,7 +160,7 @@ def run(
             from .batch_ray import draw_in_actors
 
             drawn = draw_in_actors(job, load, shards, processes)
-        elif processes > 1:
+        elif processes and processes > 1:
             drawn = draw_in_processes(job, load, shards, processes)
         else:
             drawn = draw_here(job, load, shards, bar.update)
@@ -177,7 +177,7 @@ def run(
 # ---------------------------------------------------------------------------------------------------------------- engines
 
 
-def draw_here(job: Job, load: Callable, shards: list[int], on_rows: Callable | None = None) -> Iterator[int]:
+def draw_here(job: Job, load: Callable, shards: list[int], on_rows: Callable | None = None) -> Generator[int, None, None]:
     """Draw shards in this process; yields each when it is written."""
     if shards:
         worker = Worker(job, load)
@@ -186,7 +186,7 @@ def draw_here(job: Job, load: Callable, shards: list[int], on_rows: Callable | N
             yield index
 
 
-def draw_in_processes(job: Job, load: Callable, shards: list[int], processes: int) -> Iterator[int]:
+def draw_in_processes(job: Job, load: Callable, shards: list[int], processes: int) -> Generator[int, None, None]:
     """Draw shards in processes of this machine, each as soon as one is free; yields each when it is written."""
     context = multiprocessing.get_context("spawn")
     devices = context.SimpleQueue()
@@ -267,7 +267,7 @@ class Worker:
         in_order = {name: content for number in sorted(files) for name, content in files[number].items()}
         return in_order, [errors[number] for number in sorted(errors)]
 
-    def _draw_batch(self, rows: tuple[Row, ...]) -> list[Drawn | Exception]:
+    def _draw_batch(self, rows: tuple[Row, ...]) -> Sequence[Drawn | Exception]:
         """What each row got. If a batch fails, each row is drawn alone, so that good rows do not suffer from a bad one."""
         output_type = "latent" if self.job.output == "tokens" else "pil"
         try:

@@ -57,7 +57,7 @@ class BatchInput:
         name = self.source.removesuffix(".gz")
         return next((ending for ending in FILES if name.endswith(ending)), "dataset")
 
-    def digest(self) -> str:
+    def digest(self) -> str | None:
         """What identifies the input's content: SHA-256 of a file or of a folder's files, or the commit of a Hub dataset."""
         if self.format == "dataset" and not os.path.isdir(self.source):
             return self._commit()
@@ -71,7 +71,7 @@ class BatchInput:
                     digest.update(part)
         return digest.hexdigest()
 
-    def _commit(self) -> str:
+    def _commit(self) -> str | None:
         from huggingface_hub import HfApi
 
         return HfApi().dataset_info(self.source).sha
@@ -135,7 +135,7 @@ class ShardReader:
         return list(itertools.islice(self._records, self.shard_size))
 
 
-def _cell(name: str, text: str):
+def _cell(name: str, text: str) -> Any:
     """A cell of CSV: texts as they are, others as JSON, such as 8, [8, 4] or true."""
     if name in TEXTS:
         return text

@@ -1,6 +1,6 @@
 """Drawing a job's shards in a Ray cluster, by Ray Data: actors hold the pipeline, and Ray replaces those that die."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 
 import ray
 from ray.data import ActorPoolStrategy
@@ -20,7 +20,7 @@ class ShardActor:
         return batch
 
 
-def draw_in_actors(job: Job, load: Callable, shards: list[int], most: int | None) -> Iterator[int]:
+def draw_in_actors(job: Job, load: Callable, shards: list[int], most: int | None) -> Generator[int, None, None]:
     """
     Draw shards in up to `most` actors; Ray starts them as long as shards wait and the cluster has room. Yields each shard
     when it is written. One whose actor died is drawn again elsewhere: what is done is in the job's output, not in Ray.

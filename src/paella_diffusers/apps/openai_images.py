@@ -212,7 +212,7 @@ def read_pictures(kind: type[ImageRequest], uploads: list[tuple[str, bytes]], li
         if mask.size != pictures["image"].size:
             sizes = ["{}x{}".format(*one.size) for one in (mask, pictures["image"])]
             raise APIError(400, f"'mask' must be as large as 'image': it has {' and not '.join(sizes)} pixels.", "mask")
-        if mask.getextrema()[1] < 128:
+        if not any(mask.histogram()[128:]):
             raise APIError(400, "'mask' leaves nothing to edit: make it transparent, or white, where to edit.", "mask")
         pictures["mask_image"] = mask
     return pictures

@@ -83,7 +83,7 @@ class Drawn:
     """
 
     image: Any
-    initial_noise: torch.LongTensor
+    initial_noise: torch.Tensor
     steps_taken: int
 
 

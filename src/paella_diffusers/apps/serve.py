@@ -15,7 +15,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import uvicorn
 from fastapi import APIRouter, Depends, FastAPI, Request
@@ -169,7 +169,7 @@ class Images:
         rows = wanted.rows(self.pipe, self.limits, pictures)
         pipe = self.pipeline(pipeline_class(rows[0].arguments), wanted.scheduler)
         if wanted.stream:
-            return EventStream(self.batcher, wanted, Job(rows[0], pipe), deadline)
+            return EventStream(self.batcher, cast(GenerationRequest, wanted), Job(rows[0], pipe), deadline)
         jobs = [Job(row, pipe) for row in rows]
         self.batcher.submit(jobs)
         try:

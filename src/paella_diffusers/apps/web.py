@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import gradio as gr
 import numpy as np
@@ -36,7 +36,7 @@ UPLOAD = {
     "height": 220,
     "elem_classes": "upload",
 }
-PAINTING = {"type": "pil", "layers": False, "transforms": (), "height": 420, "buttons": []}
+PAINTING: dict[str, Any] = {"type": "pil", "layers": False, "transforms": (), "height": 420, "buttons": []}
 
 CSS = """
 .layout { display: grid; gap: 1rem; align-items: start; }
@@ -63,7 +63,7 @@ CSS = """
     for name, colour in web_tasks.COLOURS.items()
 )
 STATUS_IS_READ_ALOUD = "() => document.querySelector('.status').setAttribute('role', 'status')"
-SYSTEM_FONTS = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
+SYSTEM_FONTS: dict[str, Any] = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
 OUTSIDE_LINK = re.compile(r"<(?:meta|link|script)\b[^>]*https?://[^>]*>")
 CONTENT_POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; style-src 'self' 'unsafe-inline'; "
@@ -167,7 +167,7 @@ class Page:
         self.pipe, self.limit = pipe, concurrency_limit
         self.code_of = partial(Call.code, pipe=pipe, load_options=load_options, setup=setup)
         self.preview, self.executor = make_preview(pipe), ThreadPoolExecutor(concurrency_limit)
-        self.running: list[tuple[str, threading.Event]] = []  # a visitor, and what cancels one of the visitor's calls
+        self.running: list[tuple[str | None, threading.Event]] = []  # a visitor, and what cancels one of the visitor's calls
         self.folder = tempfile.TemporaryDirectory(prefix="paella-web-")
         self.numbers = itertools.count()
         self.draws = []  # the events that draw
@@ -259,8 +259,8 @@ class Page:
             image = self.add_picture("Picture")
             self.add_draw(web_tasks.image_to_image, [_prompt(), image, _strength(0.8)])
         with gr.Tab("Inpainting"):
-            label, sources = "Picture; paint over what shall be new", ("upload", "clipboard")
-            painted = gr.ImageEditor(label=label, sources=sources, brush=self.brush("#d55e00"), **PAINTING)
+            label, brush = "Picture; paint over what shall be new", self.brush("#d55e00")
+            painted = gr.ImageEditor(label=label, sources=("upload", "clipboard"), brush=brush, **PAINTING)
             self.add_take_last(painted)
             self.add_draw(web_tasks.inpainting, [_prompt("Prompt for the whole picture"), painted, _strength(1.0)])
         with gr.Tab("Outpainting"):
@@ -325,10 +325,10 @@ class Page:
 
     # -------------------------------------------------------------------------------------------------- events
 
-    def on_draw(self, task: Callable[..., Call], values: tuple, visitor: str) -> Iterator[dict]:
+    def on_draw(self, task: Callable[..., Call], values: tuple, visitor: str | None) -> Iterator[dict]:
         """Draw; after each step and at the end, what changes of the page, by its parts."""
-        *values, made = values
-        fields, settings = values[: -len(self.settings)], dict(zip(self.settings, values[-len(self.settings) :]))
+        *inputs, made = values
+        fields, settings = inputs[: -len(self.settings)], dict(zip(self.settings, inputs[-len(self.settings) :]))
         if settings["random_seed"] or settings["seed"] is None:
             settings["seed"] = secrets.randbelow(2**32)
         cancelled = threading.Event()

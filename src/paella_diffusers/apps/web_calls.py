@@ -189,7 +189,7 @@ def make_preview(pipe) -> Callable:
         vqgan.to(pipe._execution_device, pipe.vqgan.dtype).eval()
 
     @torch.no_grad()
-    def preview(tokens: torch.LongTensor) -> list[Image.Image]:
+    def preview(tokens: torch.Tensor) -> list[Image.Image]:
         images = vqgan.decode_indices(tokens).sample.clamp(0, 1)
         return pipe.image_processor.postprocess(images, "pil", do_denormalize=[False] * len(images))
 

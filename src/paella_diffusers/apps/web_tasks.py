@@ -34,9 +34,8 @@ def image_to_image(prompt: str, image: str | None, strength: float) -> Call:
 
 def inpainting(prompt: str, painted: dict | None, strength: float) -> Call:
     """Where the brush painted over the picture."""
-    if not painted or painted["background"] is None:
-        picture(None)
-    image = to_rgb(painted["background"])
+    background = painted["background"] if painted else None
+    image = to_rgb(picture(None) if background is None else background)
     where = _painted(painted["layers"], image.size) >= 0
     if not where.any():
         raise ValueError("Nothing is painted over: paint over the part of the picture that shall be drawn anew.")
@@ -125,4 +124,4 @@ def _painted(layers: list[Image.Image], size: tuple[int, int]) -> np.ndarray:
 
 
 def _mask(where: np.ndarray) -> Image.Image:
-    return Image.fromarray(255 * np.uint8(where))
+    return Image.fromarray(255 * where.astype(np.uint8))

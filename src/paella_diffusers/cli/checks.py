@@ -3,6 +3,7 @@
 import argparse
 import importlib.util
 import json
+import math
 import os
 import re
 from dataclasses import dataclass
@@ -195,7 +196,7 @@ def _prompt_or_picture(option: str, text: str) -> str | Image.Image:
 def _check_size(args, model: LocalModel | None, image: Image.Image | None):
     """Refuse a size that the model does not allow, or that neither memory nor the file could hold."""
     if args.size and model is not None:
-        _check_multiple(*args.size, model.multiple)
+        _check_multiple(*args.size, multiple=model.multiple)
     if "padding" in args and model is not None:
         _check_padding(args.padding, model.patch_size)
     side = (model or RELEASED).side
@@ -205,7 +206,7 @@ def _check_size(args, model: LocalModel | None, image: Image.Image | None):
     if image is not None and (not args.size or getattr(args, "padding_mask_crop", None) is not None):
         left, top, right, bottom = getattr(args, "padding", (0, 0, 0, 0))
         width, height = image.width + left + right, image.height + top + bottom
-        if width * height > Image.MAX_IMAGE_PIXELS:
+        if width * height > (Image.MAX_IMAGE_PIXELS or math.inf):
             raise ValueError(f"--padding makes the picture {width}x{height}, more than {Image.MAX_IMAGE_PIXELS} pixels.")
     most = PICTURES[args.out.suffix.lower()]
     if max(width, height) > most:

@@ -151,7 +151,7 @@ def _load(args):
     options = load_options(args) | ({"low_memory": True} if args.low_memory else {})
     pipe = pipeline.from_pretrained(args.model, dtype=getattr(torch, args.dtype), **options)
     if args.scheduler:
-        pipe.scheduler = _scheduler(*args.scheduler, pipe.scheduler.config)
+        pipe.scheduler = _scheduler(*args.scheduler, config=pipe.scheduler.config)
     if args.lora:
         names = [f"lora_{number}" for number in range(len(args.lora))]
         for name, source in zip(names, args.lora):

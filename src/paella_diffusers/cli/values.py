@@ -64,21 +64,21 @@ def device(text: str) -> str:
 class Temperature(argparse.Action):
     """One number above 0, or the first step's and the last's."""
 
-    def __call__(self, parser, namespace, values, option_string=None):
+    def __call__(self, parser, namespace, values: list[str], option_string=None):
         read = number(float, above=0)
         try:
-            ramp = tuple(read(value) for value in values)
+            ramp = [read(value) for value in values]
         except argparse.ArgumentTypeError as error:
             raise argparse.ArgumentError(self, f"{error}; {ORDER}") from None
         if len(ramp) > 2:
             raise argparse.ArgumentError(self, f"takes one number or two, got {len(ramp)}")
-        setattr(namespace, self.dest, ramp if len(ramp) == 2 else ramp[0])
+        setattr(namespace, self.dest, tuple(ramp) if len(ramp) == 2 else ramp[0])
 
 
 class Scheduler(argparse.Action):
     """A scheduler's name and its settings, NAME=VALUE."""
 
-    def __call__(self, parser, namespace, values, option_string=None):
+    def __call__(self, parser, namespace, values: list[str], option_string=None):
         name, *settings = values
         if name not in SCHEDULERS:
             raise argparse.ArgumentError(self, f"there is no {name!r}: {one_of(name, SCHEDULERS)}")

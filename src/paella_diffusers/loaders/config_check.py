@@ -53,7 +53,7 @@ def check_sizes(class_name: str, config: Any, name: str = "", layers_only: bool 
         return
     if isinstance(config, Integral) and not isinstance(config, bool):
         limit = MAX_LAYERS if layers else MAX_INTEGER
-        limit = limit if abs(config) > limit else None
+        limit = limit if abs(int(config)) > limit else None
     elif isinstance(config, list | tuple | str) and len(config) > MAX_LENGTH:
         limit = f"{MAX_LENGTH} entries"
     elif isinstance(config, list | tuple):

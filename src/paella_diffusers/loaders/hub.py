@@ -5,6 +5,7 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any, Self
 
 from huggingface_hub import create_repo, upload_folder
 from PIL import Image
@@ -29,7 +30,7 @@ class PaellaHubMixin:
     """Configurations in and out, and `push_to_hub`, of pipelines, models, schedulers and guidance methods."""
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any) -> Self:
         """As diffusers' `from_pretrained`, whose arguments it takes; errors say what to do."""
         folder = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
         if folder.is_dir() and not (folder / cls.config_name).is_file():
@@ -38,12 +39,12 @@ class PaellaHubMixin:
             return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
     @classmethod
-    def _dict_from_json_file(cls, json_file: str | os.PathLike) -> dict:
+    def _dict_from_json_file(cls, json_file: str | Path) -> dict:
         """What `load_config` reads; diffusers lets through what is no object, and nesting without end."""
         return read_json(json_file)
 
     @classmethod
-    def extract_init_dict(cls, config_dict, **kwargs):
+    def extract_init_dict(cls, config_dict: dict, **kwargs: Any) -> tuple[dict, dict, dict]:
         """What `from_config` reads; values of other types than declared, and sizes that no model has, are refused."""
         name = config_dict.get("_class_name", "")
         if not isinstance(name, str | list):
@@ -52,7 +53,7 @@ class PaellaHubMixin:
         check_config(cls, init_dict)
         return init_dict, unused, hidden
 
-    def save_config(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs):
+    def save_config(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
         """As diffusers' `ConfigMixin.save_config`, but whole or not at all."""
         Path(save_directory).mkdir(parents=True, exist_ok=True)
         with atomic_file(Path(save_directory, self.config_name)) as unfinished:
@@ -73,7 +74,7 @@ class PaellaHubMixin:
         max_shard_size: int | str | None = None,
         endpoint: bool = False,
         space: bool = False,
-        **card,
+        **card: Any,
     ) -> str:
         """
         Upload to a Hub repository, in diffusers' layout. The repository is created if it does not exist.
@@ -131,7 +132,7 @@ def push_lora(pipeline, repo_id: str, adapter_name: str | None = None, **kwargs)
     adapted = pipeline.get_list_adapters()
     adapters = list(dict.fromkeys(name for names in adapted.values() for name in names))
     adapter_name = adapter_name or (adapters[0] if len(adapters) == 1 else None)
-    if adapter_name not in adapters:
+    if adapter_name is None or adapter_name not in adapters:
         raise ValueError(f"`adapter_name` must be one of the attached adapters, {adapters}, got {adapter_name!r}.")
 
     def save(folder: str):

@@ -8,8 +8,10 @@ from collections import Counter
 from collections.abc import Callable
 from itertools import count
 from pathlib import Path
+from typing import Any, cast
 
 import torch
+from diffusers import DiffusionPipeline
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.loaders.lora_base import LoraBaseMixin
 from diffusers.utils import convert_unet_state_dict_to_peft, is_peft_available
@@ -31,7 +33,9 @@ MAX_ALPHA = 10**6
 class PaellaPeftAdapterMixin(PeftAdapterMixin):
     """Adapters of a model of ours, with a scale for each block of a U-Net."""
 
-    def set_adapters(self, adapter_names: str | list[str], weights: float | dict | list[float | dict | None] | None = None):
+    def set_adapters(
+        self, adapter_names: str | list[str], weights: float | dict | list[float | dict | None] | None = None
+    ) -> None:
         """
         Make adapters active.
 
@@ -47,8 +51,7 @@ class PaellaPeftAdapterMixin(PeftAdapterMixin):
                 adapter has no layer in a part that is named.
         """
         adapter_names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
-        weights = weights if isinstance(weights, list) else [weights] * len(adapter_names)
-        scales = [_scales_by_layer(w) for w in weights]
+        scales = [_scales_by_layer(w) for w in (weights if isinstance(weights, list) else [weights] * len(adapter_names))]
         layers = {name: layer for name, layer in self.named_modules() if hasattr(layer, "set_scale")}
         changes = []
         for adapter, by_layer in zip(adapter_names, scales):
@@ -63,7 +66,7 @@ class PaellaPeftAdapterMixin(PeftAdapterMixin):
             layer.set_scale(adapter, scale)
 
 
-def _scales_by_layer(weights: float | dict | None, beginning: str = "") -> dict[str, float]:
+def _scales_by_layer(weights: float | dict[str, Any] | None, beginning: str = "") -> dict[str, float]:
     """Scales by the beginnings of layers' names, "" for all, from nested dictionaries with diffusers' names of blocks."""
     if not isinstance(weights, dict):
         scale = 1.0 if weights is None else weights
@@ -91,7 +94,7 @@ class PaellaLoraLoaderMixin(LoraBaseMixin):
     unet_name = "unet"
 
     @classmethod
-    def lora_state_dict(cls, pretrained_model_name_or_path_or_dict: str | os.PathLike | dict, **kwargs):
+    def lora_state_dict(cls, pretrained_model_name_or_path_or_dict: str | os.PathLike | dict, **kwargs: Any) -> Any:
         """
         An adapter's weights, and, with `return_lora_metadata=True`, its configuration.
 
@@ -123,8 +126,8 @@ class PaellaLoraLoaderMixin(LoraBaseMixin):
         pretrained_model_name_or_path_or_dict: str | os.PathLike | dict[str, torch.Tensor],
         adapter_name: str | None = None,
         hotswap: bool = False,
-        **kwargs,
-    ):
+        **kwargs: Any,
+    ) -> None:
         """
         Attach an adapter to the components that it has weights for, and make it active.
 
@@ -179,18 +182,28 @@ class PaellaLoraLoaderMixin(LoraBaseMixin):
         return weights, _adapter_config(weights, config)
 
     @classmethod
-    def load_lora_into_unet(cls, state_dict, unet, adapter_name=None, metadata=None, _pipeline=None, **kwargs):
+    def load_lora_into_unet(
+        cls,
+        state_dict: dict[str, torch.Tensor],
+        unet: PeftAdapterMixin,
+        adapter_name: str | None = None,
+        metadata: dict | None = None,
+        _pipeline: DiffusionPipeline | None = None,
+        **kwargs: Any,
+    ) -> None:
         """Attach an adapter, given as weights whose names begin with `unet.`, to `unet`."""
         options = dict(adapter_name=adapter_name, metadata=metadata, _pipeline=_pipeline, **kwargs)
         unet.load_lora_adapter(state_dict, prefix=cls.unet_name, network_alphas=None, **options)
 
     @classmethod
-    def load_lora_into_model(cls, state_dict, model, **kwargs):
+    def load_lora_into_model(cls, state_dict: dict[str, torch.Tensor], model: Any, **kwargs: Any) -> None:
         """Attach an adapter, given as weights by their names in the model, to a U-Net or a prior."""
         model.load_lora_adapter(state_dict, prefix=None, network_alphas=None, **kwargs)
 
     @classmethod
-    def load_lora_into_text_encoder(cls, state_dict, text_encoder, config, **kwargs):
+    def load_lora_into_text_encoder(
+        cls, state_dict: dict[str, torch.Tensor], text_encoder: Any, config: dict, **kwargs: Any
+    ) -> None:
         """Attach an adapter, given as weights by their names in a text encoder and PEFT's configuration."""
         from peft import LoraConfig
 
@@ -213,7 +226,7 @@ class PaellaLoraLoaderMixin(LoraBaseMixin):
         text_encoder_lora_adapter_metadata: dict | None = None,
         text_encoder_2_lora_adapter_metadata: dict | None = None,
         prior_lora_adapter_metadata: dict | None = None,
-    ):
+    ) -> None:
         """
         Write an adapter to `save_directory/pytorch_lora_weights.safetensors`, whole or not at all.
 
@@ -240,11 +253,11 @@ class PaellaLoraLoaderMixin(LoraBaseMixin):
                 lora_metadata={name: part for name, part in zip(cls._lora_loadable_modules, metadata) if name in given},
                 is_main_process=True,
                 weight_name=unfinished.name,
-                save_function=save_function,
+                save_function=cast(Any, save_function),
                 safe_serialization=safe_serialization,
             )
 
-    def push_lora_to_hub(self, repo_id: str, adapter_name: str | None = None, **kwargs) -> str:
+    def push_lora_to_hub(self, repo_id: str, adapter_name: str | None = None, **kwargs: Any) -> str:
         """
         Upload an adapter to a Hub repository.
 
@@ -263,12 +276,12 @@ class PaellaLoraLoaderMixin(LoraBaseMixin):
         lora_scale: float = 1.0,
         safe_fusing: bool = False,
         adapter_names: list[str] | None = None,
-        **kwargs,
-    ):
+        **kwargs: Any,
+    ) -> None:
         """Add the active adapters, times `lora_scale`, to the weights themselves."""
         super().fuse_lora(components, lora_scale, safe_fusing, adapter_names, **kwargs)
 
-    def unfuse_lora(self, components: list[str] = _lora_loadable_modules, **kwargs):
+    def unfuse_lora(self, components: list[str] = _lora_loadable_modules, **kwargs: Any) -> None:
         """Take them out again."""
         super().unfuse_lora(components, **kwargs)
 
@@ -281,6 +294,7 @@ def _adapter_file(source, use_safetensors: bool | None, weight_name, subfolder, 
         return str(source)
     folder = f"{subfolder}/" if subfolder else ""
     wanted = {None: WEIGHT_NAMES, True: WEIGHT_NAMES[:1], False: WEIGHT_NAMES[1:]}[use_safetensors]
+    missing = FileNotFoundError(source)
     for name in [weight_name] if weight_name else wanted:
         try:
             return find_file(source, folder + name, revision, options)

@@ -5,6 +5,7 @@ import re
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any, Self
 from urllib.parse import unquote, urlsplit
 
 import safetensors.torch
@@ -36,8 +37,8 @@ class OriginalCheckpointMixin:
         path_or_hub_url: str | Path,
         original_config: dict | None = None,
         dtype: torch.dtype | None = None,
-        **hub_kwargs,
-    ):
+        **hub_kwargs: Any,
+    ) -> Self:
         """
         Load a checkpoint in the published layout.
 
@@ -76,7 +77,7 @@ class OriginalCheckpointMixin:
         original_config: dict | None = None,
         dtype: torch.dtype | None = None,
         max_shard_size: int | str = "512MB",
-    ):
+    ) -> None:
         """
         Convert a checkpoint in the published layout to a folder in diffusers', file by file: beside the mapped checkpoint,
         only one file of at most `max_shard_size` is in memory. Other arguments and errors: see `from_single_file`.

@@ -1,8 +1,11 @@
 """Textual inversion (https://huggingface.co/papers/2208.01618): new tokens for text encoders, through diffusers' mixin."""
 
 import copy
+from typing import Any, cast
 
+import torch
 from diffusers.loaders import TextualInversionLoaderMixin
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
 # what a training writes for each text encoder, in the layout of diffusers: the token's name and its vectors
@@ -12,7 +15,14 @@ WEIGHT_NAMES = {"text_encoder": "learned_embeds.safetensors", "text_encoder_2": 
 class PaellaTextualInversionMixin(TextualInversionLoaderMixin):
     """New tokens for ByT5 (`text_encoder`) and for CLIP (`text_encoder_2`)."""
 
-    def load_textual_inversion(self, pretrained_model_name_or_path, token=None, tokenizer=None, text_encoder=None, **kwargs):
+    def load_textual_inversion(
+        self,
+        pretrained_model_name_or_path: str | dict[str, torch.Tensor] | torch.Tensor | list,
+        token: str | list[str] | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        text_encoder: PreTrainedModel | None = None,
+        **kwargs: Any,
+    ) -> None:
         """
         Add tokens and their vectors to a text encoder and its tokenizer, as diffusers' pipelines do.
 
@@ -38,9 +48,8 @@ class PaellaTextualInversionMixin(TextualInversionLoaderMixin):
         before = copy.deepcopy(tokenizer), text_encoder.get_input_embeddings().num_embeddings
         width = text_encoder.get_input_embeddings().embedding_dim
         try:
-            super().load_textual_inversion(
-                pretrained_model_name_or_path, token=token, tokenizer=tokenizer, text_encoder=text_encoder, **kwargs
-            )
+            source, encoder = cast(Any, pretrained_model_name_or_path), cast(Any, text_encoder)
+            super().load_textual_inversion(source, token, cast(Any, tokenizer), encoder, **kwargs)
         except ValueError as error:
             if "incorrect shape" not in str(error):
                 raise
@@ -52,7 +61,12 @@ class PaellaTextualInversionMixin(TextualInversionLoaderMixin):
         if self._prompt_cache is not None:
             self._prompt_cache.clear()  # a token's number may have stood for another
 
-    def unload_textual_inversion(self, tokens=None, tokenizer=None, text_encoder=None):
+    def unload_textual_inversion(
+        self,
+        tokens: str | list[str] | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        text_encoder: PreTrainedModel | None = None,
+    ) -> None:
         """
         Remove the tokens that were loaded, from both text encoders or from the given one.
 

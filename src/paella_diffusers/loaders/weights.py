@@ -166,6 +166,7 @@ class MappedWeights(Mapping):
 
     @classmethod
     def _names(cls, find, stems, part) -> list[str]:
+        missing = FileNotFoundError()
         for stem in stems:
             try:
                 return read_shard_index(find(f"{stem}.safetensors.index{part}.json"))

@@ -1,6 +1,7 @@
 """Attention of Paella's U-Net, from image tokens to image and conditioning tokens: its block "A"."""
 
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -102,7 +103,7 @@ def gaussian_blur(states: torch.Tensor, sigma: float) -> torch.Tensor:
     for dim in (1, 2):
         place = torch.arange(states.shape[dim], device=states.device, dtype=dtype)
         weights = (-0.5 * ((place - place[:, None]) / sigma).square()).softmax(-1)
-        states = torch.tensordot(weights.to(states), states, dims=([1], [dim])).movedim(0, dim)
+        states = torch.tensordot(weights.to(states), states, dims=cast(Any, ([1], [dim]))).movedim(0, dim)
     return states
 
 
@@ -138,14 +139,21 @@ class PaellaAttnProcessor:
         query, key, value = (states.unflatten(-1, (attn.heads, -1)) for states in (query, key, value))
         attended = self.attend(attn, query, key, value, attention_mask)
         if perturbation is not None:
-            first, end = perturbation.rows
+            first, end = cast(tuple[int, int], perturbation.rows)
             mask = None if attention_mask is None else attention_mask[first:end]
-            weak_query, mask = perturbation(query[first:end], mask, key.shape[1], image_size)
+            weak_query, mask = perturbation(query[first:end], mask, key.shape[1], cast(tuple[int, int], image_size))
             weak = self.attend(attn, weak_query, key[first:end], value[first:end], mask)
             attended = torch.cat([attended[:first], weak, attended[end:]])
         return attn.to_out[0](attended.flatten(2))
 
-    def attend(self, attn: "PaellaAttention", query, key, value, mask: torch.Tensor | None = None) -> torch.Tensor:
+    def attend(
+        self,
+        attn: "PaellaAttention",
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Of `(batch_size, length, heads, channels)`, with a mask `(batch_size, [length,] num_keys)`."""
         chunked = query.device.type == "cpu" and query.dtype == torch.bfloat16 and self._attention_backend is None
         if chunked and not torch.is_grad_enabled() and (mask is None or mask.ndim == 2):
@@ -164,7 +172,8 @@ class PaellaAttnProcessor:
 
 
 class PaellaAttention(nn.Module, AttentionModuleMixin):
-    _default_processor_cls = PaellaAttnProcessor
+    processor: Any
+    _default_processor_cls: Any = PaellaAttnProcessor
     _available_processors = [PaellaAttnProcessor]
     _supports_qkv_fusion = False  # queries come from the image, keys and values from two sources
 

@@ -2,6 +2,8 @@
 
 import contextlib
 import dataclasses
+from collections.abc import Iterator
+from typing import Any, cast
 
 from diffusers import (
     FirstBlockCacheConfig,
@@ -33,7 +35,10 @@ class PaellaCacheMixin(CacheMixin):
     _noise_level = None  # in the present cache context
     _caches_all_blocks = False
 
-    def enable_cache(self, config):
+    def enable_cache(
+        self,
+        config: FirstBlockCacheConfig | MagCacheConfig | PyramidAttentionBroadcastConfig | TaylorSeerCacheConfig,
+    ) -> None:
         """
         Reuse parts of earlier steps in later ones: faster, and an approximation.
 
@@ -71,13 +76,13 @@ class PaellaCacheMixin(CacheMixin):
             self.disable_cache()
             raise ValueError(f"{type(config).__name__} would do nothing: its identifiers match no part of the model.")
 
-    def disable_cache(self):
+    def disable_cache(self) -> None:
         """Compute every step in full again."""
         super().disable_cache()
         self._caches_all_blocks = False
 
     @contextlib.contextmanager
-    def cache_context(self, name: str, **kwargs):
+    def cache_context(self, name: str, **kwargs: Any) -> Iterator[None]:
         """As diffusers'; `sigma` is the noise level."""
         self._noise_level = kwargs.get("sigma")
         with super().cache_context(name, **kwargs):
@@ -96,9 +101,11 @@ class PaellaCacheMixin(CacheMixin):
         stack.blocks = nn.ModuleList([*self.down_blocks, *self.up_blocks])
         for cls in {type(block) for block in stack.blocks}:
             TransformerBlockRegistry.register(cls, TransformerBlockMetadata(return_hidden_states_index=0))
-        apply = apply_mag_cache if isinstance(config, MagCacheConfig) else apply_first_block_cache
-        apply(stack, config)
-        HookRegistry.check_if_exists_or_initialize(self).invalidate_child_registries_cache()
+        if isinstance(config, MagCacheConfig):
+            apply_mag_cache(stack, config)
+        else:
+            apply_first_block_cache(stack, config)
+        HookRegistry.check_if_exists_or_initialize(cast(nn.Module, self)).invalidate_child_registries_cache()
         self._cache_config, self._caches_all_blocks = config, True
 
     def _by_noise_level(self, config: PyramidAttentionBroadcastConfig) -> PyramidAttentionBroadcastConfig:

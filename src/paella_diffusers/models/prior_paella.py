@@ -71,7 +71,7 @@ class PaellaPrior(PaellaHubMixin, AtomicSaveMixin, ModelMixin, ConfigMixin, Pael
         self.gradient_checkpointing = False
         self.init_weights()
 
-    def init_weights(self):
+    def init_weights(self) -> None:
         """Initialise as published: torch's own, but smaller steps in a deeper stack."""
         for block in self.blocks:
             block.proj_in.weight.data *= (1 / len(self.blocks)) ** 0.5

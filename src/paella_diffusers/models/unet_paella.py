@@ -179,7 +179,7 @@ class PaellaBlock(nn.Module):
         keys_values: list[tuple[torch.Tensor, torch.Tensor]] | None = None,
         perturbation: AttentionPerturbation | None = None,
     ) -> torch.Tensor:
-        keys_values = iter(keys_values or [])  # of the attentions, in order
+        remaining = iter(keys_values or [])  # of the attentions, in order
         if perturbation is not None and self.level not in perturbation.levels:
             perturbation = None
         for index, (block_type, layer) in enumerate(zip(self.block_types, self.layers)):
@@ -188,7 +188,7 @@ class PaellaBlock(nn.Module):
             elif block_type == "T":
                 hidden_states = layer(hidden_states, temb)
             elif block_type == "A":
-                key_value = next(keys_values, None)
+                key_value = next(remaining, None)
                 hidden_states = layer(
                     hidden_states, encoder_hidden_states, attention_mask, conditioning_weights, key_value, perturbation
                 )
@@ -285,12 +285,12 @@ class PaellaUNet(
     ):
         super().__init__()
         levels = len(block_out_channels)
-        dropout = [dropout] * levels if isinstance(dropout, int | float) else dropout
+        dropouts = [dropout] * levels if isinstance(dropout, int | float) else dropout
         for name, value in {
             "layers_per_block": layers_per_block,
             "block_types": block_types,
             "num_attention_heads": num_attention_heads,
-            "dropout": dropout,
+            "dropout": dropouts,
         }.items():
             if len(value) != levels:
                 raise ValueError(f"`{name}` must have one entry a level, {levels} as `block_out_channels`: got {value}.")
@@ -315,7 +315,7 @@ class PaellaUNet(
                 cross_attention_dim,
                 time_embed_dim,
                 kernel_size,
-                dropout[level],
+                dropouts[level],
                 self_attention,
                 has_skip,
                 level,
@@ -355,7 +355,7 @@ class PaellaUNet(
         self.gradient_checkpointing = False
         self.init_weights()
 
-    def init_weights(self):
+    def init_weights(self) -> None:
         """Initialise as published."""
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Conv2d):  # transposed convolutions keep torch's own
@@ -387,7 +387,7 @@ class PaellaUNet(
     @apply_lora_scale("cross_attention_kwargs")
     def forward(
         self,
-        sample: torch.LongTensor,
+        sample: torch.Tensor,
         timestep: torch.Tensor | float,
         encoder_hidden_states: torch.Tensor | PaellaConditioning,
         clip_text_embeds: torch.Tensor | None = None,

@@ -1,6 +1,7 @@
 """Paella's VQGAN: pixels to discrete tokens and back, four pixels a token side (f4)."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -33,7 +34,7 @@ class VQEncoderOutput(BaseOutput):
 
     latents: torch.Tensor
     quantized: torch.Tensor
-    indices: torch.LongTensor
+    indices: torch.Tensor
 
 
 @dataclass
@@ -52,7 +53,7 @@ class VQDecoderOutput(BaseOutput):
 
     sample: torch.Tensor
     commit_loss: torch.Tensor | None = None
-    indices: torch.LongTensor | None = None
+    indices: torch.Tensor | None = None
 
 
 class VectorQuantizer(nn.Module):
@@ -62,7 +63,7 @@ class VectorQuantizer(nn.Module):
         super().__init__()
         self.embedding = nn.Embedding(num_embeddings, embedding_dim)
 
-    def forward(self, latents: torch.Tensor):
+    def forward(self, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         # |z - e|^2 without |z|^2, which no choice of e changes; float32, as half precision merges neighbouring codes
         codebook = self.codebook(latents.device).detach().float()
         bias = codebook.square().sum(1)
@@ -75,7 +76,7 @@ class VectorQuantizer(nn.Module):
         loss = F.mse_loss(quantized, latents.detach()) + 0.25 * F.mse_loss(latents, quantized.detach())
         return latents + (quantized - latents).detach(), indices, loss
 
-    def codebook(self, device: torch.device) -> torch.Tensor:
+    def codebook(self, device: str | torch.device) -> torch.Tensor:
         """All codes, by a call of the embedding rather than from its weight: offloading hooks act on calls."""
         return self.embedding(torch.arange(self.embedding.num_embeddings, device=device))
 
@@ -167,7 +168,7 @@ class PaellaVQModel(PaellaHubMixin, AtomicSaveMixin, ModelMixin, AutoencoderMixi
             nn.PixelUnshuffle(up_down_scale_factor),
             nn.Conv2d(in_channels * up_down_scale_factor**2, channels[0], kernel_size=1),
         )
-        down_blocks = [MixingResidualBlock(channels[0], channels[0] * 4)]
+        down_blocks: list[nn.Module] = [MixingResidualBlock(channels[0], channels[0] * 4)]
         for level in range(1, levels):
             down_blocks.append(
                 nn.Conv2d(channels[level - 1], channels[level], kernel_size=4, stride=2, padding=1),
@@ -178,7 +179,7 @@ class PaellaVQModel(PaellaHubMixin, AtomicSaveMixin, ModelMixin, AutoencoderMixi
 
         self.vquantizer = VectorQuantizer(num_vq_embeddings, latent_channels)
 
-        up_blocks = [nn.Sequential(nn.Conv2d(latent_channels, channels[-1], kernel_size=1))]
+        up_blocks: list[nn.Module] = [nn.Sequential(nn.Conv2d(latent_channels, channels[-1], kernel_size=1))]
         up_blocks += [MixingResidualBlock(channels[-1], channels[-1] * 4) for _ in range(bottleneck_blocks)]
         for level in reversed(range(levels - 1)):
             up_blocks.append(nn.ConvTranspose2d(channels[level + 1], channels[level], kernel_size=4, stride=2, padding=1))
@@ -195,11 +196,12 @@ class PaellaVQModel(PaellaHubMixin, AtomicSaveMixin, ModelMixin, AutoencoderMixi
         self.tile_from_tokens = 256 * 256  # 1024 × 1024 pixels
         self.init_weights()
 
-    def init_weights(self):
+    def init_weights(self) -> None:
         """Initialise as published."""
         for block in self.modules():
             if isinstance(block, MixingResidualBlock):  # all other layers keep torch's own initialisation
-                for layer in (block.depthwise[1], block.channelwise[0], block.channelwise[2]):
+                layers: list[Any] = [block.depthwise[1], block.channelwise[0], block.channelwise[2]]
+                for layer in layers:
                     nn.init.xavier_uniform_(layer.weight)
                     nn.init.zeros_(layer.bias)
         # small codes, so that all are near the first latents
@@ -291,7 +293,7 @@ class PaellaVQModel(PaellaHubMixin, AtomicSaveMixin, ModelMixin, AutoencoderMixi
         return self._decode(latents * self.config.scale_factor, return_dict)
 
     @apply_forward_hook
-    def decode_indices(self, indices: torch.LongTensor, return_dict: bool = True) -> VQDecoderOutput | tuple:
+    def decode_indices(self, indices: torch.Tensor, return_dict: bool = True) -> VQDecoderOutput | tuple:
         """Tokens `(batch_size, height, width)`, int64 in `[0, num_vq_embeddings)`, to images."""
         return self._decode(self.vquantizer.embedding(indices).permute(0, 3, 1, 2), return_dict)
 
@@ -307,7 +309,7 @@ class PaellaVQModel(PaellaHubMixin, AtomicSaveMixin, ModelMixin, AutoencoderMixi
 
     def forward(
         self, sample: torch.Tensor, quantize: bool = True, return_dict: bool = True
-    ) -> VQDecoderOutput | tuple[torch.Tensor, torch.Tensor, torch.LongTensor]:
+    ) -> VQDecoderOutput | tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """
         Images in [0, 1] to their reconstruction, with the loss that trains the codebook beside the pixel loss, and tokens.
 

@@ -1,16 +1,19 @@
 """Blocks for diffusers' modular pipelines: each wraps steps of the plain pipelines."""
 
 from dataclasses import fields, replace
+from typing import TYPE_CHECKING, cast
 
 import PIL.Image
 import torch
 from diffusers.modular_pipelines import (
     AutoPipelineBlocks,
+    BlockState,
     ComponentSpec,
     ConfigSpec,
     InputParam,
     ModularPipelineBlocks,
     OutputParam,
+    PipelineState,
     SequentialPipelineBlocks,
 )
 from transformers import (
@@ -30,6 +33,10 @@ from ..pipelines.inputs import CallInputs, EditingInputs, ImageConditionInputs, 
 from ..pipelines.source_image import SourceImage
 from ..sampling.guidance.classifier_free_guidance import PaellaClassifierFreeGuidance
 from ..schedulers.scheduling_paella import PaellaScheduler
+
+if TYPE_CHECKING:
+    from ..pipelines.pipeline_paella import PaellaPipeline
+    from .modular_pipeline_paella import PaellaModularPipeline
 
 # The parts of a pipeline; a folder's own classes, as its index names them, take the place of these.
 COMPONENTS = {
@@ -59,13 +66,15 @@ class PaellaBlock(ModularPipelineBlocks):
         return [guider if name == "guider" else ComponentSpec(name, COMPONENTS[name]) for name in self.uses]
 
     @torch.no_grad()
-    def __call__(self, components, state):
-        block_state = self.get_block_state(state)
+    def __call__(
+        self, components: "PaellaModularPipeline", state: PipelineState
+    ) -> tuple["PaellaModularPipeline", PipelineState]:
+        block_state = cast(BlockState, self.get_block_state(state))
         self.run(components.as_pipeline(), block_state)
         self.set_block_state(state, block_state)
         return components, state
 
-    def run(self, pipe, block_state):
+    def run(self, pipe: "PaellaPipeline", block_state: BlockState) -> None:
         """The block's work, by the plain pipeline `pipe` of the same components."""
         raise NotImplementedError
 
@@ -86,7 +95,7 @@ class PaellaTextEncoderStep(PaellaBlock):
     def intermediate_outputs(self) -> list[OutputParam]:
         return [OutputParam(name, type_hint=torch.Tensor) for name in PromptEmbeds._fields]
 
-    def run(self, pipe, block_state):
+    def run(self, pipe: "PaellaPipeline", block_state: BlockState) -> None:
         inputs = CallInputs.collect(block_state.as_dict())
         prompts = inputs.prompts
         if prompts.prompt is None and prompts.prompt_embeds is None and block_state.condition_image is not None:
@@ -127,7 +136,7 @@ class PaellaImageEncoderStep(PaellaBlock):
             OutputParam("source_tokens", type_hint=SourceImage, description="The same as tokens."),
         ]
 
-    def run(self, pipe, block_state):
+    def run(self, pipe: "PaellaPipeline", block_state: BlockState) -> None:
         options = {name: block_state[name] for name in self.options}
         source = pipe.prepare_source(block_state.image, block_state.height, block_state.width, **options)
         tokens = pipe.encode_source(source, len(source.image), pipe._execution_device)
@@ -181,12 +190,12 @@ class PaellaDenoiseStep(PaellaBlock):
             OutputParam("steps_taken", type_hint=list[int], description="Evaluations of the U-Net for each image."),
         ]
 
-    def run(self, pipe, block_state):
+    def run(self, pipe: "PaellaPipeline", block_state: BlockState) -> None:
         inputs = CallInputs.collect(block_state.as_dict() | {"output_type": "latent"})
         size = [pipe.default_size if side is None else side for side in (block_state.height, block_state.width)]
         if block_state.source_tokens is not None:
             size = pipe.size_of(block_state.source_tokens)
-        output = pipe.generate(inputs, *size, block_state.region_masks, block_state.source_tokens)
+        output = pipe.generate(inputs, *size, region_masks=block_state.region_masks, source=block_state.source_tokens)
         block_state.latents, block_state.steps_taken = output.images, output.steps_taken
 
 
@@ -209,14 +218,17 @@ class PaellaDecodeStep(PaellaBlock):
     def intermediate_outputs(self) -> list[OutputParam]:
         return [OutputParam("images", type_hint=list[PIL.Image.Image])]
 
-    def run(self, pipe, block_state):
+    def run(self, pipe: "PaellaPipeline", block_state: BlockState) -> None:
         block_state.images = pipe.decode(block_state.latents, block_state.output_type, block_state.source)
 
 
 class PaellaAutoBlocks(SequentialPipelineBlocks):
     """Text to image, image to image with `image`, inpainting with `mask_image` and outpainting with `padding`."""
 
-    model_name = "paella"
+    @property
+    def model_name(self) -> str:
+        return "paella"
+
     block_classes = [PaellaTextEncoderStep, PaellaAutoImageEncoderStep, PaellaDenoiseStep, PaellaDecodeStep]
     block_names = ["text_encoder", "vae_encoder", "denoise", "decode"]
     _workflow_map = {

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..sampling.plan import Plan, Step, linear_ramp
+from ..sampling.plan import Step, linear_ramp
 
 _STATES: ContextVar[weakref.WeakKeyDictionary] = ContextVar("paella_diffusers_call_states")
 _LOCKS: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # by U-Net, which pipelines share
@@ -34,7 +34,7 @@ class CallState:
     guidance: Any
     guidance_scale: float | tuple[float, float] | None
     guided_steps: tuple[int, int]
-    plan: Plan | None = None
+    plan: Any = None
     interrupt: bool = False
     timestep: torch.Tensor | None = None
     is_running: bool = True
@@ -85,7 +85,8 @@ class CallStateMixin:
                 self._set_state(outer)
 
     def _set_state(self, state: CallState):
-        states = weakref.WeakKeyDictionary(_STATES.get({}))  # a copy: contexts made from this one keep theirs
+        # a copy: contexts made from this one keep theirs
+        states: weakref.WeakKeyDictionary[Any, CallState] = weakref.WeakKeyDictionary(_STATES.get({}))
         states[self] = state
         _STATES.set(states)
 

@@ -115,7 +115,7 @@ class Conditioning:
         """CLIP image embeddings a row."""
         return 0 if self.clip_image_embeds is None else self.clip_image_embeds.shape[1]
 
-    def _mask(self, length: int, has_text: bool, num_images: int) -> torch.BoolTensor:
+    def _mask(self, length: int, has_text: bool, num_images: int) -> torch.Tensor:
         """Over the whole conditioning sequence when padded to so much: False where this has nothing."""
         embeds, mask = self.encoder_hidden_states, self.encoder_attention_mask
         own_length = embeds.shape[1]
@@ -150,8 +150,8 @@ def _cat_weights(weights: list[torch.Tensor | None], branches) -> torch.Tensor |
     if count == 0:
         return None
     there = next(tensor for tensor in weights if tensor is not None)
-    weights = [there.new_ones(len(branch), 0) if w is None else w for w, branch in zip(weights, branches)]
-    return torch.cat([F.pad(w, (count - w.shape[1], 0), value=1.0) for w in weights])
+    rows = [there.new_ones(len(branch), 0) if w is None else w for w, branch in zip(weights, branches)]
+    return torch.cat([F.pad(w, (count - w.shape[1], 0), value=1.0) for w in rows])
 
 
 def repeat_rows(rows: torch.Tensor, batch_size: int, num_images_per_prompt: int = 1) -> torch.Tensor:

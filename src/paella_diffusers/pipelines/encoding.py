@@ -4,6 +4,7 @@ import copy
 import threading
 import weakref
 from collections.abc import Callable
+from typing import Any, cast
 
 import PIL.Image
 import torch
@@ -26,7 +27,7 @@ class EncodingMixin:
 
     _prompt_cache, _prompt_cache_size = None, 0
 
-    def enable_prompt_cache(self, max_entries: int = 64):
+    def enable_prompt_cache(self, max_entries: int = 64) -> None:
         """
         Keep what the text encoders made of the prompts of recent calls, for calls with the same prompts: nothing is encoded
         twice. Prompts of one call are one entry for each encoder: about 10 kB a byte of text at the published sizes. Another
@@ -41,7 +42,7 @@ class EncodingMixin:
         check_integer("max_entries", max_entries, 1)
         self._prompt_cache, self._prompt_cache_size = {}, max_entries
 
-    def disable_prompt_cache(self):
+    def disable_prompt_cache(self) -> None:
         """Encode the prompts of every call, as without `enable_prompt_cache`, and forget what was kept."""
         self._prompt_cache = None
 
@@ -79,7 +80,7 @@ class EncodingMixin:
         max_sequence_length: int = 768,
         device: torch.device | None = None,
         padded_length: int | None = None,
-    ) -> tuple[torch.Tensor | None, ...]:
+    ) -> tuple[Any, ...]:
         """
         Prompts to embeddings, each repeated `num_images_per_prompt` times. Embeddings that are passed in are kept.
 
@@ -101,13 +102,15 @@ class EncodingMixin:
         """
         device = device or self._execution_device
         prompt = [prompt] if isinstance(prompt, str) else prompt
-        batch_size = len(prompt) if prompt is not None else len(prompt_embeds)
+        batch_size = len(prompt) if prompt is not None else len(cast(torch.Tensor, prompt_embeds))
         negative = negative_prompt if negative_prompt is not None else ""
         negative = [negative] * batch_size if isinstance(negative, str) else list(negative)
         negative = negative * batch_size if len(negative) == 1 else negative
 
         if prompt_embeds is None:
-            prompt_embeds, prompt_attention_mask = self._encode_byt5(prompt, max_sequence_length, device, padded_length)
+            prompt_embeds, prompt_attention_mask = self._encode_byt5(
+                cast(list[str], prompt), max_sequence_length, device, padded_length
+            )
         if clip_text_embeds is None and prompt is not None and self.text_encoder_2 is not None:
             clip_text_embeds = self._encode_clip(prompt, device, padded_length is not None)
         if do_classifier_free_guidance:
@@ -174,7 +177,11 @@ class EncodingMixin:
 
     @torch.no_grad()
     def encode_image(
-        self, condition_image, batch_size: int = 1, num_images_per_prompt: int = 1, device=None
+        self,
+        condition_image: PIL.Image.Image | list,
+        batch_size: int = 1,
+        num_images_per_prompt: int = 1,
+        device: torch.device | None = None,
     ) -> torch.Tensor:
         """
         CLIP embeddings of images to condition on: resized to the encoder's size, bicubic, without cropping.

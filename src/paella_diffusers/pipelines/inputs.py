@@ -6,7 +6,7 @@ Each task's `__call__` gives all of its arguments, `locals()`, to [`CallInputs.c
 
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -33,7 +33,7 @@ from .image_reading import to_rgb
 MAX_STEPS = 10_000
 MAX_IMAGES_PER_PROMPT = 2**20
 MAX_LENGTH = 2**24  # of prompts, in bytes
-MODEL_DEFAULT = ...  # a guidance scale that was left out: the model's own
+MODEL_DEFAULT: Any = ...  # a guidance scale that was left out: the model's own
 
 
 @dataclass
@@ -166,7 +166,7 @@ class ImageConditionInputs:
 
     def _check_number_of_weights(self, pipe, prompts: PromptInputs):
         """Refuse more weights than the conditional pass has conditioning tokens."""
-        num_images = int(self.use_prior)
+        num_images = 1 if self.use_prior else 0
         if self.condition_image is not None:
             num_images = len(self.condition_image[0])
         elif self.clip_image_embeds is not None:
@@ -282,10 +282,10 @@ class EditingInputs:
 class SteeringInputs:
     """Steering by a reward: several particles for each image."""
 
-    reward: Callable | None = None
-    num_particles: int | None = None
+    reward: Any = None
+    num_particles: Any = None
     particle_batch_size: int | None = None
-    steering_method: SteeringMethod | None = None
+    steering_method: Any = None
 
     def check(self, prompts: PromptInputs, sampling: SamplingInputs, stepper, plan):
         """Refuse what does not fit together, or cannot be steered; give `num_particles` and the method their defaults."""
@@ -368,9 +368,9 @@ class CallInputs:
     output: OutputInputs = field(default_factory=OutputInputs)
 
     @classmethod
-    def collect(cls, arguments: dict[str, Any]) -> "CallInputs":
+    def collect(cls, arguments: Mapping[str, Any]) -> "CallInputs":
         """From a call's arguments by name; those of no subject here are left to the task."""
-        subjects = {subject.name: subject.type for subject in fields(cls)}
+        subjects: dict[str, Any] = {subject.name: subject.type for subject in fields(cls)}
         return cls(**{
             name: subject(**{f.name: arguments[f.name] for f in fields(subject) if f.name in arguments})
             for name, subject in subjects.items()

@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, Self
 
 import torch
 from diffusers import DDPMWuerstchenScheduler, DiffusionPipeline
@@ -46,7 +47,7 @@ COMPANIONS = {  # of no use without the other
 class LoadingMixin(PaellaHubMixin):
     """`from_pretrained`, `from_pipe`, `save_pretrained` and `to` of pipelines; comes before `DiffusionPipeline`."""
 
-    def __setattr__(self, name: str, value):
+    def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
         recorded = getattr(self, "config", {})
         if name in recorded:
@@ -58,7 +59,7 @@ class LoadingMixin(PaellaHubMixin):
             self.register_to_config(**names)
 
     @classmethod
-    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs):
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> Self:
         """
         A pipeline of this class from the components and settings of another. The components are shared, not copied; `kwargs`
         replace some. Dtypes stay as they are unless `dtype` is given.
@@ -74,7 +75,7 @@ class LoadingMixin(PaellaHubMixin):
         return made
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Self:
         """
         Load a pipeline from a Hub repository or a folder, in diffusers' layout or in the published one.
 
@@ -148,7 +149,7 @@ class LoadingMixin(PaellaHubMixin):
         pipeline.register_to_config(_name_or_path=source)
         return pipeline
 
-    def to(self, *args, **kwargs):
+    def to(self, *args: Any, **kwargs: Any) -> Self:
         """
         As `DiffusionPipeline.to`, with one warning for all models in float16 on a CPU; with `low_memory`, it says where
         models shall be while they are called.
@@ -174,13 +175,13 @@ class LoadingMixin(PaellaHubMixin):
             hook.execution_device = torch.device(device)
         return self
 
-    def maybe_free_model_hooks(self):
+    def maybe_free_model_hooks(self) -> None:
         """As `DiffusionPipeline.maybe_free_model_hooks`; with `low_memory`, releases the last model's weights too."""
         for hook in weights_on_disk(self):
             hook.release()
         super().maybe_free_model_hooks()
 
-    def remove_all_hooks(self):
+    def remove_all_hooks(self) -> None:
         """As `DiffusionPipeline.remove_all_hooks`, with which offloading begins; refused with `low_memory`."""
         if weights_on_disk(self):
             raise ValueError("With `low_memory` models are offloaded already: to offload in another way, load without it.")
@@ -193,8 +194,8 @@ class LoadingMixin(PaellaHubMixin):
         variant: str | None = None,
         max_shard_size: int | str | None = None,
         push_to_hub: bool = False,
-        **kwargs,
-    ):
+        **kwargs: Any,
+    ) -> None:
         """
         As `DiffusionPipeline.save_pretrained`, but whole or not at all: a process that is killed at any moment leaves the
         earlier pipeline or the new one; see [`~loaders.atomic.atomic_update`] for systems other than Linux. Other files in
@@ -216,7 +217,7 @@ class LoadingMixin(PaellaHubMixin):
             self.push_to_hub(repo_id, **options, **kwargs)
 
 
-def component_names(cls: type[DiffusionPipeline]) -> list[str]:
+def component_names(cls: Any) -> list[str]:
     """The components of a pipeline class: its arguments that are required or declared optional components."""
     parameters = inspect.signature(cls).parameters.values()
     return [p.name for p in parameters if p.default is p.empty or p.name in cls._optional_components]

@@ -1,12 +1,16 @@
 """What Paella's pipelines share: their components, and the steps of a call."""
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any, Self, cast
 
+import numpy as np
+import PIL.Image
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.guiders.guider_utils import BaseGuidance
-from diffusers.image_processor import VaeImageProcessor
+from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from transformers import (
@@ -31,7 +35,7 @@ from ..sampling.guidance.diffusers_guidance import DiffusersGuidance
 from ..sampling.guidance.semantic_guidance import PaellaSemanticGuidance
 from ..sampling.loop import sample
 from ..sampling.steering import Steering, reward_of_pictures, spawn_generators
-from ..sampling.steppers import make_stepper
+from ..sampling.steppers import Stepper, make_stepper
 from ..schedulers.categorical import add_uniform_noise, random_tokens
 from ..schedulers.scheduling_utils import PaellaSchedulerBase
 from .call_state import CallState, CallStateMixin
@@ -41,18 +45,9 @@ from .inputs import MODEL_DEFAULT, CallInputs, ImageConditionInputs, PromptInput
 from .loading import LoadingMixin
 from .regions import read_region_masks
 from .source_image import SizeRule, SourceImage, prepare_source
+from .step_end import CONDITIONING_TENSORS, StepEnd
 
-# the names by which callbacks get and replace conditioning: which branch's, and the argument of the U-Net
-CONDITIONING_TENSORS = {
-    "prompt_embeds": ("conditional", "encoder_hidden_states"),
-    "negative_prompt_embeds": ("unconditional", "encoder_hidden_states"),
-    "prompt_attention_mask": ("conditional", "encoder_attention_mask"),
-    "negative_prompt_attention_mask": ("unconditional", "encoder_attention_mask"),
-    "clip_text_embeds": ("conditional", "clip_text_embeds"),
-    "negative_clip_text_embeds": ("unconditional", "clip_text_embeds"),
-    "clip_image_embeds": ("conditional", "clip_image_embeds"),
-    "conditioning_weights": ("conditional", "conditioning_weights"),
-}
+Generators = torch.Generator | list[torch.Generator] | None  # one for all images, one for each, or torch's own
 
 
 @dataclass
@@ -72,8 +67,9 @@ class PaellaPipelineOutput(ImagePipelineOutput):
             The logarithms of the probabilities by which each image was drawn from its particles.
     """
 
+    images: list[PIL.Image.Image] | np.ndarray | torch.Tensor
     steps_taken: list[int] | None = None
-    initial_noise: torch.LongTensor | None = None
+    initial_noise: torch.Tensor | None = None
     rewards: torch.Tensor | None = None
     log_weights: torch.Tensor | None = None
 
@@ -115,6 +111,8 @@ class PaellaPipelineBase(
         "prior_scheduler",
         "guider",
     ]
+    __call__: Callable[..., Any]  # each task's
+    progress_bar: Callable[..., Any]
     _callback_tensor_inputs = ["latents", "pred_original_sample", *CONDITIONING_TENSORS]
 
     def __init__(
@@ -155,7 +153,7 @@ class PaellaPipelineBase(
         self.vae_scale_factor = self.vqgan.patch_size if getattr(self, "vqgan", None) else 4
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor, do_normalize=False)
 
-    def optimize(self, enable: bool = True):
+    def optimize(self, enable: bool = True) -> Self:
         """
         Make all later calls faster on this machine, whatever their size, batch size, prompts, guidance or adapters: the
         U-Net is compiled by `torch.compile`, once for each size, batch size and way of guidance. A U-Net that pipelines
@@ -181,9 +179,9 @@ class PaellaPipelineBase(
         inputs: CallInputs,
         height: int,
         width: int,
-        region_masks=None,
+        region_masks: list | torch.Tensor | None = None,
         source: SourceImage | None = None,
-        stepper=None,
+        stepper: Stepper | None = None,
         source_prompts: PromptInputs | None = None,
     ) -> PaellaPipelineOutput | tuple:
         """
@@ -252,8 +250,15 @@ class PaellaPipelineBase(
         return PaellaPipelineOutput(images, steps_taken, noise, rewards, log_weights)
 
     def prepare(
-        self, inputs: CallInputs, height, width, region_masks=None, source=None, stepper=None, source_prompts=None
-    ) -> tuple:
+        self,
+        inputs: CallInputs,
+        height: int,
+        width: int,
+        region_masks: list | torch.Tensor | None = None,
+        source: SourceImage | None = None,
+        stepper: Stepper | None = None,
+        source_prompts: PromptInputs | None = None,
+    ) -> tuple[CallState, Stepper, int, torch.Tensor | None]:
         """The state of a call, with its plan, its stepper, the number of images and the regions. Bad input is refused."""
         sampling = inputs.sampling
         state = self.prepare_state(inputs)
@@ -287,7 +292,14 @@ class PaellaPipelineBase(
     # ------------------------------------------------------------------------------------------------ input checks
 
     def check_inputs(
-        self, inputs: CallInputs, state: CallState, height, width, region_masks, source, source_prompts
+        self,
+        inputs: CallInputs,
+        state: CallState,
+        height: int,
+        width: int,
+        region_masks: list | torch.Tensor | None,
+        source: SourceImage | None,
+        source_prompts: PromptInputs | None,
     ) -> tuple[int, torch.Tensor | None]:
         """
         Refuse bad input, naming the argument, the value and the remedy; the number of images, and the regions' shares of
@@ -327,7 +339,7 @@ class PaellaPipelineBase(
             raise ValueError(f"`image` has {len(source.image)} images for {batch_size} prompts: pass one, or one each.")
         return num_images, regions
 
-    def check_size(self, height, width):
+    def check_size(self, height: int, width: int) -> None:
         """Refuse sizes in pixels that are no whole number of the U-Net's token patches."""
         self.size_rule.check(height, width)
 
@@ -354,7 +366,7 @@ class PaellaPipelineBase(
         """The U-Net with all that it is conditioned on; other prompts than the call's are those of the source."""
         images, generator, guidance = inputs.images, inputs.sampling.generator, state.guidance
         if prompts is not inputs.prompts:
-            images = ImageConditionInputs(**vars(images) | {"condition_image": None, "clip_image_embeds": None})
+            images = replace(images, condition_image=None, clip_image_embeds=None)
             generator = _clones(generator)  # the prior gives the same prompt the same embedding
             guidance = guidance.for_source()
         num_images_per_prompt = inputs.sampling.num_images_per_prompt
@@ -376,7 +388,14 @@ class PaellaPipelineBase(
         )
 
     def prepare_steering(
-        self, inputs: CallInputs, generators, particle_generators, denoiser, stepper, mask, source: SourceImage | None
+        self,
+        inputs: CallInputs,
+        generators: list[torch.Generator],
+        particle_generators: list[torch.Generator],
+        denoiser: Denoiser,
+        stepper: Stepper,
+        mask: torch.Tensor | None,
+        source: SourceImage | None,
     ) -> Steering:
         """What weighs the particles by the reward of the pictures that they would become."""
         steering, prompts = inputs.steering, inputs.prompts.prompt
@@ -388,8 +407,8 @@ class PaellaPipelineBase(
             prompts = [prompt for prompt in prompts for _ in range(copies)]
         size = steering.particle_batch_size or len(particle_generators)
 
-        def reward(tokens: torch.LongTensor) -> torch.Tensor:
-            images = torch.cat([self.decode(part, "pt") for part in tokens.split(size)]).float()
+        def reward(tokens: torch.Tensor) -> torch.Tensor:
+            images = torch.cat([cast(torch.Tensor, self.decode(part, "pt")) for part in tokens.split(size)]).float()
             images = images if source is None else source.restore(images)
             parts = [slice(first, first + size) for first in range(0, len(images), size)]
             told = [None if prompts is None else prompts[part] for part in parts]
@@ -407,7 +426,12 @@ class PaellaPipelineBase(
         )
 
     def prepare_conditioning(
-        self, prompts: PromptInputs, images: ImageConditionInputs, num_images_per_prompt: int, generator, is_guided: bool
+        self,
+        prompts: PromptInputs,
+        images: ImageConditionInputs,
+        num_images_per_prompt: int,
+        generator: Generators,
+        is_guided: bool,
     ) -> list[Conditioning]:
         """What the conditional branch is conditioned on, and, with guidance, the unconditional one: a row an image."""
         device = self._execution_device
@@ -444,8 +468,10 @@ class PaellaPipelineBase(
             conditional = conditional.weigh_images(weights)
         branches = [conditional]
         if is_guided:
-            negative = (embeds.negative_prompt_embeds, embeds.negative_clip_text_embeds)
-            branches.append(Conditioning(length, *negative, encoder_attention_mask=embeds.negative_prompt_attention_mask))
+            text, clip_text = cast(torch.Tensor, embeds.negative_prompt_embeds), embeds.negative_clip_text_embeds
+            branches.append(
+                Conditioning(length, text, clip_text, encoder_attention_mask=embeds.negative_prompt_attention_mask)
+            )
         return [branch.to(device, self.unet.dtype) for branch in branches]
 
     def prepare_extra_conditioning(self, prompt: str, conditional: Conditioning, max_sequence_length: int) -> Conditioning:
@@ -461,7 +487,9 @@ class PaellaPipelineBase(
         )
         return extra.to(self._execution_device, self.unet.dtype).repeat(len(conditional))
 
-    def prepare_source(self, image, height: int | None = None, width: int | None = None, **options) -> SourceImage:
+    def prepare_source(
+        self, image: PipelineImageInput | None, height: int | None = None, width: int | None = None, **options: Any
+    ) -> SourceImage:
         """The image to begin with, at the size at which results are generated; `options` are those of [`prepare_source`]."""
         source = prepare_source(image, self.size_rule, height=height, width=width, **options)
         if source.is_tokens:
@@ -473,7 +501,7 @@ class PaellaPipelineBase(
         unit = self.vae_scale_factor if source.is_tokens else 1
         return source.image.shape[-2] * unit, source.image.shape[-1] * unit
 
-    def encode_source(self, source: SourceImage, num_images: int, device) -> torch.LongTensor:
+    def encode_source(self, source: SourceImage, num_images: int, device: torch.device) -> torch.Tensor:
         """The source's tokens, `(num_images, height / 4, width / 4)`."""
         tokens = source.image
         if not source.is_tokens:
@@ -490,13 +518,13 @@ class PaellaPipelineBase(
     def prepare_latents(
         self,
         shape: tuple[int, int, int],
-        device,
-        generator=None,
-        latents: torch.LongTensor | None = None,
-        known: torch.LongTensor | None = None,
-        mask: torch.BoolTensor | None = None,
+        device: torch.device,
+        generator: Generators = None,
+        latents: torch.Tensor | None = None,
+        known: torch.Tensor | None = None,
+        mask: torch.Tensor | None = None,
         noise_level: float = 1.0,
-    ) -> tuple[torch.LongTensor, torch.LongTensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """
         The tokens to start from, and those that re-noising returns to: two grids of `shape`, `(num_images, height / 4,
         width / 4)`. Both are uniformly random, or `latents`, but for what comes from the `known` tokens: below noise level 1
@@ -511,12 +539,14 @@ class PaellaPipelineBase(
         else:
             noise = latents.to(device).repeat_interleave(shape[0] // len(latents), dim=0)
         start = noise if start is None else start
-        if mask is None:
+        if mask is None or known is None:
             return start, noise
         return torch.where(mask, start, known), torch.where(mask, noise, known)
 
     @torch.no_grad()
-    def decode(self, latents: torch.LongTensor, output_type: str = "pil", source: SourceImage | None = None):
+    def decode(
+        self, latents: torch.Tensor, output_type: str = "pil", source: SourceImage | None = None
+    ) -> list[PIL.Image.Image] | np.ndarray | torch.Tensor:
         """
         Tokens to images.
 
@@ -531,70 +561,15 @@ class PaellaPipelineBase(
         if source is not None:
             source.warn_if_enlarged(images)
             images = source.restore(images)
-        return self.image_processor.postprocess(images, output_type, do_denormalize=[False] * len(images))
-
-
-class StepEnd:
-    """
-    What follows each step of a pipeline's loop: progress, and the user's callback, which may replace the tokens and the
-    conditioning.
-    """
-
-    def __init__(self, pipe: PaellaPipelineBase, state: CallState, denoiser: Denoiser, progress_bar, output):
-        self.pipe, self.state, self.denoiser, self.progress_bar = pipe, state, denoiser, progress_bar
-        self.callback, self.wanted = output.callback_on_step_end, output.callback_on_step_end_tensor_inputs
-        self.evaluations = 0  # of the U-Net, so far
-
-    def __call__(self, step, tokens, clean) -> tuple[torch.LongTensor, bool]:
-        """The tokens to go on with, and whether to stop here."""
-        self.evaluations += 1 + step.num_sweeps
-        self.progress_bar.update(1 + step.num_sweeps)
-        if self.callback is not None:
-            given = {name: self._tensor(name, tokens, clean) for name in self.wanted}
-            returned = self.callback(self.pipe, step.index, step.timestep, dict(given))
-            if returned is not None and not isinstance(returned, dict):
-                raise ValueError(
-                    f"`callback_on_step_end` must return a dictionary of tensors, or None, got {type(returned).__name__}."
-                )
-            changed = {name: value for name, value in (returned or {}).items() if value is not given.get(name)}
-            latents = changed.pop("latents", tokens)
-            check_tokens("latents", latents, tuple(tokens.shape), self.pipe.unet.config.num_vq_embeddings)
-            self._replace_conditioning({name: changed[name] for name in changed if name in CONDITIONING_TENSORS})
-            tokens = latents.to(tokens.device)
-        return tokens, self.state.interrupt
-
-    def _tensor(self, name: str, tokens, clean) -> torch.Tensor | None:
-        if name in CONDITIONING_TENSORS:
-            branch, argument = CONDITIONING_TENSORS[name]
-            return getattr(self.denoiser.conditioning.get(branch), argument, None)
-        return {"latents": tokens, "pred_original_sample": clean}[name]
-
-    def _replace_conditioning(self, changed: dict[str, torch.Tensor | None]):
-        conditioning = dict(self.denoiser.conditioning)
-        for name, value in changed.items():
-            branch, argument = CONDITIONING_TENSORS[name]
-            before = getattr(conditioning.get(branch), argument, None)
-            if before is None or value is None:
-                raise ValueError(f"`callback_on_step_end` returned `{name}`, which this call has not: leave it out.")
-            value = tensor_of(name, value).to(before.device, before.dtype)
-            if len(value) == 1 < len(before) and (before == before[:1]).all():  # all rows were the same
-                value = value.expand(len(before), *value.shape[1:])
-            if value.ndim != before.ndim or len(value) != len(before) or value.shape[-1] != before.shape[-1]:
-                raise ValueError(
-                    f"`callback_on_step_end` returned `{name}` of shape {tuple(value.shape)}, in place of "
-                    f"{tuple(before.shape)}."
-                )
-            conditioning[branch] = replace(conditioning[branch], **{argument: value})
-        if changed:
-            self.denoiser.set_conditioning(conditioning)
+        return cast(Any, self.image_processor.postprocess(images, output_type, do_denormalize=[False] * len(images)))
 
 
 def seeded_generator(device: torch.device | str = "cpu") -> torch.Generator:
     """A generator seeded by torch's global one."""
-    return torch.Generator(device).manual_seed(torch.randint(2**62, ()).item())
+    return torch.Generator(device).manual_seed(int(torch.randint(2**62, ())))
 
 
-def _clones(generator):
+def _clones(generator: Generators) -> Generators:
     """Generators that will give the same numbers."""
     if isinstance(generator, list):
         return [one.clone_state() for one in generator]

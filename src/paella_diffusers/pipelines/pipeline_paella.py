@@ -61,7 +61,7 @@ class PaellaPipeline(PaellaPipelineBase):
         renoise_steps: int | None = None,
         num_images_per_prompt: int = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,
-        latents: torch.LongTensor | None = None,
+        latents: torch.Tensor | None = None,
         condition_image: PIL.Image.Image | list | None = None,
         condition_image_weights: list | torch.Tensor | None = None,
         prompt_embeds: torch.Tensor | None = None,
@@ -208,7 +208,7 @@ class PaellaPipeline(PaellaPipelineBase):
         b: str | PIL.Image.Image,
         num_images: int = 8,
         generator: torch.Generator | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> PaellaPipelineOutput | tuple:
         r"""
         Images on the way from `a` to `b`: their embeddings are interpolated spherically, token by token and the CLIP ones
@@ -264,10 +264,10 @@ class PaellaPipeline(PaellaPipelineBase):
         if with_images:
             clip_image = torch.cat([self._image_embeds(end, row, generator) for end, row in zip(ends, clip_text.split(1))])
         return self(
-            prompt_embeds=slerp(*embeds * mask[..., None].to(embeds), share),
+            prompt_embeds=slerp(*embeds * mask[..., None].to(embeds), share=share),
             prompt_attention_mask=None if attended.all() else attended,
-            clip_text_embeds=None if clip_text is None else slerp(*clip_text, share),
-            clip_image_embeds=None if clip_image is None else slerp(*clip_image, share),
+            clip_text_embeds=None if clip_text is None else slerp(*clip_text, share=share),
+            clip_image_embeds=None if clip_image is None else slerp(*clip_image, share=share),
             **call,
         )
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import PIL.Image
 import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.image_processor import PipelineImageInput
 from diffusers.utils import replace_example_docstring
 
 from ..checks import suggest_arguments
@@ -37,7 +38,7 @@ class PaellaImg2ImgPipeline(PaellaPipelineBase):
     def __call__(
         self,
         prompt: str | list[str] | None = None,
-        image=None,
+        image: PipelineImageInput | None = None,
         strength: float = 0.8,
         height: int | None = None,
         width: int | None = None,
@@ -50,7 +51,7 @@ class PaellaImg2ImgPipeline(PaellaPipelineBase):
         renoise_steps: int | None = None,
         num_images_per_prompt: int = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,
-        latents: torch.LongTensor | None = None,
+        latents: torch.Tensor | None = None,
         condition_image: PIL.Image.Image | list | None = None,
         condition_image_weights: list | torch.Tensor | None = None,
         prompt_embeds: torch.Tensor | None = None,

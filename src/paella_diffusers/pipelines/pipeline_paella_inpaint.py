@@ -5,6 +5,7 @@ from collections.abc import Callable
 import PIL.Image
 import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.image_processor import PipelineImageInput
 from diffusers.utils import replace_example_docstring
 
 from ..checks import suggest_arguments
@@ -38,8 +39,8 @@ class PaellaInpaintPipeline(PaellaPipelineBase):
     def __call__(
         self,
         prompt: str | list[str] | None = None,
-        image=None,
-        mask_image=None,
+        image: PipelineImageInput | None = None,
+        mask_image: PipelineImageInput | None = None,
         padding: tuple[int, int, int, int] | None = None,
         strength: float = 1.0,
         keep_original_pixels: bool = True,
@@ -56,7 +57,7 @@ class PaellaInpaintPipeline(PaellaPipelineBase):
         renoise_steps: int | None = None,
         num_images_per_prompt: int = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,
-        latents: torch.LongTensor | None = None,
+        latents: torch.Tensor | None = None,
         condition_image: PIL.Image.Image | list | None = None,
         condition_image_weights: list | torch.Tensor | None = None,
         prompt_embeds: torch.Tensor | None = None,

@@ -6,6 +6,7 @@ from dataclasses import replace
 import PIL.Image
 import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.image_processor import PipelineImageInput
 from diffusers.utils import replace_example_docstring
 
 from ..checks import check_number, suggest_arguments
@@ -53,7 +54,7 @@ class PaellaInversionPipeline(PaellaPipelineBase):
     def __call__(
         self,
         prompt: str | list[str] | None = None,
-        image=None,
+        image: PipelineImageInput | None = None,
         source_prompt: str | list[str] | None = None,
         residual_scale: float = 0.9,
         strength: float = 0.75,
@@ -72,7 +73,7 @@ class PaellaInversionPipeline(PaellaPipelineBase):
         renoise_steps: int | None = None,
         num_images_per_prompt: int = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,
-        latents: torch.LongTensor | None = None,
+        latents: torch.Tensor | None = None,
         condition_image: PIL.Image.Image | list | None = None,
         condition_image_weights: list | torch.Tensor | None = None,
         prompt_embeds: torch.Tensor | None = None,
@@ -161,7 +162,14 @@ class PaellaInversionPipeline(PaellaPipelineBase):
             ),
         )
 
-    def source_prompts(self, prompts: PromptInputs, source_prompt, embeds, attention_mask, clip_text_embeds) -> PromptInputs:
+    def source_prompts(
+        self,
+        prompts: PromptInputs,
+        source_prompt: str | list[str] | None,
+        embeds: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        clip_text_embeds: torch.Tensor | None,
+    ) -> PromptInputs:
         """What the source run is conditioned on, beside the same negative prompts."""
         if source_prompt is None and embeds is None:
             source_prompt = ""

@@ -122,7 +122,7 @@ class SourceImage:
     """
 
     image: torch.Tensor
-    mask: torch.BoolTensor | None = None
+    mask: torch.Tensor | None = None
     margins: tuple[int, int, int, int] = (0, 0, 0, 0)
     result_size: tuple[int, int] | None = None
     box: Box | None = None
@@ -199,7 +199,8 @@ def prepare_source(
         ValueError: If an argument is out of range, or does not go with the others.
     """
     _check_options(mask_image, padding, resize_mode, padding_mask_crop, keep_original_pixels, feather_radius)
-    padding = tuple(padding or (0, 0, 0, 0))
+    left, top, right, bottom = padding or (0, 0, 0, 0)
+    padding = (left, top, right, bottom)
     images = read_image(image)
     if isinstance(images, torch.Tensor):
         if resize_mode != "default" or padding_mask_crop is not None:
@@ -210,7 +211,6 @@ def prepare_source(
     image_size = images[0].shape[-2:]
 
     # 1. outpainting: what is new counts as masked
-    left, top, right, bottom = padding
     if any(padding):
         padded = (-left, -top, image_size[1] + right, image_size[0] + bottom)
         _check_pixels(padded)
@@ -254,7 +254,7 @@ def prepare_source(
     return source
 
 
-def read_image(image, name: str = "image") -> list[torch.Tensor] | torch.LongTensor:
+def read_image(image, name: str = "image") -> list[torch.Tensor] | torch.Tensor:
     """
     PIL images of any kind, arrays `(height, width, 3)` or tensors `(3, height, width)` in [0, 1], or a list or batch of
     these, to a list of float32 pixels `(1, 3, height, width)`. An int64 tensor, a token grid or several, to a tensor
@@ -408,7 +408,7 @@ def _any_pixel(mask: torch.Tensor, height: int, width: int) -> torch.Tensor:
     return F.adaptive_max_pool2d(mask, (height, width))
 
 
-def _box(image_size: tuple[int, int], size: tuple[int, int], resize_mode: str) -> Box:
+def _box(image_size: torch.Size | tuple[int, int], size: tuple[int, int], resize_mode: str) -> Box:
     """The part of an image, or what is around it, that is resized to `size`."""
     (image_height, image_width), (height, width) = image_size, size
     if resize_mode == "default":

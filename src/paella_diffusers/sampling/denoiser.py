@@ -52,7 +52,7 @@ class Denoiser:
         """Take other conditioning from now on."""
         self.conditioning, self._encoded = dict(conditioning), {}
 
-    def __call__(self, tokens: torch.LongTensor, step) -> torch.Tensor:
+    def __call__(self, tokens: torch.Tensor, step) -> torch.Tensor:
         """Guided logits `(batch_size, num_tokens, height, width)` for the clean token at every position of `tokens`."""
         scale = self.guidance_scale(step)
         branches = self.guidance.branches(step, scale)
@@ -72,7 +72,7 @@ class Denoiser:
             return logits[0]
         return self.guidance.forward(*logits, step=step, guidance_scale=scale)
 
-    def reorder(self, rows: torch.LongTensor):
+    def reorder(self, rows: torch.Tensor):
         """Let every image go on as that of another row, `(batch_size,)`, with the same conditioning."""
         self.guidance.reorder(rows)
         self._cached_branches = self._context_branches = ()  # what caches keep is of other images

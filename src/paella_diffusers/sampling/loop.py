@@ -9,14 +9,14 @@ def sample(
     denoiser: Callable,
     stepper,
     plan: Iterable,
-    tokens: torch.LongTensor,
-    noise: torch.LongTensor,
-    mask: torch.BoolTensor | None = None,
+    tokens: torch.Tensor,
+    noise: torch.Tensor,
+    mask: torch.Tensor | None = None,
     generator: torch.Generator | list[torch.Generator] | None = None,
     stop: Callable | None = None,
     on_step: Callable | None = None,
     steer: Callable | None = None,
-) -> torch.LongTensor:
+) -> torch.Tensor:
     """Paella (https://huggingface.co/papers/2211.07292, algorithm 2): predict all tokens, draw them, re-noise fewer."""
     for step in plan:  # the noise level t falls from 1, or from `strength`, to 0
         logits = denoiser(tokens, step)  # log p(x0 | x_t, c), guided

@@ -67,7 +67,7 @@ class Plan:
         return sum(1 + step.num_sweeps for step in self.steps)
 
 
-def linear_ramp(value: float | tuple[float, float] | None, num_steps: int) -> list[float | None]:
+def linear_ramp(value: float | tuple[float, float] | list[float] | None, num_steps: int) -> list[float | None]:
     """A value for each step: one number for all, or from the first of two to the last, linearly."""
     first, last = value if isinstance(value, tuple | list) else (value, value)
-    return [None] * num_steps if first is None else torch.linspace(first, last, num_steps).tolist()
+    return [None] * num_steps if first is None or last is None else torch.linspace(first, last, num_steps).tolist()

@@ -1,6 +1,7 @@
 """Rewards to steer by: functions of pictures and their prompts. Any function with these two arguments is one."""
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import PIL.Image
@@ -9,6 +10,9 @@ import torch
 import torch.nn.functional as F
 
 from ..checks import check_integer, check_number
+
+if TYPE_CHECKING:
+    from ..pipelines.pipeline_base import PaellaPipelineBase
 
 
 class Reward:
@@ -27,7 +31,7 @@ class Reward:
         """
         raise NotImplementedError
 
-    def check(self, has_prompts: bool):
+    def check(self, has_prompts: bool) -> None:
         """Refuse a call that the reward cannot judge, by a ValueError."""
 
 
@@ -46,7 +50,7 @@ class ClipReward(Reward):
         ValueError: If a component is missing.
     """
 
-    def __init__(self, pipe, prompt: str | None = None, scale: float = 100.0):
+    def __init__(self, pipe: "PaellaPipelineBase", prompt: str | None = None, scale: float = 100.0):
         names = ("text_encoder_2", "tokenizer_2", "image_encoder", "feature_extractor")
         missing = [name for name in names if getattr(pipe, name) is None]
         if missing:
@@ -55,16 +59,18 @@ class ClipReward(Reward):
         self.pipe, self.prompt, self.scale = pipe, prompt, scale
 
     @torch.no_grad()
-    def __call__(self, images, prompts):
+    def __call__(self, images: torch.Tensor, prompts: list[str] | None) -> torch.Tensor:
         encoder, processor = self.pipe.image_encoder, self.pipe.feature_extractor
         pixels = F.interpolate(images.float(), [encoder.config.image_size] * 2, mode="bicubic", antialias=True)
         mean, std = (images.new_tensor(part)[:, None, None] for part in (processor.image_mean, processor.image_std))
         pixels = (pixels.clamp(0, 1) - mean) / std
         seen = encoder(pixels.to(self.pipe._execution_device, encoder.dtype)).image_embeds
-        said = self.pipe._encode_clip(prompts if self.prompt is None else [self.prompt], self.pipe._execution_device)
+        said = self.pipe._encode_clip(
+            cast(list[str], prompts) if self.prompt is None else [self.prompt], self.pipe._execution_device
+        )
         return self.scale * F.cosine_similarity(seen.float(), said.float(), dim=-1)
 
-    def check(self, has_prompts):
+    def check(self, has_prompts: bool) -> None:
         if self.prompt is None and not has_prompts:
             raise ValueError("`ClipReward` compares with the prompt, but the call has none: give it its own, `prompt`.")
 
@@ -103,8 +109,9 @@ class LayoutReward(Reward):
             )
         self.cells, self.sigma = cells, sigma
 
-    def __call__(self, images, prompts):
-        cells = F.adaptive_avg_pool2d(images, self.cells.shape[-2:])
+    def __call__(self, images: torch.Tensor, prompts: list[str] | None) -> torch.Tensor:
+        rows, columns = self.cells.shape[-2:]
+        cells = F.adaptive_avg_pool2d(images, (rows, columns))
         return -(cells - self.cells.to(cells)).square().mean((1, 2, 3)) / (2 * self.sigma**2)
 
 
@@ -122,7 +129,7 @@ class ClassifierReward(Reward):
         self.classifier, self.label = classifier, label
 
     @torch.no_grad()
-    def __call__(self, images, prompts):
+    def __call__(self, images: torch.Tensor, prompts: list[str] | None) -> torch.Tensor:
         return self.classifier(images).float().log_softmax(-1)[:, self.label]
 
 
@@ -146,12 +153,12 @@ class RewardSum(Reward):
             check_number("weights", weight)
         self.rewards, self.weights = list(rewards), weights
 
-    def __call__(self, images, prompts):
-        return sum(
-            weight * torch.as_tensor(reward(images, prompts)).cpu() for weight, reward in zip(self.weights, self.rewards)
-        )
+    def __call__(self, images: torch.Tensor, prompts: list[str] | None) -> torch.Tensor:
+        pairs = zip(self.weights, self.rewards)
+        parts = [weight * torch.as_tensor(reward(images, prompts)).cpu() for weight, reward in pairs]
+        return sum(parts[1:], start=parts[0])
 
-    def check(self, has_prompts):
+    def check(self, has_prompts: bool) -> None:
         for reward in self.rewards:
             if isinstance(reward, Reward):
                 reward.check(has_prompts)

@@ -7,12 +7,17 @@ import torch
 
 from ..checks import check_integer, check_number
 from ..schedulers.categorical import add_uniform_noise
+from .denoiser import Denoiser
+from .plan import Step
+from .steppers import Stepper
+
+Grids = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # of tokens, of predicted clean tokens, and of the noise
 
 
 class SteeringMethod:
     """What pipelines take as `steering_method`. It keeps nothing of a run: that is in [`Steering`]."""
 
-    def steer(self, run: "Steering", step, tokens, clean, noise) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def steer(self, run: "Steering", step: Step, tokens: torch.Tensor, clean: torch.Tensor, noise: torch.Tensor) -> Grids:
         """After a step of the sampler: the particles' token grids to go on with, and the noise that each began with."""
         return tokens, clean, noise
 
@@ -20,7 +25,7 @@ class SteeringMethod:
         """From the rewards of the final pictures, `(num_images, num_particles)`, to log-weights, up to a constant."""
         raise NotImplementedError
 
-    def check(self, stepper):
+    def check(self, stepper: Stepper) -> None:
         """Refuse a sampler with which the method cannot work, by a ValueError."""
 
 
@@ -49,14 +54,14 @@ class SequentialMonteCarlo(SteeringMethod):
         check_number("resample_threshold", resample_threshold, at_least=0, at_most=1)
         self.temperature, self.resample_threshold = float(temperature), float(resample_threshold)
 
-    def steer(self, run, step, tokens, clean, noise):
+    def steer(self, run: "Steering", step: Step, tokens: torch.Tensor, clean: torch.Tensor, noise: torch.Tensor) -> Grids:
         if step.is_last or (step.index + 1) % run.stepper.order:  # the last picture's reward counts in the final weights
             return tokens, clean, noise
         run.weigh((1 - step.next_level) / self.temperature * run.rewards(clean))
         ancestors = run.resample(self.resample_threshold)
-        return (tokens, clean, noise) if ancestors is None else (grid[ancestors] for grid in (tokens, clean, noise))
+        return (tokens, clean, noise) if ancestors is None else (tokens[ancestors], clean[ancestors], noise[ancestors])
 
-    def final_log_weights(self, run, rewards):
+    def final_log_weights(self, run: "Steering", rewards: torch.Tensor) -> torch.Tensor:
         run.weigh(rewards / self.temperature)
         return run.log_weights
 
@@ -87,7 +92,7 @@ class IterativeRefinement(SteeringMethod):
         check_integer("num_refinements", num_refinements, 0)
         self.temperature, self.num_refinements = float(temperature), int(num_refinements)
 
-    def steer(self, run, step, tokens, clean, noise):
+    def steer(self, run: "Steering", step: Step, tokens: torch.Tensor, clean: torch.Tensor, noise: torch.Tensor) -> Grids:
         scale = (1 - step.next_level) / self.temperature
         weights = scale * run.rewards(clean)
         chosen = run.draw(weights)
@@ -107,10 +112,10 @@ class IterativeRefinement(SteeringMethod):
             tokens, clean = (torch.where(moved, run.copies(new, (chosen - 1).clamp(min=0)), old) for new, old in pairs)
         return tokens, clean, noise
 
-    def final_log_weights(self, run, rewards):
+    def final_log_weights(self, run: "Steering", rewards: torch.Tensor) -> torch.Tensor:
         return torch.zeros_like(rewards)  # all particles are the state that was chosen
 
-    def check(self, stepper):
+    def check(self, stepper: Stepper) -> None:
         if not stepper.repeats_steps:
             raise ValueError(
                 "`steering_method`, an IterativeRefinement, takes each step again, which neither inversion nor a scheduler "
@@ -124,7 +129,7 @@ class BestOfN(SteeringMethod):
     particles it follows the reward at any cost, whatever the model finds likely.
     """
 
-    def final_log_weights(self, run, rewards):
+    def final_log_weights(self, run: "Steering", rewards: torch.Tensor) -> torch.Tensor:
         best = rewards.argmax(1, keepdim=True)
         return torch.full_like(rewards, -torch.inf).scatter(1, best, 0.0)
 
@@ -143,7 +148,17 @@ class Steering:
         mask (`torch.BoolTensor` of shape `(rows, height, width)`, *optional*): Where tokens are generated.
     """
 
-    def __init__(self, method, reward, num_particles, generators, particle_generators, denoiser, stepper, mask=None):
+    def __init__(
+        self,
+        method: SteeringMethod,
+        reward: Callable,
+        num_particles: int,
+        generators: list[torch.Generator],
+        particle_generators: list[torch.Generator],
+        denoiser: Denoiser,
+        stepper: Stepper,
+        mask: torch.Tensor | None = None,
+    ):
         self.method, self.reward, self.num_particles = method, reward, num_particles
         self.generators, self.particle_generators = generators, particle_generators
         self.denoiser, self.stepper, self.mask = denoiser, stepper, mask
@@ -151,12 +166,12 @@ class Steering:
         self.log_potentials = torch.zeros_like(self.log_weights)  # φ / T of each particle's last prediction
         self.extra_evaluations = 0  # of the model, for each particle, beside those of the loop
 
-    def __call__(self, step, tokens, clean, noise):
+    def __call__(self, step: Step, tokens: torch.Tensor, clean: torch.Tensor, noise: torch.Tensor) -> Grids:
         """After a step of the loop: as [`SteeringMethod.steer`]."""
         tokens, clean, self.noise = self.method.steer(self, step, tokens, clean, noise)
         return tokens, clean, self.noise
 
-    def finish(self, tokens: torch.LongTensor) -> tuple[torch.LongTensor, torch.LongTensor, torch.Tensor, torch.Tensor]:
+    def finish(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """
         A picture for each image, drawn by the final weights, and the noise that it began with, `(num_images, height,
         width)`; and the rewards and log-weights of all particles, float32 `(num_images, num_particles)`.
@@ -166,16 +181,16 @@ class Steering:
         chosen = self.rows(self.draw(log_weights)[:, None])
         return tokens[chosen], self.noise[chosen], rewards.float(), log_weights.float()
 
-    def rewards(self, tokens: torch.LongTensor) -> torch.Tensor:
+    def rewards(self, tokens: torch.Tensor) -> torch.Tensor:
         """Of each image's particles, float64 `(num_images, num_particles)` on the CPU."""
         return self.reward(tokens).view(self.log_weights.shape)
 
-    def weigh(self, log_potentials: torch.Tensor):
+    def weigh(self, log_potentials: torch.Tensor) -> None:
         """Multiply each particle's weight by its new potential, over that of its last prediction."""
         self.log_weights = (self.log_weights + log_potentials - self.log_potentials).log_softmax(1)
         self.log_potentials = log_potentials
 
-    def resample(self, threshold: float) -> torch.LongTensor | None:
+    def resample(self, threshold: float) -> torch.Tensor | None:
         """The row whose copy each row becomes, where too few particles carry the weight; None where nothing changes."""
         weights = self.log_weights.exp()
         degenerate = 1 / weights.square().sum(1) < threshold * self.num_particles
@@ -190,26 +205,26 @@ class Steering:
         self.reorder(rows)
         return rows
 
-    def draw(self, log_weights: torch.Tensor) -> torch.LongTensor:
+    def draw(self, log_weights: torch.Tensor) -> torch.Tensor:
         """For each image, one of its columns by the weights: `(num_images,)`."""
         cumulative = log_weights.softmax(1).cumsum(1)
         points = torch.tensor([_uniform(generator) for generator in self.generators], dtype=torch.float64)
         return torch.searchsorted(cumulative, points[:, None] * cumulative[:, -1:], right=True)[:, 0]
 
-    def rows(self, particles: torch.LongTensor) -> torch.LongTensor:
+    def rows(self, particles: torch.Tensor) -> torch.Tensor:
         """The rows of the batch of particles `(num_images, n)` that are numbered in each image, `(num_images * n,)`."""
         return (particles + self.num_particles * torch.arange(len(particles))[:, None]).flatten()
 
-    def copies(self, grids: torch.LongTensor, chosen: torch.LongTensor) -> torch.LongTensor:
+    def copies(self, grids: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
         """Each image's chosen particle, in the rows of all of its particles."""
         return grids[self.rows(chosen[:, None])].repeat_interleave(self.num_particles, dim=0)
 
-    def reorder(self, rows: torch.LongTensor):
+    def reorder(self, rows: torch.Tensor) -> None:
         """Let each row go on as another, in what is kept of the images along a run."""
         self.denoiser.reorder(rows)
         self.stepper.reorder(rows)
 
-    def noise_again(self, tokens: torch.LongTensor, step) -> torch.LongTensor:
+    def noise_again(self, tokens: torch.Tensor, step: Step) -> torch.Tensor:
         """Copies of one state for each image, back from the level after a step to that before it, and alike again."""
         states = tokens[:: self.num_particles]
         share = 1 - (1 - float(step.level)) / (1 - step.next_level)  # of the tokens that survived so far
@@ -219,7 +234,7 @@ class Steering:
         return noised if self.mask is None else torch.where(self.mask, noised, tokens)
 
 
-def systematic(weights: torch.Tensor, uniform: float) -> torch.LongTensor:
+def systematic(weights: torch.Tensor, uniform: float) -> torch.Tensor:
     """
     Systematic resampling (Kitagawa 1996): each particle's number of copies is n times its weight, rounded up or down.
 

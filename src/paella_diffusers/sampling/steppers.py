@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -58,7 +59,7 @@ class PaellaStepper:
         Raises:
             ValueError: If an override is out of range, or not taken by this scheduler.
         """
-        overrides = {"temperature": temperature}
+        overrides: dict[str, Any] = {"temperature": temperature}
         if isinstance(self.scheduler, RenoisingSchedulerBase):
             overrides["renoise_steps"] = renoise_steps
         elif renoise_steps is not None:
@@ -77,7 +78,7 @@ class PaellaStepper:
         output = self.scheduler.step(logits, step.timestep, tokens, mask=mask, generator=generator, **arguments)
         return output.prev_sample, output.sampled_tokens
 
-    def reorder(self, rows: torch.LongTensor):
+    def reorder(self, rows: torch.Tensor):
         """Let every image go on as that of another row, `(batch_size,)`: nothing is kept of them between whole steps."""
 
     def why_no_draw(self, plan: Plan) -> str | None:
@@ -170,7 +171,7 @@ class DiscreteStepper:
             after, clean = (torch.where(mask, grid, tokens) for grid in (after, clean))
         return after, clean
 
-    def reorder(self, rows: torch.LongTensor):
+    def reorder(self, rows: torch.Tensor):
         """As [`PaellaStepper.reorder`]: these schedulers keep nothing of the images."""
 
     def why_no_draw(self, plan: Plan) -> str | None:
@@ -182,7 +183,7 @@ class DiscreteStepper:
             return "at temperature 0 it takes the most likely tokens: pass `temperature`, such as 1.0"
         return None
 
-    def correct(self, logits, step: Step, tokens, mask=None, generator=None) -> torch.LongTensor:
+    def correct(self, logits, step: Step, tokens, mask=None, generator=None) -> torch.Tensor:
         """One sweep of the scheduler's corrector after `step`: the corrected token grid."""
         if isinstance(generator, list):
             images = self._images(generator, mask, logits, tokens)
@@ -211,7 +212,7 @@ class DiscreteStepper:
             certain = F.one_hot(tokens, logits.shape[1]).movedim(-1, 1) * 50.0
             logits = torch.where(mask[:, None], logits, certain.to(logits))
         if generator is not None and generator.device != logits.device:
-            seed = torch.randint(2**62, (1,), generator=generator, device=generator.device).item()
+            seed = int(torch.randint(2**62, (1,), generator=generator, device=generator.device))
             generator = torch.Generator(logits.device).manual_seed(seed)
         return logits.flatten(2).transpose(1, 2), generator  # channels-last: no copy
 
@@ -268,7 +269,7 @@ class InversionStepper:
         self.source, replaced = add_uniform_noise(self.clean, step.next_level, noise=noise, generator=generator)
         return torch.where(replaced, noise, edited), edited
 
-    def reorder(self, rows: torch.LongTensor):
+    def reorder(self, rows: torch.Tensor):
         """As [`PaellaStepper.reorder`]."""
         self.source = self.source[rows]
         self.source_denoiser.reorder(rows)
@@ -285,6 +286,9 @@ class InversionStepper:
         return (probabilities * (1 - self.smoothing) + self.smoothing / probabilities.shape[-1]).log()
 
 
+Stepper = PaellaStepper | DiscreteStepper | InversionStepper
+
+
 def make_steps(timesteps, levels, temperatures, sweeps) -> tuple[Step, ...]:
     """The steps of a plan, from what each has of its own."""
     next_levels = [*map(float, levels[1:]), 0.0]
@@ -296,7 +300,7 @@ def refused_override(scheduler, name: str) -> ValueError:
     return ValueError(f"{type(scheduler).__name__} takes no `{name}`: leave it out, or take another scheduler.")
 
 
-def _clean_tokens(output, scheduler) -> torch.LongTensor:
+def _clean_tokens(output, scheduler) -> torch.Tensor:
     for name in ("sampled_tokens", "pred_original_sample"):
         if name in output:
             return output[name]

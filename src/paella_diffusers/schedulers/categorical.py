@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Literal, cast, overload
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +35,7 @@ def random_tokens(
     shape: tuple[int, ...],
     generator: torch.Generator | list[torch.Generator] | None = None,
     device: str | torch.device | None = None,
-) -> torch.LongTensor:
+) -> torch.Tensor:
     """Uniform tokens in `[0, num_tokens)`, int64; the other arguments are those of [`rand_tensor`]."""
     return _random(lambda size, **kwargs: torch.randint(num_tokens, size, **kwargs), shape, generator, device)
 
@@ -56,12 +57,12 @@ def check_generators(generator: torch.Generator | list[torch.Generator] | None, 
 
 
 def add_uniform_noise(
-    tokens: torch.LongTensor,
+    tokens: torch.Tensor,
     noise_level: float | torch.Tensor,
     num_tokens: int | None = None,
-    noise: torch.LongTensor | None = None,
+    noise: torch.Tensor | None = None,
     generator: torch.Generator | list[torch.Generator] | None = None,
-) -> tuple[torch.LongTensor, torch.BoolTensor]:
+) -> tuple[torch.Tensor, torch.Tensor]:
     """
     The forward process q(x_t | x₀) (https://huggingface.co/papers/2211.07292, section 3.2): each token is replaced with
     probability t, independently. Random numbers are drawn in this order: which tokens are replaced, then the noise.
@@ -79,16 +80,27 @@ def add_uniform_noise(
     noise_level = torch.as_tensor(noise_level, dtype=torch.float32, device=tokens.device)
     replaced = rand_tensor(tokens.shape, generator, tokens.device) <= noise_level.view(-1, *[1] * (tokens.ndim - 1))
     if noise is None:
-        noise = random_tokens(num_tokens, tokens.shape, generator, tokens.device)
+        noise = random_tokens(cast(int, num_tokens), tokens.shape, generator, tokens.device)
     return torch.where(replaced, noise, tokens), replaced
 
 
+Generators = torch.Generator | list[torch.Generator] | None
+
+
+@overload
+def sample_tokens(
+    logits: torch.Tensor, temperature: float, generator: Generators = None, return_log_probs: Literal[False] = False
+) -> torch.Tensor: ...
+@overload
+def sample_tokens(
+    logits: torch.Tensor, temperature: float, generator: Generators = None, *, return_log_probs: Literal[True]
+) -> tuple[torch.Tensor, torch.Tensor]: ...
 def sample_tokens(
     logits: torch.Tensor,
     temperature: float,
     generator: torch.Generator | list[torch.Generator] | None = None,
     return_log_probs: bool = False,
-) -> torch.LongTensor | tuple[torch.LongTensor, torch.Tensor]:
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """
     Draw each position's token from `softmax(logits / temperature)`, independently.
 
@@ -123,9 +135,7 @@ def sample_tokens(
     return (tokens.view(shape), log_probs.view(shape)) if return_log_probs else tokens.view(shape)
 
 
-def leave_one_out_shift(
-    logits: torch.Tensor, tokens: torch.LongTensor, noise_level: float, temperature: float
-) -> torch.Tensor:
+def leave_one_out_shift(logits: torch.Tensor, tokens: torch.Tensor, noise_level: float, temperature: float) -> torch.Tensor:
     r"""
     Logits for the leave-one-out temperature (https://huggingface.co/papers/2605.22765): it is applied to what the *other*
     tokens say of a clean token, and not to what its own noisy token says. The posterior is the product of the two,
@@ -149,7 +159,7 @@ def leave_one_out_shift(
     return logits.scatter_add(-1, tokens[..., None], logits.new_full((*tokens.shape, 1), shift))
 
 
-def _log_probs(logits: torch.Tensor, tokens: torch.LongTensor) -> torch.Tensor:
+def _log_probs(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     """Log-probabilities, `(rows,)`, of a token of each row."""
     size = _rows_per_chunk(logits.shape[1], logits.device)
     chunks = zip(logits.split(size), tokens[:, None].split(size))
@@ -178,7 +188,7 @@ def _rows_per_chunk(row_length: int, device: torch.device) -> int:
 # ----------------------------------------------------------------------------- float32: the tokens of `torch.multinomial`
 
 
-def _sample_as_multinomial(logits: torch.Tensor, temperature: float, generator: torch.Generator | None) -> torch.LongTensor:
+def _sample_as_multinomial(logits: torch.Tensor, temperature: float, generator: torch.Generator | None) -> torch.Tensor:
     """
     The tokens, `(batch_size, ...)`, that `torch.multinomial` draws from rows in the memory order of the published code: of a
     single image's grid it passes a transposed view.
@@ -196,7 +206,7 @@ def _sample_as_multinomial(logits: torch.Tensor, temperature: float, generator: 
     return tokens.view(logits.shape[:-1]).to(logits.device)
 
 
-def _exponential_race(logits: torch.Tensor, temperature: float, generator: torch.Generator | None) -> torch.LongTensor:
+def _exponential_race(logits: torch.Tensor, temperature: float, generator: torch.Generator | None) -> torch.Tensor:
     """
     Exactly the tokens that `torch.multinomial` draws for each row, several times faster: argmaxᵢ pᵢ / Eᵢ with Eᵢ ~ Exp(1),
     the exponential race (the Gumbel-max trick without its logarithm).
@@ -206,9 +216,7 @@ def _exponential_race(logits: torch.Tensor, temperature: float, generator: torch
     return probabilities.div_(_standard_exponential(logits.shape, generator)).argmax(-1)
 
 
-def _exponential_race_by_token(
-    logits: torch.Tensor, temperature: float, generator: torch.Generator | None
-) -> torch.LongTensor:
+def _exponential_race_by_token(logits: torch.Tensor, temperature: float, generator: torch.Generator | None) -> torch.Tensor:
     """The exponential race with random numbers in another order: of all rows for token 0, then for token 1, and so on."""
     best, tokens = logits.new_full(logits.shape[:1], -torch.inf), torch.zeros(len(logits), dtype=torch.long)
     highest = logits.amax(-1, keepdim=True) / temperature
@@ -234,7 +242,7 @@ def _standard_exponential(shape, generator: torch.Generator | None) -> torch.Ten
 
 def _sample_by_inverse_cdf(
     logits: torch.Tensor, temperature: float, uniform: torch.Tensor, return_log_probs: bool
-) -> tuple[torch.LongTensor, torch.Tensor | None]:
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """
     A token of each row, `(rows,)`, and its log-probability at temperature 1 if wanted, in float32. This takes a second sum
     of exponentials, which is taken in base 2: exp2 needs about half the time of exp.
@@ -256,7 +264,7 @@ def _sample_by_inverse_cdf(
     return torch.cat(tokens), torch.cat(log_probs) if return_log_probs else None
 
 
-def _inverse_cdf(weights: torch.Tensor, uniform: torch.Tensor, block: int = 128) -> torch.LongTensor:
+def _inverse_cdf(weights: torch.Tensor, uniform: torch.Tensor, block: int = 128) -> torch.Tensor:
     """
     The first token of each row, `(rows, num_tokens)`, up to which the weights sum to the share `uniform`, in (0, 1], of the
     row's total: first the block of tokens is found by the sums of blocks, then the token within it.

@@ -71,13 +71,13 @@ class PaellaScheduler(RenoisingSchedulerBase):
         self,
         model_output: torch.Tensor,
         timestep: float | torch.Tensor,
-        sample: torch.LongTensor,
-        noise: torch.LongTensor | None = None,
+        sample: torch.Tensor,
+        noise: torch.Tensor | None = None,
         mask: torch.Tensor | None = None,
         codebook: torch.Tensor | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         return_dict: bool = True,
-    ) -> PaellaSchedulerOutput | tuple[torch.LongTensor, torch.LongTensor]:
+    ) -> PaellaSchedulerOutput | tuple[torch.Tensor, torch.Tensor]:
         """
         Sample every token, then replace each by noise with probability t_{i+1}.
 
@@ -143,7 +143,7 @@ class PaellaScheduler(RenoisingSchedulerBase):
         return sample_tokens(logits, self.temperatures[index], generator)
 
 
-def typical_filter(logits: torch.Tensor, mass: float, min_tokens: int = 1) -> torch.BoolTensor:
+def typical_filter(logits: torch.Tensor, mass: float, min_tokens: int = 1) -> torch.Tensor:
     """
     Which tokens typical filtering removes (https://huggingface.co/papers/2202.00666, section 3). It keeps the tokens whose
     surprisal is nearest to the entropy of the distribution, until their probability passes `mass`, and ties with the last.

@@ -64,13 +64,13 @@ class PaellaConfidenceScheduler(RenoisingSchedulerBase):
         self,
         model_output: torch.Tensor,
         timestep: float | torch.Tensor,
-        sample: torch.LongTensor,
-        noise: torch.LongTensor | None = None,
+        sample: torch.Tensor,
+        noise: torch.Tensor | None = None,
         mask: torch.Tensor | None = None,
         grid_size: tuple[int, int] | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         return_dict: bool = True,
-    ) -> PaellaSchedulerOutput | tuple[torch.LongTensor, torch.LongTensor]:
+    ) -> PaellaSchedulerOutput | tuple[torch.Tensor, torch.Tensor]:
         """
         Sample every token, then replace those that rank lowest by noise.
 
@@ -90,9 +90,11 @@ class PaellaConfidenceScheduler(RenoisingSchedulerBase):
         renoises = index < self.renoise_steps
 
         # 1. sample every position; known tokens are put back
-        by_confidence = renoises and self.config.ranking == "confidence"
-        drawn = sample_tokens(logits, self.temperatures[index], generator, return_log_probs=by_confidence)
-        sampled_tokens, log_probs = drawn if by_confidence else (drawn, None)
+        temperature = self.temperatures[index]
+        if renoises and self.config.ranking == "confidence":
+            sampled_tokens, log_probs = sample_tokens(logits, temperature, generator, return_log_probs=True)
+        else:
+            sampled_tokens, log_probs = sample_tokens(logits, temperature, generator), None
         if mask is not None:
             sampled_tokens = torch.where(mask, sampled_tokens, sample)
 
@@ -124,10 +126,10 @@ class PaellaConfidenceScheduler(RenoisingSchedulerBase):
         return log_probs + self.config.choice_temperature * next_level * gumbel
 
 
-def check_grid_size(grid_size: tuple[int, int] | None, sample: torch.LongTensor) -> tuple[int, int]:
+def check_grid_size(grid_size: tuple[int, int] | None, sample: torch.Tensor) -> tuple[int, int]:
     """Height and width of the sample, which a sequence does not show."""
     if sample.ndim == 3:
-        return tuple(sample.shape[1:])
+        return sample.shape[1], sample.shape[2]
     length = sample.shape[1]
     if not isinstance(grid_size, tuple | list) or len(grid_size) != 2:
         raise ValueError(f"Halton's order needs `grid_size`, (height, width) of the {length} tokens, got {grid_size!r}.")
@@ -135,11 +137,11 @@ def check_grid_size(grid_size: tuple[int, int] | None, sample: torch.LongTensor)
         check_integer("grid_size", side, 1)
     if grid_size[0] * grid_size[1] != length:
         raise ValueError(f"`grid_size` must have {length} tokens, as `sample` has, got {grid_size}.")
-    return tuple(map(int, grid_size))
+    return int(grid_size[0]), int(grid_size[1])
 
 
 @lru_cache(maxsize=16)
-def halton_order(height: int, width: int) -> torch.LongTensor:
+def halton_order(height: int, width: int) -> torch.Tensor:
     """The rank of each position in the Halton sequence of bases 2 and 3, `(height, width)`: the first cover the grid."""
 
     def radical_inverse(number: int, base: int) -> float:

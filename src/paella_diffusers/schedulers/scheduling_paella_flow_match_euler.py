@@ -86,11 +86,11 @@ class PaellaFlowMatchEulerScheduler(FlowMatchSchedulerBase):
         self,
         model_output: torch.Tensor,
         timestep: float | torch.Tensor,
-        sample: torch.LongTensor,
+        sample: torch.Tensor,
         mask: torch.Tensor | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         return_dict: bool = True,
-    ) -> PaellaSchedulerOutput | tuple[torch.LongTensor, torch.LongTensor]:
+    ) -> PaellaSchedulerOutput | tuple[torch.Tensor, torch.Tensor]:
         """
         Sample a prediction for every token; each token jumps to its own with probability 1 - t_next / t.
 

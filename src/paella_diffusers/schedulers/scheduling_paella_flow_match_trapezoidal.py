@@ -82,11 +82,11 @@ class PaellaFlowMatchTrapezoidalScheduler(FlowMatchSchedulerBase):
         self,
         model_output: torch.Tensor,
         timestep: float | torch.Tensor,
-        sample: torch.LongTensor,
+        sample: torch.Tensor,
         mask: torch.Tensor | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         return_dict: bool = True,
-    ) -> PaellaSchedulerOutput | tuple[torch.LongTensor, torch.LongTensor]:
+    ) -> PaellaSchedulerOutput | tuple[torch.Tensor, torch.Tensor]:
         """
         One stage: each token jumps or stays. The second stage of a step follows the first at once.
 
@@ -115,7 +115,7 @@ class PaellaFlowMatchTrapezoidalScheduler(FlowMatchSchedulerBase):
         return PaellaSchedulerOutput(prev_sample=prev_sample, sampled_tokens=sampled_tokens)
 
     def _jumps(
-        self, logits: torch.Tensor, index: int, sample: torch.LongTensor
+        self, logits: torch.Tensor, index: int, sample: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """
         The logarithms of each token's rates in this stage, of the shape of `logits`; the probability that it jumps; and the
@@ -139,7 +139,7 @@ class PaellaFlowMatchTrapezoidalScheduler(FlowMatchSchedulerBase):
         stays = torch.where(rates.amax(-1, keepdim=True) > 0, -torch.inf, 0.0)  # where all rates are 0
         return rates.log().scatter_(-1, own, stays.to(rates)), jump, change
 
-    def _extrapolated(self, rates: torch.Tensor, index: int, sample: torch.LongTensor) -> torch.Tensor:
+    def _extrapolated(self, rates: torch.Tensor, index: int, sample: torch.Tensor) -> torch.Tensor:
         """The rates of a second stage, from those at x* and those of the first stage."""
         if self._first_stage is None or self._first_stage[0] != index - 1 or self._first_stage[1].shape != sample.shape:
             raise ValueError(

@@ -59,11 +59,11 @@ class PaellaPsiScheduler(PaellaSchedulerBase):
         self,
         model_output: torch.Tensor,
         timestep: float | torch.Tensor,
-        sample: torch.LongTensor,
+        sample: torch.Tensor,
         mask: torch.Tensor | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         return_dict: bool = True,
-    ) -> PaellaSchedulerOutput | tuple[torch.LongTensor, torch.LongTensor]:
+    ) -> PaellaSchedulerOutput | tuple[torch.Tensor, torch.Tensor]:
         """
         Sample every clean token, then the next token given it and the present one.
 
@@ -95,7 +95,7 @@ class PaellaPsiScheduler(PaellaSchedulerBase):
             return (prev_sample, sampled_tokens)
         return PaellaSchedulerOutput(prev_sample=prev_sample, sampled_tokens=sampled_tokens)
 
-    def _routes(self, index: int, agrees: torch.BoolTensor, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def _routes(self, index: int, agrees: torch.Tensor, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
         r"""
         The probabilities that the next token is uniform noise and that the present token stays, in float32 of the shape of
         `agrees`, which says where the present token is x̂. Otherwise the next token is x̂.

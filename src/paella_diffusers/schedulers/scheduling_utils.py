@@ -26,8 +26,8 @@ class PaellaSchedulerOutput(BaseOutput):
         sampled_tokens (`torch.LongTensor` of the same shape): The predicted clean tokens, before re-noising.
     """
 
-    prev_sample: torch.LongTensor
-    sampled_tokens: torch.LongTensor
+    prev_sample: torch.Tensor
+    sampled_tokens: torch.Tensor
 
 
 class PaellaSchedulerBase(PaellaHubMixin, SchedulerMixin, ConfigMixin):
@@ -54,7 +54,7 @@ class PaellaSchedulerBase(PaellaHubMixin, SchedulerMixin, ConfigMixin):
         timesteps: list[float] | torch.Tensor | None = None,
         temperature: float | tuple[float, float] | None = None,
         t_start: float | None = None,
-    ):
+    ) -> None:
         """
         Prepare a run. What is not given comes from the configuration, which no argument changes.
 
@@ -113,11 +113,11 @@ class PaellaSchedulerBase(PaellaHubMixin, SchedulerMixin, ConfigMixin):
     def _check_step(
         self,
         model_output: torch.Tensor,
-        sample: torch.LongTensor,
-        noise: torch.LongTensor | None = None,
+        sample: torch.Tensor,
+        noise: torch.Tensor | None = None,
         mask: torch.Tensor | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
-    ) -> tuple[torch.Tensor, torch.BoolTensor | None]:
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Check what a step is given; return the logits as `(batch_size, ..., num_tokens)`, and the mask."""
         check_tokens("sample", sample)
         check_generators(generator, len(sample))
@@ -148,7 +148,7 @@ class PaellaSchedulerBase(PaellaHubMixin, SchedulerMixin, ConfigMixin):
             raise ValueError(f"`mask` must have the shape of `sample`, {tuple(sample.shape)}, got {tuple(mask.shape)}.")
         return logits, mask.bool()
 
-    def _tempered(self, logits: torch.Tensor, sample: torch.LongTensor, index: int) -> torch.Tensor:
+    def _tempered(self, logits: torch.Tensor, sample: torch.Tensor, index: int) -> torch.Tensor:
         """Logits to be divided by the temperature: as they are, or for `leave_one_out_temperature`."""
         if not self.config.leave_one_out_temperature:
             return logits
@@ -156,11 +156,11 @@ class PaellaSchedulerBase(PaellaHubMixin, SchedulerMixin, ConfigMixin):
 
     def add_noise(
         self,
-        original_samples: torch.LongTensor,
-        noise: torch.LongTensor | None,
+        original_samples: torch.Tensor,
+        noise: torch.Tensor | None,
         timesteps: float | torch.Tensor,
         generator: torch.Generator | list[torch.Generator] | None = None,
-    ) -> torch.LongTensor:
+    ) -> torch.Tensor:
         """
         Replace each token by noise with probability t.
 
@@ -209,7 +209,7 @@ class RenoisingSchedulerBase(PaellaSchedulerBase):
         temperature: float | tuple[float, float] | None = None,
         renoise_steps: int | None = None,
         t_start: float | None = None,
-    ):
+    ) -> None:
         """As [`PaellaSchedulerBase.set_timesteps`]; `renoise_steps` (`int`, *optional*) replaces the configured one too."""
         renoise_steps = self.config.renoise_steps if renoise_steps is None else renoise_steps
         if renoise_steps is not None:
@@ -221,7 +221,7 @@ class RenoisingSchedulerBase(PaellaSchedulerBase):
         super()._check_config()
         check_choice("noise_source", self.config.noise_source, ("initial", "fresh", "previous"))
 
-    def _noise(self, sample: torch.LongTensor, noise: torch.LongTensor | None) -> torch.LongTensor | None:
+    def _noise(self, sample: torch.Tensor, noise: torch.Tensor | None) -> torch.Tensor | None:
         """The tokens that replace re-noised ones; None for fresh random ones."""
         if self.config.noise_source == "fresh":
             return None
@@ -240,7 +240,7 @@ def as_python(value):
     return value.tolist() if hasattr(value, "tolist") else value
 
 
-def check_temperature(temperature):
+def check_temperature(temperature) -> None:
     """One temperature, or the first and the last of a linear ramp."""
     remedy = "For the most likely tokens, use `sampling_rule='argmax'` of PaellaScheduler."
     check_ramp("temperature", temperature, remedy, at_least=MIN_TEMPERATURE, at_most=MAX_TEMPERATURE)
@@ -262,7 +262,7 @@ def check_timesteps(timesteps, num_inference_steps: int | None) -> torch.Tensor:
     return levels
 
 
-def check_tokens(name: str, tokens, shape: torch.Size | None = None):
+def check_tokens(name: str, tokens, shape: torch.Size | None = None) -> None:
     """Token ids are int64, there is at least one, and their shape is that of the sample."""
     if not isinstance(tokens, torch.Tensor) or tokens.dtype != torch.int64:
         raise TypeError(f"`{name}` must be a tensor of token ids in int64, got {describe(tokens)}.")
@@ -272,7 +272,7 @@ def check_tokens(name: str, tokens, shape: torch.Size | None = None):
         raise ValueError(f"`{name}` must have the shape of the tokens, {tuple(shape)}, got {tuple(tokens.shape)}.")
 
 
-def check_codebook(codebook: torch.Tensor | None, num_tokens: int):
+def check_codebook(codebook: torch.Tensor | None, num_tokens: int) -> None:
     if codebook is None:
         raise ValueError("Quantized sampling needs `codebook`: pass `vqgan.codebook(device)`.")
     if not isinstance(codebook, torch.Tensor) or not codebook.is_floating_point():

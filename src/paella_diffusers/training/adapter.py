@@ -2,6 +2,7 @@
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers.training_utils import cast_training_params
@@ -39,7 +40,7 @@ def add_text_encoder_argument(parser: argparse.ArgumentParser):
     parser.add_argument("--train-text-encoder", action="store_true", help="also train adapters of the text encoders")
 
 
-def lora_config(args: argparse.Namespace, targets: list[str]) -> LoraConfig:
+def lora_config(args: argparse.Namespace, targets: list[str] | None) -> LoraConfig:
     """What these arguments ask for, of layers with such names."""
     options = dict(lora_dropout=args.dropout, use_dora=args.use_dora, target_modules=targets)
     return LoraConfig(r=args.rank, lora_alpha=args.alpha or args.rank, **options)
@@ -55,7 +56,7 @@ class Adapter:
         whole (`nn.Module`, *optional*): The module in which they are trained; the only one of them unless given.
     """
 
-    def __init__(self, models: dict[str, nn.Module], args: argparse.Namespace, whole: nn.Module | None = None):
+    def __init__(self, models: dict[str, Any], args: argparse.Namespace, whole: nn.Module | None = None):
         stored, self.metadata = {}, {}
         for name, model in models.items():
             model.requires_grad_(False)
@@ -88,7 +89,7 @@ class AdaptedUNet(CaptionedUNet):
     def __init__(self, pipe):
         super().__init__(pipe)
         names = [name for name in ("unet", *TEXT_ENCODERS) if getattr(pipe, name) is not None]
-        self.models = nn.ModuleDict({name: getattr(pipe, name) for name in names})
+        self.models: Any = nn.ModuleDict({name: getattr(pipe, name) for name in names})
 
     def enable_gradient_checkpointing(self):
         for name, model in self.models.items():

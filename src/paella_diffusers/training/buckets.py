@@ -3,6 +3,7 @@
 import io
 import math
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,7 +42,7 @@ class Buckets:
         ratio = math.log(size[0] / size[1])
         return min(self.sizes, key=lambda size: abs(math.log(size[0] / size[1]) - ratio))
 
-    def arrange(self, images: list[bytes | str | Path], rng: random.Random) -> list[tuple[int, int]]:
+    def arrange(self, images: Sequence[bytes | str | Path], rng: random.Random) -> list[tuple[int, int]]:
         """
         Put pictures into batches of one size, in random order. Of each size, `n` are left, too few for a batch. They are
         repeated until they are enough, and then taken with the probability `n / batch_size`: so in the long run all are seen
@@ -69,7 +70,7 @@ class Buckets:
         try:
             with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as opened:
                 turned = opened.getexif().get(0x0112) in TRANSPOSED
-                return self.size_for(opened.size[::-1] if turned else opened.size)
+                return self.size_for((opened.height, opened.width) if turned else opened.size)
         except Exception:  # whatever it is, reading the picture will say so
             return None
 

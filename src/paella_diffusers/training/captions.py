@@ -24,8 +24,8 @@ class CaptionedUNet(nn.Module):
         byt5, clip = ([""] * len(text) if drop else text for drop in dropped[:2])
         embeds, mask = self.pipe._encode_byt5(byt5, 768, sample.device)
         clip = None if self.pipe.text_encoder_2 is None else self.pipe._encode_clip(clip, sample.device).float()
-        text = dict(clip_text_embeds=clip, encoder_attention_mask=mask)
-        return self.pipe.unet(sample, timestep, embeds.float(), **text, **conditioning)
+        options = dict(clip_text_embeds=clip, encoder_attention_mask=mask)
+        return self.pipe.unet(sample, timestep, embeds.float(), **options, **conditioning)
 
 
 class CaptionsLeft(Encoder):

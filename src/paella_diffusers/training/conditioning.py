@@ -33,7 +33,7 @@ class Encoder:
             `prompt_embeds` and `clip_text_embeds` of "", with one row; computed by the text encoders unless given.
     """
 
-    def __init__(self, pipe, empty: dict[str, torch.Tensor] | None = None):
+    def __init__(self, pipe, empty: dict[str, torch.Tensor | None] | None = None):
         self.pipe = pipe
         for part in (pipe.vqgan, pipe.text_encoder, pipe.text_encoder_2, pipe.image_encoder):
             if part is not None:
@@ -64,7 +64,7 @@ class Encoder:
         return self
 
     @torch.no_grad()
-    def tokens(self, batch: dict) -> torch.LongTensor:
+    def tokens(self, batch: dict) -> torch.Tensor:
         """`(batch_size, height, width)`, int64."""
         if "tokens" in batch:
             return batch["tokens"].long()

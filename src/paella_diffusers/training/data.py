@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -118,7 +119,7 @@ class SampleTransform:
     def __call__(self, raw: dict, rng: random.Random) -> dict | None:
         """The sample, or None if it is not wanted. Raises anything if it cannot be read."""
         arrays = self.arrays.read(raw)
-        sample = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        sample: dict[str, Any] = {name: torch.from_numpy(array) for name, array in arrays.items()}
         image = raw["image"]
         if not arrays:
             image = open_image(io.BytesIO(image) if isinstance(image, bytes) else image, "the image")
@@ -408,7 +409,7 @@ class ShardStream(SampleStream):
         from webdataset.gopen import gopen
 
         try:  # a shard that is missing or damaged must not end a training of weeks
-            with gopen(shard) as file, tarfile.open(fileobj=file, mode="r|*", tarinfo=_Member) as archive:
+            with gopen(shard) as file, tarfile.open(fileobj=cast(Any, file), mode="r|*", tarinfo=_Member) as archive:
                 for member in archive:
                     if member.isreg() and not re.match(r"__[^/]*__($|/)", member.name):  # which are WebDataset's own
                         yield {"fname": member.name, "data": archive.extractfile(member).read(), "__url__": shard}
@@ -443,7 +444,7 @@ def collate(samples: list[dict]) -> dict:
     A batch: tensors stacked, texts in a list, counts added up, the greatest `epochs`. `prompt_embeds` of several lengths are
     padded, and `prompt_attention_mask`, `(batch_size, length)`, says where. Samples within others, `preserved`, come last.
     """
-    batch = {name: sum(sample[name] for sample in samples) for name in ("unreadable", "filtered")}
+    batch: dict[str, Any] = {name: sum(sample[name] for sample in samples) for name in ("unreadable", "filtered")}
     batch["epochs"] = max(sample["epochs"] for sample in samples)
     samples = samples + [sample["preserved"] for sample in samples if "preserved" in sample]
     batch["text"] = [sample["text"] for sample in samples]
@@ -453,7 +454,7 @@ def collate(samples: list[dict]) -> dict:
             batch[name] = torch.nn.utils.rnn.pad_sequence(values, batch_first=True)
             lengths = torch.tensor([len(value) for value in values])
             if lengths.min() < lengths.max():
-                batch["prompt_attention_mask"] = (torch.arange(lengths.max()) < lengths[:, None]).long()
+                batch["prompt_attention_mask"] = (torch.arange(int(lengths.max())) < lengths[:, None]).long()
         else:
             batch[name] = torch.stack(values)
     return batch

@@ -3,6 +3,7 @@
 import argparse
 import gc
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -10,7 +11,7 @@ import torch
 from ..loaders.atomic import atomic_file
 from ..pipelines.pipeline_paella import PaellaPipeline
 from .arguments import pretrained_options
-from .data import IMAGE_EXTENSIONS, SampleTransform
+from .data import IMAGE_EXTENSIONS
 from .run import TrainingRun
 from .unet import Computed
 
@@ -65,7 +66,7 @@ class Instances:
 
     def __init__(
         self,
-        transform: SampleTransform,
+        transform: Callable,
         prompt: str,
         class_pictures: list[Path],
         class_prompt: str | None,

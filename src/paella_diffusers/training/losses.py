@@ -8,13 +8,13 @@ from ..schedulers.categorical import add_uniform_noise
 
 
 def corrupt(
-    tokens: torch.LongTensor,
+    tokens: torch.Tensor,
     timestep: torch.Tensor,
     num_tokens: int,
     generator: torch.Generator | None = None,
     part: tuple[int, int] = (0, 1),
-    noise: torch.LongTensor | None = None,
-) -> tuple[torch.LongTensor, torch.LongTensor]:
+    noise: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """
     Replace each token by a uniformly random one with probability t (https://huggingface.co/papers/2211.07292, section 3.2).
 
@@ -104,7 +104,7 @@ class SmoothedCrossEntropy(torch.autograd.Function):
 
 def paella_loss(
     logits: torch.Tensor,
-    tokens: torch.LongTensor,
+    tokens: torch.Tensor,
     mask: torch.Tensor,
     timestep: torch.Tensor,
     label_smoothing: float = 0.1,

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -182,7 +183,7 @@ class TrainingRun:
     def prepare(
         self,
         name: str,
-        model: nn.Module,
+        model: Any,
         write: Callable | None = None,
         read: Callable = read_weights,
         frozen: bool = True,
@@ -216,7 +217,7 @@ class TrainingRun:
         if self.sharded and not shard:
             model = nn.parallel.DistributedDataParallel(model.to(self.accelerator.device), find_unused_parameters=True)
             # what accelerate calls in a step's passes before the last
-            model.set_requires_gradient_sync = partial(setattr, model, "require_backward_grad_sync")
+            cast(Any, model).set_requires_gradient_sync = partial(setattr, model, "require_backward_grad_sync")
             optimizer = self.accelerator.prepare_optimizer(optimizer)
             schedule = self.accelerator.prepare_scheduler(schedule)
         else:
@@ -241,7 +242,7 @@ class TrainingRun:
 
             # as its authors recommend for diffusion models
             return partial(Prodigy, use_bias_correction=True, safeguard_warmup=True)
-        from bitsandbytes.optim import AdamW8bit
+        from bitsandbytes.optim import AdamW8bit  # pyright: ignore[reportMissingImports]  # only on GPUs
 
         return AdamW8bit
 

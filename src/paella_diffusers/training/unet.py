@@ -159,7 +159,7 @@ def stored_config(model_class: type, name: str, args) -> dict:
 class Computed:
     """What `examples/precompute.py` left beside its shards; of other data nothing is computed."""
 
-    empty: dict[str, torch.Tensor] | None = None  # the embeddings of ""
+    empty: dict[str, torch.Tensor | None] | None = None  # the embeddings of ""
     parts: list[str] = field(default_factory=list)  # the names of the arrays in the shards
     resolution: int | None = None  # of the pictures that the tokens are of
 

@@ -4,6 +4,7 @@ import torch
 from diffusers.configuration_utils import register_to_config
 
 from ...checks import check_number, check_ramp
+from ..plan import Step
 from .base import GuidanceMixin, centred
 
 
@@ -43,7 +44,9 @@ class PaellaAdaptiveProjectedGuidance(GuidanceMixin):
             check_number("norm_threshold", norm_threshold, above=0)
         self._difference = 0.0  # of the steps before, summed up
 
-    def forward(self, conditional: torch.Tensor, unconditional: torch.Tensor, *, step, guidance_scale) -> torch.Tensor:
+    def forward(
+        self, conditional: torch.Tensor, unconditional: torch.Tensor, *, step: Step, guidance_scale: float
+    ) -> torch.Tensor:
         config, dtype = self.config, conditional.dtype
         conditional = centred(conditional)
         difference = conditional - centred(unconditional)

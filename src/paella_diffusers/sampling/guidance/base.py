@@ -3,6 +3,7 @@
 import copy
 import os
 from dataclasses import dataclass
+from typing import Any, Self, cast
 
 import torch
 from diffusers.configuration_utils import ConfigMixin
@@ -10,6 +11,8 @@ from huggingface_hub.utils import validate_hf_hub_args
 
 from ...loaders.hub import PaellaHubMixin
 from ...models.attention import AttentionPerturbation
+from ...models.unet_paella import PaellaUNet
+from ..plan import Step
 
 
 @dataclass(frozen=True)
@@ -60,10 +63,10 @@ class GuidanceMixin(PaellaHubMixin, ConfigMixin):
         scales = guidance_scale if isinstance(guidance_scale, tuple | list) else (guidance_scale,)
         return max(scales) > 1
 
-    def check_model(self, unet):
+    def check_model(self, unet: PaellaUNet) -> None:
         """Refuse a U-Net with which the method cannot work, by a ValueError."""
 
-    def branches(self, step, guidance_scale: float | None) -> tuple[Branch, ...]:
+    def branches(self, step: Step, guidance_scale: float | None) -> tuple[Branch, ...]:
         """
         The branches wanted at this step, the conditional one first and alone where nothing is to be guided; with the scale
         None, which turns guidance off, it is always alone. One of them at most has a perturbation.
@@ -77,7 +80,7 @@ class GuidanceMixin(PaellaHubMixin, ConfigMixin):
         """
         return identity(len(branches))
 
-    def forward(self, *logits: torch.Tensor, step, guidance_scale: float) -> torch.Tensor:
+    def forward(self, *logits: torch.Tensor, step: Step, guidance_scale: float) -> torch.Tensor:
         """
         The logits to sample from, `(batch_size, num_tokens, height, width)`.
 
@@ -88,7 +91,7 @@ class GuidanceMixin(PaellaHubMixin, ConfigMixin):
         """
         raise NotImplementedError
 
-    def reorder(self, rows: torch.LongTensor):
+    def reorder(self, rows: torch.Tensor) -> None:
         """Let every image go on as that of another row, `(batch_size,)`: in what `forward` keeps, which has their rows."""
         for name, value in vars(self).items():
             if isinstance(value, torch.Tensor):
@@ -100,12 +103,14 @@ class GuidanceMixin(PaellaHubMixin, ConfigMixin):
 
     @classmethod
     @validate_hf_hub_args
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, subfolder: str | None = None, **kwargs):
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike, subfolder: str | None = None, **kwargs: Any
+    ) -> Self:
         """Load from the folder or Hub repository that `save_pretrained` wrote; arguments as of a scheduler's."""
-        config = cls.load_config(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
-        return cls.from_config(config)
+        config: Any = cls.load_config(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        return cast(Self, cls.from_config(config))
 
-    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs):
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
         """Write `guider_config.json` into a folder."""
         self.save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
 

@@ -6,6 +6,7 @@ import torch
 from diffusers.configuration_utils import register_to_config
 
 from ...checks import check_number, check_ramp
+from ..plan import Step
 from .base import CONDITIONAL, UNCONDITIONAL, Branch, GuidanceMixin
 
 
@@ -42,7 +43,12 @@ class PaellaClassifierFreeGuidance(GuidanceMixin):
         return (guided,) if self.config.plausibility_threshold is None else (guided, (1.0, 0.0))
 
     def forward(
-        self, guided: torch.Tensor, conditional: torch.Tensor | None = None, *, step=None, guidance_scale=None
+        self,
+        guided: torch.Tensor,
+        conditional: torch.Tensor | None = None,
+        *,
+        step: Step | None = None,
+        guidance_scale: float | None = None,
     ) -> torch.Tensor:
         if conditional is None:
             return guided
@@ -50,6 +56,6 @@ class PaellaClassifierFreeGuidance(GuidanceMixin):
         return guided.masked_fill(~plausible(conditional, self.config.plausibility_threshold), torch.finfo(guided.dtype).min)
 
 
-def plausible(logits: torch.Tensor, threshold: float) -> torch.BoolTensor:
+def plausible(logits: torch.Tensor, threshold: float) -> torch.Tensor:
     """Which tokens are at least `threshold` times as likely as the likeliest, by logits `(batch_size, num_tokens, ...)`."""
     return logits >= logits.amax(1, keepdim=True) + math.log(threshold)

@@ -4,6 +4,7 @@ import torch
 from diffusers.configuration_utils import register_to_config
 
 from ...checks import check_ramp
+from ..plan import Step
 from .base import GuidanceMixin, centred
 
 
@@ -29,7 +30,9 @@ class PaellaClassifierFreeZeroStarGuidance(GuidanceMixin):
     def __init__(self, guidance_scale: float | tuple[float, float] = 8.0):
         check_ramp("guidance_scale", guidance_scale)
 
-    def forward(self, conditional: torch.Tensor, unconditional: torch.Tensor, *, step, guidance_scale) -> torch.Tensor:
+    def forward(
+        self, conditional: torch.Tensor, unconditional: torch.Tensor, *, step: Step, guidance_scale: float
+    ) -> torch.Tensor:
         dtype, conditional, unconditional = conditional.dtype, centred(conditional), centred(unconditional)
         square = unconditional.square().sum(1, keepdim=True).clamp(min=1e-12)
         unconditional = unconditional * ((conditional * unconditional).sum(1, keepdim=True) / square)

@@ -1,11 +1,14 @@
 """diffusers' own guiders in the place of a guidance method of ours."""
 
 import copy
+from typing import Any, cast
 
 import torch
 from diffusers.guiders import MagnitudeAwareGuidance
 from diffusers.guiders.guider_utils import BaseGuidance
 
+from ...models.unet_paella import PaellaUNet
+from ..plan import Step
 from .base import CONDITIONAL, UNCONDITIONAL, Branch, identity
 
 OURS = {  # instead of guiders that need more branches
@@ -51,19 +54,19 @@ class DiffusersGuidance:
     def guidance_scale(self) -> float:
         return self.guider.guidance_scale
 
-    def needs_unconditional(self, guidance_scale) -> bool:
+    def needs_unconditional(self, guidance_scale: float | tuple[float, float]) -> bool:
         return self.guider._enabled
 
-    def check_model(self, unet):
+    def check_model(self, unet: PaellaUNet) -> None:
         """Any model will do."""
 
-    def branches(self, step, guidance_scale: float | None) -> tuple[Branch, ...]:
+    def branches(self, step: Step, guidance_scale: float | None) -> tuple[Branch, ...]:
         if guidance_scale is None:
             return (CONDITIONAL,)
         self.guider.guidance_scale = guidance_scale
         if not self._is_prepared:  # what guiders keep along a run, such as momentum, they make in its first step
             self._set_state(0, step)
-            self.guider.prepare_inputs({})
+            self.guider.prepare_inputs(cast(Any, {}))
             self._is_prepared = True
         self._set_state(step.index, step)
         return (CONDITIONAL, UNCONDITIONAL)[: self.guider.num_conditions]
@@ -71,13 +74,13 @@ class DiffusersGuidance:
     def _set_state(self, index: int, step):
         self.guider.set_state(step=index, num_inference_steps=step.num_steps, timestep=step.timestep)
 
-    def mixing_weights(self, guidance_scale: float, branches: tuple[Branch, ...]):
+    def mixing_weights(self, guidance_scale: float, branches: tuple[Branch, ...]) -> tuple[tuple[float, ...], ...]:
         return identity(len(branches))
 
-    def forward(self, *logits: torch.Tensor, step, guidance_scale: float) -> torch.Tensor:
-        return self.guider.forward(**dict(zip(self.guider._input_predictions, logits))).pred
+    def forward(self, *logits: torch.Tensor, step: Step, guidance_scale: float) -> torch.Tensor:
+        return self.guider.forward(**dict(zip(self.guider._input_predictions or (), logits))).pred
 
-    def reorder(self, rows: torch.LongTensor):
+    def reorder(self, rows: torch.Tensor) -> None:
         """As [`GuidanceMixin.reorder`]; these guiders keep at most a momentum."""
         buffer = getattr(self.guider, "momentum_buffer", None)
         if buffer is not None and isinstance(buffer.running_average, torch.Tensor):

@@ -4,6 +4,8 @@ from diffusers.configuration_utils import register_to_config
 
 from ...checks import check_number, is_integer
 from ...models.attention import AttentionPerturbation
+from ...models.unet_paella import PaellaUNet
+from ..plan import Step
 from .base import CONDITIONAL, UNCONDITIONAL, Branch
 from .classifier_free_guidance import PaellaClassifierFreeGuidance
 
@@ -28,7 +30,7 @@ class PerturbedBranchGuidance(PaellaClassifierFreeGuidance):
         """s; with 0 there is no third branch."""
         raise NotImplementedError
 
-    def check_model(self, unet):
+    def check_model(self, unet: PaellaUNet) -> None:
         letters = unet.config.block_types
         with_attention = [level for level, types in enumerate(letters) if "A" in types]
         for level in self.config.perturbed_levels:
@@ -38,7 +40,7 @@ class PerturbedBranchGuidance(PaellaClassifierFreeGuidance):
                     f"{with_attention} of {len(letters)}: name one of these."
                 )
 
-    def branches(self, step, guidance_scale: float | None) -> tuple[Branch, ...]:
+    def branches(self, step: Step, guidance_scale: float | None) -> tuple[Branch, ...]:
         branches = super().branches(step, guidance_scale)
         if guidance_scale is None or self.perturbed_scale == 0:
             return branches
@@ -96,7 +98,7 @@ class PaellaPerturbedAttentionGuidance(PerturbedBranchGuidance):
     def perturbed_scale(self) -> float:
         return self.config.perturbed_guidance_scale
 
-    def check_model(self, unet):
+    def check_model(self, unet: PaellaUNet) -> None:
         super().check_model(unet)
         if not unet.config.self_attention:
             raise ValueError(
@@ -105,7 +107,7 @@ class PaellaPerturbedAttentionGuidance(PerturbedBranchGuidance):
             )
 
 
-def check_levels(levels):
+def check_levels(levels) -> None:
     """Refuse what is no list of level numbers."""
     if not isinstance(levels, tuple | list) or not levels or not all(is_integer(level) for level in levels):
         raise ValueError(f"`perturbed_levels` must be a list of at least one level, such as (-1,), got {levels!r}.")

@@ -4,6 +4,7 @@ import torch
 from diffusers.configuration_utils import register_to_config
 
 from ...checks import check_number, check_ramp
+from ..plan import Step
 from .base import CONDITIONAL, UNCONDITIONAL, Branch, GuidanceMixin, centred
 
 
@@ -35,7 +36,12 @@ class PaellaRescaledGuidance(GuidanceMixin):
         return (guided,) if self.config.guidance_rescale == 0 else (guided, (1.0, 0.0))
 
     def forward(
-        self, guided: torch.Tensor, conditional: torch.Tensor | None = None, *, step=None, guidance_scale=None
+        self,
+        guided: torch.Tensor,
+        conditional: torch.Tensor | None = None,
+        *,
+        step: Step | None = None,
+        guidance_scale: float | None = None,
     ) -> torch.Tensor:
         if conditional is None:
             return guided

@@ -1,10 +1,13 @@
 """Semantic guidance: towards or away from prompts of its own, where they matter most."""
 
+from typing import Any
+
 import torch
 from diffusers.configuration_utils import register_to_config
 
 from ...checks import check_boolean, check_integer, check_number, check_unicode
-from .base import CONDITIONAL, UNCONDITIONAL, Branch, identity
+from ..plan import Step
+from .base import CONDITIONAL, UNCONDITIONAL, Branch, GuidanceMixin, identity
 from .classifier_free_guidance import PaellaClassifierFreeGuidance, plausible
 
 SAFE_DIRECTIONS = (
@@ -92,7 +95,7 @@ class PaellaSemanticGuidance(PaellaClassifierFreeGuidance):
                 self._edits[f"editing_prompt {index}"] = edit | {"prompt": prompt}
 
     @classmethod
-    def safe(cls, **settings) -> "PaellaSemanticGuidance":
+    def safe(cls, **settings: Any) -> "PaellaSemanticGuidance":
         """
         Away from `SAFE_DIRECTIONS`, general terms for what most people do not want to see, in one prompt, as Safe Latent
         Diffusion does (https://huggingface.co/papers/2211.05105). It makes such pictures rarer, and is no filter: nothing
@@ -101,7 +104,7 @@ class PaellaSemanticGuidance(PaellaClassifierFreeGuidance):
         return cls(**{"editing_prompt": ", ".join(SAFE_DIRECTIONS), "reverse_editing_direction": True} | settings)
 
     @classmethod
-    def from_guider(cls, guider, **editing) -> "PaellaSemanticGuidance":
+    def from_guider(cls, guider: GuidanceMixin | None, **editing: Any) -> "PaellaSemanticGuidance":
         """
         A guider with arguments about editing added or replaced.
 
@@ -126,7 +129,7 @@ class PaellaSemanticGuidance(PaellaClassifierFreeGuidance):
     def needs_unconditional(self, guidance_scale: float | tuple[float, float]) -> bool:
         return bool(self._edits) or super().needs_unconditional(guidance_scale)
 
-    def branches(self, step, guidance_scale: float | None) -> tuple[Branch, ...]:
+    def branches(self, step: Step, guidance_scale: float | None) -> tuple[Branch, ...]:
         wanted = tuple(
             Branch(name)
             for name, edit in self._edits.items()
@@ -144,7 +147,9 @@ class PaellaSemanticGuidance(PaellaClassifierFreeGuidance):
         scale = max(guidance_scale, 1.0)
         return (scale, 1 - scale, *[0.0] * (len(branches) - 2)), *identity(len(branches))
 
-    def forward(self, guided: torch.Tensor, *others: torch.Tensor, step=None, guidance_scale=None) -> torch.Tensor:
+    def forward(
+        self, guided: torch.Tensor, *others: torch.Tensor, step: Any = None, guidance_scale: float | None = None
+    ) -> torch.Tensor:
         if len(others) < 2:  # linear guidance alone
             return super().forward(guided, *others, step=step, guidance_scale=guidance_scale)
         conditional, unconditional, *edited = others
@@ -161,7 +166,7 @@ class PaellaSemanticGuidance(PaellaClassifierFreeGuidance):
             if _is_warm(edit, step):
                 effect = effect + part
                 if allowed is not None and direction * edit["scale"] > 0:
-                    allowed = allowed | (selected & self._plausible(logits))
+                    allowed = allowed | (selected & plausible(logits, self.config.plausibility_threshold))
         if self.config.edit_momentum_scale > 0:
             beta, momentum = self.config.edit_mom_beta, self.config.edit_momentum_scale * self._momentum
             self._momentum = beta * self._momentum + (1 - beta) * (total + momentum)
@@ -179,7 +184,7 @@ class PaellaSemanticGuidance(PaellaClassifierFreeGuidance):
         return PaellaClassifierFreeGuidance(self.guidance_scale, self.config.plausibility_threshold)
 
 
-def largest(difference: torch.Tensor, threshold: float) -> torch.BoolTensor:
+def largest(difference: torch.Tensor, threshold: float) -> torch.Tensor:
     """
     The positions where a difference of logits, centred, is at least as long as at a share `threshold` of its picture.
 
