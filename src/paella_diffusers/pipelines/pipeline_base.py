@@ -36,7 +36,7 @@ from ..sampling.guidance.semantic_guidance import PaellaSemanticGuidance
 from ..sampling.loop import sample
 from ..sampling.steering import Steering, reward_of_pictures, spawn_generators
 from ..sampling.steppers import Stepper, make_stepper
-from ..schedulers.categorical import add_uniform_noise, random_tokens
+from ..schedulers.categorical import Generators, add_uniform_noise, random_tokens
 from ..schedulers.scheduling_utils import PaellaSchedulerBase
 from .call_state import CallState, CallStateMixin
 from .conditioning import Conditioning, PromptEmbeds, repeat_rows
@@ -46,8 +46,6 @@ from .loading import LoadingMixin
 from .regions import read_region_masks
 from .source_image import SizeRule, SourceImage, prepare_source
 from .step_end import CONDITIONING_TENSORS, StepEnd
-
-Generators = torch.Generator | list[torch.Generator] | None  # one for all images, one for each, or torch's own
 
 
 @dataclass

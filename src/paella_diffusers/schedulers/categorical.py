@@ -9,6 +9,8 @@ import torch.nn.functional as F
 
 LOG2_E = math.log2(math.e)
 
+Generators = torch.Generator | list[torch.Generator] | None  # one for all images, one for each, or torch's own
+
 
 def rand_tensor(
     shape: tuple[int, ...],
@@ -82,9 +84,6 @@ def add_uniform_noise(
     if noise is None:
         noise = random_tokens(cast(int, num_tokens), tokens.shape, generator, tokens.device)
     return torch.where(replaced, noise, tokens), replaced
-
-
-Generators = torch.Generator | list[torch.Generator] | None
 
 
 @overload
