@@ -263,7 +263,7 @@ class PaellaPipelineBase(
         stepper = stepper or make_stepper(self.scheduler)
         num_images, regions = self.check_inputs(inputs, state, height, width, region_masks, source, source_prompts)
         state.plan = stepper.plan(
-            sampling.num_inference_steps,
+            cast(int, sampling.num_inference_steps),
             self._execution_device,
             sampling.temperature,
             sampling.renoise_steps,

@@ -1,6 +1,7 @@
 """The result of a run with its model card: what it was trained from, on what and how, and what it draws."""
 
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 
 from huggingface_hub import create_repo, upload_folder
@@ -33,7 +34,7 @@ def publish(run, result):
     print(f"{type(result).__name__} is in {run.args.output_dir}.")
 
 
-def publish_files(run, pipe, files: list[str], **kind):
+def publish_files(run, pipe, files: Sequence[str], **kind):
     """
     The same for files that the output folder has already: `pipe` is the pipeline that they are for, and `kind` are arguments
     of `model_card`.

@@ -127,9 +127,10 @@ class SampleTransform:
         if isinstance(metadata, bytes) and (self.quality is not None or raw["text"] is None):
             metadata = json.loads(metadata)
         if self.quality is not None:
+            known = cast(dict, metadata)
             if isinstance(image, Image.Image):
-                metadata = {"original_width": image.width, "original_height": image.height} | metadata
-            if not self.quality(metadata):
+                known = {"original_width": image.width, "original_height": image.height} | known
+            if not self.quality(known):
                 return None
         text = raw["text"] if self.captions else ""
         text = metadata.get("prompt") if text is None else text  # of what `paella-diffusers batch` wrote

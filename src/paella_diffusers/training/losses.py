@@ -32,8 +32,8 @@ def corrupt(
         The noised tokens and the mask, 1 where noised, both of the shape of `tokens`, int64.
     """
     index, count = part  # of each group of `count` rows, only one is used: all processes draw the whole batch's numbers
-    grids = (tokens, timestep, noise)
-    tokens, timestep, noise = (None if x is None else x.repeat_interleave(count, 0) for x in grids)
+    tokens, timestep = (x.repeat_interleave(count, 0) for x in (tokens, timestep))
+    noise = None if noise is None else noise.repeat_interleave(count, 0)
     noised, mask = add_uniform_noise(tokens, timestep, num_tokens, noise, generator)
     return noised[index::count], mask[index::count].long()
 
