@@ -7,6 +7,7 @@ import ast
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -43,9 +44,20 @@ def run(page: str) -> dict:
             continue
         if said == "run with":
             code = f"{code.rstrip()} {text}\n"
-        done = subprocess.run(["bash", "-euo", "pipefail", "-c", code], env=shell(), capture_output=True, text=True)
-        assert done.returncode == 0, f"{code}\n{done.stderr}"
+        run_shell(code)
     return names
+
+
+def run_shell(code: str):
+    """Run commands, which may take five minutes: a server that nobody marked as not to be run does not stop the tests."""
+    command, pipe = ["bash", "-euo", "pipefail", "-c", code], subprocess.PIPE
+    with subprocess.Popen(command, env=shell(), stdout=pipe, stderr=pipe, text=True, start_new_session=True) as process:
+        try:
+            errors = process.communicate(timeout=300)[1]
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            pytest.fail(f"does not end:\n{code}")
+    assert process.returncode == 0, f"{code}\n{errors}"
 
 
 def shell() -> dict[str, str]:
