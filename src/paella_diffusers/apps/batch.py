@@ -204,7 +204,7 @@ def draw_in_processes(job: Job, load: Callable, shards: list[int], processes: in
         pool.shutdown(wait=False, cancel_futures=True)
         if isinstance(error, BrokenProcessPool):
             raise RuntimeError(
-                "A process was killed, or ran out of memory. Run the same command again: it draws what is not done."
+                "A process was killed, maybe for want of memory. Run the same command again: it draws what is not done."
             ) from error
         raise
     pool.shutdown()
