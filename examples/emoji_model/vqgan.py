@@ -58,7 +58,8 @@ def train(icons: Icons, cells: torch.BoolTensor, steps: int, work_dir: Path, bat
     from its latents of then. They cover the latents evenly: k-means alone spends hundreds on flat white, most of every icon,
     and a U-Net cannot tell which of these comes where.
 
-    In a last third, most pictures are flat, the style that is asked for most, and the codes are fitted more closely.
+    Then, for a third as many further steps, most pictures are flat, the style that is asked for most, and the codes are
+    fitted to the latents more closely.
     """
     seed("vqgan")
     pixels = icons.pixels[cells]
