@@ -258,6 +258,7 @@ def test_light_and_dark(visit, width):
         assert page.evaluate("document.scrollingElement.scrollWidth <= innerWidth")  # nothing sticks out
         shot = page.screenshot(full_page=True)
         brightness[scheme] = np.asarray(Image.open(io.BytesIO(shot)).convert("L"))[:, :10].mean()
-        if os.environ.get("PAELLA_SCREENSHOTS"):
-            Path(os.environ["PAELLA_SCREENSHOTS"], f"page-{width}-{scheme}.png").write_bytes(shot)
+        if folder := os.environ.get("PAELLA_SCREENSHOTS"):
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            Path(folder, f"page-{width}-{scheme}.png").write_bytes(shot)
     assert brightness["dark"] < 64 < 192 < brightness["light"]
