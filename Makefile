@@ -21,7 +21,7 @@ test-golden: $(VENV)/installed
 	$(PLAIN) $(BIN)/python -m pytest -k test_golden
 	$(AVX2) $(BIN)/python -m pytest -k test_golden
 
-# each of six trainers killed at five moments in each of three ways of training; two nodes of which one dies; batches; and
+# each of seven trainers killed at five moments in each of three ways of training; two nodes of which one dies; batches; and
 # a launch with FSDP's configuration
 test-kills: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -v -m kills tests/examples tests/apps tests/cli

@@ -32,6 +32,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from paella_diffusers import PaellaPipeline, PaellaPrior, PaellaScheduler, PaellaUNet, VQModel
+from paella_diffusers.cli import main as command_line
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -231,6 +232,19 @@ def pictures(tmp_path):
         lines.append(json.dumps({"file_name": f"{index}.png", "text": [f"colour {index}", f"no. {index}"]}))
     (folder / "metadata.jsonl").write_text("\n".join(lines))
     return str(folder)
+
+
+@pytest.fixture(scope="session")
+def pairs(tmp_path_factory):
+    """Pairs of noise and tokens as the batch command writes them, in two shards."""
+    tmp_path = tmp_path_factory.mktemp("teacher")
+    tiny_pipeline(prior=None, prior_scheduler=None).save_pretrained(tmp_path / "model")
+    rows, prompts = tmp_path / "prompts.jsonl", ["red", "green", "a blue one", "black"]
+    rows.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
+    options = ["--output", "tokens", "--no-prior", "--steps", "3", "--shard-size", "2", "--batch-size", "2"]
+    command = ["batch", rows, "--model", tmp_path / "model", "--out", tmp_path / "pairs", "--device", "cpu", *options]
+    assert command_line(list(map(str, command))) == 0
+    return str(tmp_path / "pairs")
 
 
 @pytest.fixture(scope="session")

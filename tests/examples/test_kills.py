@@ -2,7 +2,7 @@
 Runs that are killed at stated moments, resumed, and compared with one that was not: bit for bit.
 
 Here four scripts and each way of training are killed once, in as few steps as that takes. `make test-kills` kills all
-scripts in all ways at all moments, one after the other. DreamBooth's and textual inversion's own tests resume them, too.
+scripts in all ways at all moments, one after the other. The others' own tests resume them, too.
 """
 
 import signal
@@ -30,6 +30,7 @@ OPTIONS = {
         "--ema-decay",
         "0.9",
     ],
+    "train_paella_few_steps": ["--rank", "2", "--ema-decay", "0.9"],
     "train_prior": ["--ema-start", "3"],
     "train_textual_inversion": ["--placeholder-token", "<x>", "--initializer-token", "red", "--ema-decay", "0.9"],
     "train_vqgan": [*SIZES, "--adversarial-start", "3", "--restart-every", "4", "--ema-decay", "0.9"],
@@ -71,8 +72,9 @@ def contents(folder: Path) -> dict[str, torch.Tensor]:
     [pytest.param(*case, id="-".join(case[:2])) for case in FEW]
     + [pytest.param(*case, id="-".join(case[:2]) + "-all", marks=pytest.mark.kills) for case in ALL],
 )
-def test_killed_and_resumed_it_ends_as_if_it_had_not_been(script, way, moments, steps, pictures, pretrained, tmp_path):
-    options = [*TINY, "--data", pictures, "--batch-size", "2", *OPTIONS[script], "--max-steps", steps, "--save-every", 2]
+def test_killed_and_resumed_it_ends_as_if_it_had_not_been(script, way, moments, steps, request, pretrained, tmp_path):
+    data = request.getfixturevalue("pairs" if script == "train_paella_few_steps" else "pictures")
+    options = [*TINY, "--data", data, "--batch-size", "2", *OPTIONS[script], "--max-steps", steps, "--save-every", 2]
     options += [] if script == "train_vqgan" else ["--pretrained", pretrained]
     options += ["--class-data-dir", tmp_path / "class"] if script == "train_dreambooth" else []
     folder, processes = tmp_path / "killed", WAYS[way].get("processes", 1)

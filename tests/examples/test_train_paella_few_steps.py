@@ -7,28 +7,11 @@ import numpy as np
 import pytest
 import torch
 import train_paella_few_steps
-from conftest import tiny_pipeline
 from safetensors.torch import load_file
 from torch.nn.modules.module import register_module_forward_pre_hook
 from trainers import TINY
 
 from paella_diffusers import PaellaPipeline, PaellaUNet
-from paella_diffusers.cli import main as command_line
-
-PROMPTS = ["red", "green", "a blue one", "black"]
-
-
-@pytest.fixture(scope="module")
-def pairs(tmp_path_factory):
-    """Pairs as the batch command writes them, in two shards."""
-    tmp_path = tmp_path_factory.mktemp("teacher")
-    tiny_pipeline(prior=None, prior_scheduler=None).save_pretrained(tmp_path / "model")
-    rows = tmp_path / "prompts.jsonl"
-    rows.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in PROMPTS))
-    options = ["--output", "tokens", "--no-prior", "--steps", "3", "--shard-size", "2", "--batch-size", "2"]
-    command = ["batch", rows, "--model", tmp_path / "model", "--out", tmp_path / "pairs", "--device", "cpu", *options]
-    assert command_line(list(map(str, command))) == 0
-    return str(tmp_path / "pairs")
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ import torch
 from conftest import tiny_pipeline
 from diffusers import DiscreteDDIMScheduler, EntropyBoundScheduler
 from diffusers.guiders import AdaptiveProjectedGuidance
+from peft import LoraConfig
 
 from benchmarks import steering as benchmark
 from paella_diffusers import (
@@ -211,6 +212,24 @@ def test_every_scheduler(pipe, name):
     for method in ("smc",) if name == "trapezoidal" else ("smc", "refinement"):
         pictures = steered("a", steering_method=METHODS[method], **call).images
         assert brightness(pictures, None) > plain.mean()
+
+
+def test_with_an_adapter():
+    pipe = tiny_pipeline(prior=None, prior_scheduler=None).to(torch.float64)
+
+    def draw(**kwargs):
+        call = {"num_inference_steps": 3, "output_type": "latent", "num_particles": 4, "reward": brightness}
+        return pipe("a", generator=seeded(), **call, **kwargs).images
+
+    without = draw()
+    torch.manual_seed(0)
+    pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["to_k", "to_v"], init_lora_weights=False))
+    pipe.unet.to(torch.float64)
+    assert torch.equal(draw(cross_attention_kwargs={"scale": 0.0}), without)
+    adapted = draw()
+    assert not torch.equal(adapted, without)
+    pipe.unet.fuse_lora()
+    assert torch.equal(draw(), adapted)
 
 
 def test_two_stages_of_a_step_are_not_separated(pipe):
