@@ -70,36 +70,36 @@ class SmoothedCrossEntropy(torch.autograd.Function):
     needed. In float32 by parts, whatever the logits' dtype.
     """
 
-    ROWS = 512  # a part of float32 logits of 8,192 tokens then is 16 MB
+    PART = 2**19  # logits; 2 MB in float32, which stay in a processor's cache
 
     @staticmethod
     def forward(ctx, logits, targets, smoothing):
         losses = logits.new_empty(len(logits), dtype=torch.float32)
-        normalizers = torch.empty_like(losses)
-        for rows, target, loss, normalizer in SmoothedCrossEntropy.parts(logits, targets, losses, normalizers):
-            rows = rows.float()
-            torch.logsumexp(rows, 1, out=normalizer)
+        for rows, target, loss in SmoothedCrossEntropy.parts(logits, targets, losses):
+            rows = torch.log_softmax(rows, 1, dtype=torch.float32)
             mean = rows.mean(1) if smoothing else 0.0
-            loss.copy_(normalizer - (1 - smoothing) * rows.gather(1, target[:, None])[:, 0] - smoothing * mean)
-        ctx.save_for_backward(logits, targets, normalizers)
+            loss.copy_((smoothing - 1) * rows.gather(1, target[:, None])[:, 0] - smoothing * mean)
+        ctx.save_for_backward(logits, targets)
         ctx.smoothing = smoothing
         return losses
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        logits, targets, normalizers = ctx.saved_tensors
+        logits, targets = ctx.saved_tensors
         result = torch.empty_like(logits)
-        parts = SmoothedCrossEntropy.parts(logits, targets, normalizers, grad, result)
-        for rows, target, normalizer, factor, out in parts:  # softmax - (1 - smoothing) · one-hot - smoothing / V
-            rows = (rows.float() - normalizer[:, None]).exp_()
+        for rows, target, factor, out in SmoothedCrossEntropy.parts(logits, targets, grad, result):
+            rows = torch.softmax(rows, 1, dtype=torch.float32)  # less (1 - smoothing) · one-hot + smoothing / V
             rows.scatter_add_(1, target[:, None], rows.new_full((len(rows), 1), ctx.smoothing - 1))
-            out.copy_(rows.sub_(ctx.smoothing / rows.shape[1]).mul_(factor[:, None]))
+            if ctx.smoothing:
+                rows.sub_(ctx.smoothing / rows.shape[1])
+            torch.mul(rows, factor[:, None], out=out)
         return result, None, None
 
     @staticmethod
-    def parts(*tensors):
-        return zip(*(tensor.split(SmoothedCrossEntropy.ROWS) for tensor in tensors))
+    def parts(logits, *tensors):
+        size = max(1, SmoothedCrossEntropy.PART // logits.shape[1])
+        return zip(*(tensor.split(size) for tensor in (logits, *tensors)))
 
 
 def paella_loss(
