@@ -37,7 +37,7 @@ def parse_args(args=None):
     parser.add_argument("--held-out-count", type=int, default=300, help="how many are drawn, at least")
     parser.add_argument("--vqgan-steps", type=int, default=7000)
     parser.add_argument("--text-steps", type=int, default=4000)
-    parser.add_argument("--image-steps", type=int, default=2000)
+    parser.add_argument("--image-steps", type=int, default=4000)
     parser.add_argument("--prior-steps", type=int, default=8000)
     parser.add_argument("--unet-steps", type=int, default=16_000)
     parser.add_argument("--batch-scale", type=float, default=1.0, help="factor on all batch sizes")
@@ -50,7 +50,7 @@ def train_parts(args, icons: data.Icons, words: Captions, cells: torch.BoolTenso
     """All stages; those that are done are loaded."""
     work_dir, size = args.work_dir, lambda full: max(2, round(full * args.batch_scale))
     vq_model = vqgan.train(icons, cells, args.vqgan_steps, work_dir, size(16))
-    encoders = text.train(words, cells, args.text_steps, work_dir, size(160))
+    encoders = text.train(icons, words, cells, args.text_steps, work_dir, size(160))
     image_encoder = image.train_encoder(icons, words, encoders, cells, args.image_steps, work_dir, size(96))
     embeds = image.image_embeds(icons, image_encoder)
     prior = image.train_prior(words, encoders, embeds, cells, args.prior_steps, work_dir, size(128))

@@ -52,16 +52,37 @@ def move(images: torch.Tensor, rng: random.Random) -> torch.Tensor:
     return F.interpolate(images, SIZE, mode="bilinear", antialias=True)
 
 
+@torch.no_grad()
+def whiten_patches(encoder: CLIPVisionModelWithProjection, images: torch.Tensor):
+    """
+    Let a new encoder begin with its patches' whitened principal components, places that differ, and a class token of zeros:
+    from the usual weights it learns nearly nothing of so few pictures, since each patch is little but its mean colour and
+    each picture's class token the same constant.
+    """
+    parts, config = encoder.vision_model.embeddings, encoder.config
+    mean, std = (torch.tensor(value).view(3, 1, 1) for value in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
+    patches = F.unfold((images - mean) / std, config.patch_size, stride=config.patch_size).movedim(1, 2).flatten(0, 1)
+    patches = patches - patches.mean(0)
+    values, vectors = torch.linalg.eigh(patches.T @ patches / len(patches))
+    values, vectors = values[-config.hidden_size :], vectors[:, -config.hidden_size :]
+    rotation, _ = torch.linalg.qr(torch.randn(config.hidden_size, config.hidden_size))
+    weight = rotation @ (vectors / (values + 0.01 * values.mean()).sqrt()).T
+    parts.patch_embedding.weight.copy_(weight.view_as(parts.patch_embedding.weight))
+    parts.position_embedding.weight.normal_(0, 0.5)[0].zero_()
+    parts.class_embedding.zero_()
+
+
 def train_encoder(
     icons: Icons, captions: Captions, encoders: TextEncoders, cells: torch.BoolTensor, steps: int, work_dir: Path,
     batch_size: int = 96,
 ) -> CLIPVisionModelWithProjection:  # fmt: skip
     seed("image")
     config = CLIPVisionConfig(
-        hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4, image_size=SIZE, patch_size=8,
+        hidden_size=128, intermediate_size=512, num_hidden_layers=3, num_attention_heads=4, image_size=SIZE, patch_size=32,
         projection_dim=CLIP_DIM,
     )  # fmt: skip
     encoder = CLIPVisionModelWithProjection(config)
+    whiten_patches(encoder, icons.pixels[cells][::3].float() / 255)
     text = name_embeds(encoders, captions)
     scale = text.std()
     objects, _ = text[0].split([CLIP_DIM - STYLE_CHANNELS, STYLE_CHANNELS], dim=1)
@@ -87,7 +108,7 @@ def train_encoder(
             found.append(f"{STYLES[style]} {right[cells[style]].mean():.1%} (held out {held_out:.1%})")
         return f"pictures whose object is the nearest name: {', '.join(found)}"
 
-    fit("image", encoder, adamw(encoder, 1e-3), loss, steps, work_dir, 100, None, None, report)
+    fit("image", encoder, adamw(encoder, 2e-3), loss, steps, work_dir, 100, None, None, report)
     return encoder
 
 

@@ -1,7 +1,8 @@
 """
 Stage 2: the two text encoders, a ByT5 and a CLIP in small. Both learn to tell, from a caption, the object among all objects
 and the style among three. The last `STYLE_CHANNELS` of an embedding are about the style, the others about the object, and so
-the same in every style: a style that was learned from some objects can be asked of others.
+the same in every style: a style that was learned from some objects can be asked of others. Objects that look alike have
+embeddings that are alike, which is what an image encoder can learn.
 """
 
 import json
@@ -17,7 +18,7 @@ from transformers import ByT5Tokenizer, CLIPTextConfig, CLIPTextModelWithProject
 from paella_diffusers.loaders.atomic import atomic_folder
 
 from .captions import Captions
-from .data import STYLES
+from .data import STYLES, Icons
 from .fit import adamw, autocast, fit, seed
 
 CLIP_DIM, STYLE_CHANNELS = 256, 32
@@ -53,11 +54,11 @@ class TextEncoders(nn.Module):
     The text encoders, and what they are trained with: a vector for each object and each style.
 
     Args:
-        num_objects (`int`): Number of objects.
+        objects (`torch.Tensor` of shape `(num_objects, 224)`): What the vectors of the objects begin as.
         clip_tokenizer ([`CLIPTokenizer`]): Of the CLIP text encoder; ByT5's has the bytes.
     """
 
-    def __init__(self, num_objects: int, clip_tokenizer: CLIPTokenizer):
+    def __init__(self, objects: torch.Tensor, clip_tokenizer: CLIPTokenizer):
         super().__init__()
         self.byt5_tokenizer, self.clip_tokenizer = ByT5Tokenizer(extra_ids=0), clip_tokenizer
         byt5 = T5Config(
@@ -74,7 +75,7 @@ class TextEncoders(nn.Module):
         # for such short sequences plain attention has the faster backward pass
         self.clip = CLIPTextModelWithProjection._from_config(clip, attn_implementation="eager")
         self.byt5_head = nn.Linear(128, CLIP_DIM)
-        self.objects = nn.Parameter(torch.randn(num_objects, CLIP_DIM - STYLE_CHANNELS))
+        self.objects = nn.Parameter(objects)
         self.styles = nn.Parameter(torch.randn(len(STYLES), STYLE_CHANNELS))
 
     def byt5_states(self, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -101,6 +102,20 @@ class TextEncoders(nn.Module):
         return [*self.similarities(self.clip_embeds(captions)), *self.similarities(byt5)]
 
 
+def looks(icons: Icons, cells: torch.BoolTensor, pool: int = 4) -> torch.Tensor:
+    """
+    A vector of unit length for each object, `(num_objects, 224)`: the whitened principal components of its small pictures
+    in all styles that are trained on, and some noise to tell twins apart.
+    """
+    small = F.avg_pool2d(icons.pixels.flatten(0, 1).float() / 255, pool).unflatten(0, icons.pixels.shape[:2]).flatten(2)
+    weights = cells[..., None].float()
+    small = (small - (small * weights).sum(1, keepdim=True) / weights.sum(1, keepdim=True)) * weights
+    u, s, _ = torch.linalg.svd(torch.cat(list(small), dim=1), full_matrices=False)
+    u, s = u[:, : CLIP_DIM - STYLE_CHANNELS], s[: CLIP_DIM - STYLE_CHANNELS]
+    components = F.normalize(u * s / (s.square() + 0.1 * s.square().mean()).sqrt(), dim=1)
+    return F.normalize(components + 0.3 * F.normalize(torch.randn_like(components), dim=1), dim=1)
+
+
 def draw_cells(cells: torch.BoolTensor, count: int, shares: tuple[float, ...] = (1, 1, 1)) -> tuple[list[int], list[int]]:
     """Random styles and objects, by torch's global generator, of the true entries of `cells`, styles by their shares."""
     weights = cells * torch.tensor(shares)[:, None] / cells.sum(1, keepdim=True)
@@ -108,10 +123,12 @@ def draw_cells(cells: torch.BoolTensor, count: int, shares: tuple[float, ...] = 
     return (drawn // cells.shape[1]).tolist(), (drawn % cells.shape[1]).tolist()
 
 
-def train(captions: Captions, cells: torch.BoolTensor, steps: int, work_dir: Path, batch_size: int = 160) -> TextEncoders:
+def train(
+    icons: Icons, captions: Captions, cells: torch.BoolTensor, steps: int, work_dir: Path, batch_size: int = 160
+) -> TextEncoders:
     tokenizer = train_tokenizer(captions, work_dir / "tokenizer")
     seed("text")
-    encoders = TextEncoders(len(captions.names), tokenizer)
+    encoders = TextEncoders(looks(icons, cells), tokenizer)
 
     def loss(step: int, rng: random.Random) -> torch.Tensor:
         styles, rows = draw_cells(cells, batch_size)

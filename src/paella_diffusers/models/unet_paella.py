@@ -86,7 +86,9 @@ class GlobalResponseNorm(nn.Module):
         energy = hidden_states.square().sum(dim=(1, 2), keepdim=True, dtype=dtype)
         response = energy.clamp(min=1e-30).sqrt()  # a channel that is silent must not have an infinite gradient
         response = (response / (response.mean(dim=-1, keepdim=True) + 1e-6)).to(hidden_states.dtype)
-        return torch.addcmul(self.beta, hidden_states, 1 + self.gamma * response)
+        # parameters stay in float32 under autocast, which would take all of the hidden states there
+        gamma, beta = self.gamma.to(hidden_states.dtype), self.beta.to(hidden_states.dtype)
+        return torch.addcmul(beta, hidden_states, 1 + gamma * response)
 
 
 class PaellaFeedForward(nn.Module):
