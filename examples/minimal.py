@@ -1,5 +1,5 @@
 """
-Paella on one page: teach a U-Net to draw coloured shapes from words, then let it draw.
+Paella on one page: train a U-Net to draw coloured shapes from words, then draw with it.
 
     python examples/minimal.py
 
@@ -54,7 +54,7 @@ def make_data(pipe: PaellaPipeline, count: int) -> tuple[torch.Tensor, torch.Ten
 
 
 def train(unet, tokens, labels, text, steps: int):
-    """(1) Replace a random share t of the tokens by random ones, and ask the U-Net for all that were there before."""
+    """(1) Replace a random share t of the tokens by random ones, and train the U-Net to predict the original ones."""
     optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-3, total_steps=steps)
     for step in range(steps):
@@ -76,7 +76,7 @@ def train(unet, tokens, labels, text, steps: int):
 
 @torch.no_grad()
 def sample(unet, words, no_words, steps: int = 12, guidance: float = 3.0) -> torch.LongTensor:
-    """(2) From random tokens: predict all of them, draw each, put noise back in a share that shrinks, and so on."""
+    """(2) From random tokens: predict all of them, draw each, re-noise a shrinking share of them, and repeat."""
     noise = tokens = torch.randint(NUM_TOKENS, (len(words), 16, 16))
     for t in torch.linspace(1, 0, steps + 1)[:-1]:
         conditional, unconditional = unet(tokens, t, words).sample, unet(tokens, t, no_words).sample

@@ -1,13 +1,14 @@
 """
-Compute tokens and embeddings once, and train many epochs on them: a frozen ByT5-XL is most of a training step's cost.
+Compute tokens and embeddings once, and train many epochs on them: the frozen encoders then take no part in the steps.
 
     accelerate launch examples/precompute.py --pretrained dome272/Paella --data pictures --output-dir computed
     accelerate launch examples/train_paella.py --pretrained dome272/Paella --data computed --output-dir my-paella
 
-It writes WebDataset shards, each whole or not at all, with `tokens.npy` (int16 or int32), the embeddings as float16, and
-captions; `empty.safetensors` has the embeddings of "". Started again, it goes on after the last whole shard.
+It writes WebDataset shards, each whole or not at all. A sample has `tokens.npy` (int16 or int32), the embeddings as float16,
+and the caption. `empty.safetensors` beside the shards has the embeddings of "". Started again, it continues after the last
+whole shard.
 
-With `--float8`, `prompt_embeds.npy` has bytes of float8 (e4m3), and `prompt_embeds_scales.npy` a float32 for each token, by
+With `--float8`, `prompt_embeds.npy` has bytes of float8 (e4m3). `prompt_embeds_scales.npy` has a float32 for each token, by
 which they are multiplied.
 """
 
@@ -33,20 +34,20 @@ from paella_diffusers.training.stored import COMPUTED, store
 def parse_args(args=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--data", required=True, help="as for train_paella.py")
+    add("--data", required=True, help="as for train_paella.py: a folder of images, shards, or a dataset of the Hub")
     add("--pretrained", required=True, help="a Paella: a folder or Hub id")
     add("--output-dir", type=Path, required=True)
-    add("--parts", nargs="+", choices=COMPUTED, default=list(COMPUTED), help="what to compute")
+    add("--parts", nargs="+", choices=COMPUTED, default=list(COMPUTED), help="what to compute (default: all)")
     add("--float8", action="store_true", help="store `prompt_embeds` in float8 with a scale for each token: half the size")
-    add("--resolution", type=int, default=256, help="pixels a side")
-    add("--batch-size", type=int, default=16)
-    add("--shard-size", type=int, default=1000, help="samples a shard")
-    add("--epochs", type=int, default=1, help="passes over the data, each with other crops and captions")
-    add("--num-workers", type=int, default=2)
-    add("--image-column", default="image")
-    add("--text-column", default="text")
+    add("--resolution", type=int, default=256, help="pixels a side (default: %(default)s)")
+    add("--batch-size", type=int, default=16, help="images encoded at a time (default: %(default)s)")
+    add("--shard-size", type=int, default=1000, help="samples in a shard (default: %(default)s)")
+    add("--epochs", type=int, default=1, help="passes over the data, each with other crops and captions (default: 1)")
+    add("--num-workers", type=int, default=2, help="processes that read data (default: %(default)s)")
+    add("--image-column", default="image", help="the column with the images (default: %(default)s)")
+    add("--text-column", default="text", help="the column with a caption, or a list of them (default: %(default)s)")
     add_filters(add)
-    add("--seed", type=int, default=0)
+    add("--seed", type=int, default=0, help="of the crops and of the captions' choice (default: 0)")
     return parser.parse_args(args)
 
 

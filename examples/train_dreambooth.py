@@ -1,14 +1,15 @@
 """
 Teach a Paella one thing from a few pictures of it, by DreamBooth (https://huggingface.co/papers/2208.12242): the U-Net
-learns that a rare word in a prompt means it. Pictures of other such things, which the model draws
-itself with `--with-prior-preservation`, keep it from forgetting what they look like.
+learns that a rare word in a prompt means this thing. With `--with-prior-preservation` the model first draws pictures of
+other things of the same class. It is then trained on these, too, so that it does not forget them.
 
     accelerate launch examples/train_dreambooth.py --pretrained dome272/Paella --output-dir my-dog --rank 16 \
         --instance-data-dir pictures --instance-prompt "a photo of sks dog" \
         --with-prior-preservation --class-data-dir dogs --class-prompt "a photo of a dog"
 
-With `--rank` an adapter is trained, for `pipe.load_lora_weights("my-dog")`. Without it the whole U-Net is trained, for
-`PaellaPipeline.from_pretrained("my-dog")`. The training loop is `paella_diffusers.training.unet.train_unet`.
+With `--rank` an adapter is trained: load it with `pipe.load_lora_weights("my-dog")`. Without it the whole U-Net is trained:
+load it with `PaellaPipeline.from_pretrained("my-dog")`. In calls, pass `use_prior=False`: the prior does not know the thing.
+The training loop is `paella_diffusers.training.unet.train_unet`.
 """
 
 from paella_diffusers.loaders.lora import WEIGHT_NAMES

@@ -1,10 +1,11 @@
 """
-Train Paella's U-Net, from scratch or onwards (https://huggingface.co/papers/2211.07292, section 3.2; the released recipe).
+Train Paella's U-Net, from scratch or from a trained one (https://huggingface.co/papers/2211.07292, section 3.2). The
+defaults are the released recipe.
 
     accelerate launch examples/train_paella.py --pretrained dome272/Paella --data pictures --output-dir my-paella
 
 `--pretrained` gives the VQGAN, the encoders and, without `--from-scratch`, the U-Net to begin with. `--data` may be what
-`precompute.py` wrote: then the encoders that it stands in for are not needed. The training loop is
+`precompute.py` wrote: then the encoders whose results it has are not needed. The training loop is
 `paella_diffusers.training.unet.train_unet`.
 """
 
@@ -19,8 +20,8 @@ from paella_diffusers.training.unet import FrozenParts, add_unet_arguments, publ
 def parse_args(args=None):
     parser = training_arguments(__doc__)
     add_unet_arguments(parser)
-    parser.add_argument("--from-scratch", action="store_true", help="begin with a new U-Net of the same sizes")
-    parser.add_argument("--unet-config", type=json.loads, default={}, help="sizes of it that shall differ, as JSON")
+    parser.add_argument("--from-scratch", action="store_true", help="begin with a new U-Net of the pretrained one's sizes")
+    parser.add_argument("--unet-config", type=json.loads, default={}, help="its sizes that shall differ, as JSON")
     args = parser.parse_args(args)
     if args.unet_config and not args.from_scratch:
         parser.error("--unet-config is a new U-Net's: add --from-scratch")

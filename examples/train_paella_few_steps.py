@@ -1,14 +1,15 @@
 """
 Teach a Paella to draw in one or two steps without guidance, by rectified couplings (ReDi,
-https://huggingface.co/papers/2507.15897): it learns which picture its many steps with guidance make of which initial noise.
+https://huggingface.co/papers/2507.15897): it learns which picture many guided steps make of an initial noise.
 
     paella-diffusers batch prompts.jsonl --out pairs --output tokens --no-prior --model dome272/Paella
     accelerate launch examples/train_paella_few_steps.py --pretrained dome272/Paella --data pairs --output-dir my-few-steps
 
     PaellaPipeline.from_pretrained("my-few-steps")("a prompt")
 
-With `--rank` an adapter is trained instead, for `pipe.load_lora_weights("my-few-steps")`. For a further round, draw pairs
-with the result at many steps, and train again from it. The training loop is `paella_diffusers.training.unet.train_unet`.
+With `--rank` an adapter is trained instead: load it with `pipe.load_lora_weights("my-few-steps")`. For a further round, draw
+pairs with the result in many steps, and train again from it. The training loop is
+`paella_diffusers.training.unet.train_unet`.
 """
 
 from paella_diffusers.training.adapter import Adapter, add_lora_arguments

@@ -1,6 +1,6 @@
 """
-Teach Paella something new with a LoRA adapter (https://huggingface.co/papers/2106.09685): small matrices beside the U-Net's
-and, with `--train-text-encoder`, beside those of ByT5 and CLIP. They alone are trained and saved.
+Teach Paella something new with a LoRA adapter (https://huggingface.co/papers/2106.09685): small matrices beside those of the
+U-Net and, with `--train-text-encoder`, beside those of ByT5 and CLIP. They alone are trained and saved.
 
     accelerate launch examples/train_paella_lora.py --pretrained dome272/Paella --data pictures --output-dir my-adapter
 

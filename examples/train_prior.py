@@ -1,10 +1,12 @@
 """
-Train the prior, from CLIP text embeddings to CLIP image embeddings, by noise prediction on a cosine schedule, as released.
+Train the prior, which makes CLIP image embeddings from CLIP text embeddings: noise prediction on a cosine schedule, as for
+the released model.
 
     accelerate launch examples/train_prior.py --pretrained dome272/Paella --data pictures --output-dir my-prior
 
 `--pretrained` gives the CLIP encoders and, without `--from-scratch`, the prior to begin with. `--data` may be what
-`precompute.py` wrote: then the encoders are not needed. With `--rank` an adapter is trained, for `pipe.load_lora_weights`.
+`precompute.py` wrote: then the encoders are not needed. With `--rank` an adapter is trained: load it with
+`pipe.load_lora_weights`.
 """
 
 import json
@@ -28,8 +30,8 @@ def parse_args(args=None):
     parser = training_arguments(__doc__, **defaults)
     add_pretrained(parser, "a Paella: a folder or Hub id")
     add = parser.add_argument_group("prior").add_argument
-    add("--from-scratch", action="store_true", help="begin with a new prior of the given one's sizes")
-    add("--prior-config", type=json.loads, default={}, help="sizes of it that shall differ, as JSON")
+    add("--from-scratch", action="store_true", help="begin with a new prior of the pretrained one's sizes")
+    add("--prior-config", type=json.loads, default={}, help="with --from-scratch: sizes that shall differ, as JSON")
     add("--text-dropout", type=float, default=0.1, help="share of batches without the text, for guidance")
     add_lora_arguments(parser, help="train an adapter of this rank; the whole prior unless given")
     args = parser.parse_args(args)

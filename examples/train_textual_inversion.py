@@ -1,6 +1,6 @@
 """
 Teach a Paella a new word from a few pictures, by textual inversion (https://huggingface.co/papers/2208.01618): only the
-word's vectors in the text encoders are trained, a few kilobytes.
+word's vectors in the text encoders are trained and saved.
 
     accelerate launch examples/train_textual_inversion.py --pretrained dome272/Paella --data pictures --output-dir my-horse \
         --placeholder-token "<horse>" --initializer-token horse
@@ -29,9 +29,14 @@ def parse_args(args=None):
     parser.set_defaults(**defaults, **dropouts)
     add = parser.add_argument_group("textual inversion").add_argument
     add("--placeholder-token", required=True, help='the new word, such as "<horse>"')
-    add("--initializer-token", required=True, help="the word that it means at first, such as horse")
-    add("--num-vectors", type=int, default=4, help="vectors of the word; ByT5 has one for each byte of other words")
-    add("--learnable-property", choices=list(TEMPLATES), default="object", help="what the captions call it")
+    add("--initializer-token", required=True, help="a known word to begin with, such as horse")
+    add(
+        "--num-vectors",
+        type=int,
+        default=4,
+        help="vectors of the word, 4 unless given; ByT5 has one for each byte of other words",
+    )
+    add("--learnable-property", choices=list(TEMPLATES), default="object", help="whether the word is an object or a style")
     args = parser.parse_args(args)
     if args.num_vectors < 1:
         parser.error(f"--num-vectors must be at least 1, got {args.num_vectors}")

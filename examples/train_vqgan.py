@@ -1,10 +1,10 @@
 """
-Train the VQGAN that turns pictures into tokens, from scratch or onwards (https://huggingface.co/papers/2211.07292, section
-3.1; the losses are those of https://huggingface.co/papers/2012.09841).
+Train the VQGAN that turns pictures into tokens, from scratch or from a trained one (https://huggingface.co/papers/2211.07292,
+section 3.1; the losses are those of https://huggingface.co/papers/2012.09841).
 
     accelerate launch examples/train_vqgan.py --data pictures --output-dir my-vqgan --perceptual-model microsoft/resnet-50
 
-With `--decoder-only` the tokens stay what they are, and with them every U-Net that was trained on these tokens.
+With `--decoder-only` the tokens of a picture do not change, so U-Nets that were trained on these tokens still fit.
 """
 
 import json
@@ -86,21 +86,21 @@ def adversarial_weight(loss: torch.Tensor, adversarial: torch.Tensor, last_layer
 
 def parse_args(args=None):
     parser = training_arguments(__doc__, default_steps=600_000, text_column=None)
-    add_pretrained(parser, "a VQGAN, or a pipeline's, to train onwards: a folder or Hub id", required=False)
+    add_pretrained(parser, "a VQGAN to begin with, in diffusers' layout: a folder or Hub id", required=False)
     add = parser.add_argument_group("VQGAN").add_argument
-    add("--subfolder", help="where it is within")
+    add("--subfolder", help="the VQGAN's folder in --pretrained; vqgan, if that is a pipeline")
     add("--config", type=json.loads, default={}, help="sizes of a new one that shall differ from the released, as JSON")
-    add("--decoder-only", action="store_true", help="leave encoder and codebook as they are")
+    add("--decoder-only", action="store_true", help="do not train encoder and codebook")
     add("--codebook-weight", type=float, default=1.0)
-    add("--restart-every", type=int, default=1000, help="steps after which unused codes move")
-    add("--restart-until", type=int, default=100_000, help="the step after which none move")
+    add("--restart-every", type=int, default=1000, help="steps after which unused codes are replaced")
+    add("--restart-until", type=int, default=100_000, help="the step after which none are replaced")
     add(
         "--perceptual-model",
-        help="a convolutional classifier of transformers whose features shall agree, as microsoft/resnet-50",
+        help="a convolutional classifier of transformers whose features are compared, such as microsoft/resnet-50",
     )
     add("--perceptual-weight", type=float, default=1.0)
-    add("--adversarial-start", type=int, default=50_000, help="the step from which on a discriminator takes part")
-    add("--adversarial-weight", type=float, default=0.8, help="0 for none")
+    add("--adversarial-start", type=int, default=50_000, help="the step from which a discriminator takes part")
+    add("--adversarial-weight", type=float, default=0.8, help="of the discriminator's loss; 0 for no discriminator")
     args = parser.parse_args(args)
     if args.pretrained and args.config:
         parser.error("--config is a new VQGAN's, but --pretrained has its own: leave one out")
