@@ -35,8 +35,9 @@ class PaellaScheduler(RenoisingSchedulerBase):
             whose code is nearest to the probability-weighted mean of the codebook. The latter two use no random numbers.
         quantized_steps (`int`, defaults to 0): How many of the last steps use `"quantized"` in any case.
         typical_mass (`float`, *optional*):
-            Typical filtering (the paper's first release; https://huggingface.co/papers/2202.00666), in (0, 1]: before the
-            temperature, only the tokens stay whose surprisal is nearest to the entropy, until their probability is this.
+            Typical filtering (the paper's first release; https://huggingface.co/papers/2202.00666), in (0, 1]. Before the
+            temperature is applied, it keeps the tokens whose surprisal is nearest to the entropy, until their total
+            probability reaches this value.
         typical_min_tokens (`int`, defaults to 1): Minimum number of tokens that typical filtering keeps.
         num_vq_embeddings (`int`, defaults to 8192): Number of different tokens, for `add_noise` to draw from.
 

@@ -42,8 +42,8 @@ class PaellaFlowMatchEulerScheduler(FlowMatchSchedulerBase):
     Tokens that have jumped may jump again, which corrects errors of early steps. The corrector, whose rate leaves p_t
     unchanged, does more of this: with probability 1 - exp(-η (t - t_next)) a token is sampled anew from p_{t_next}(x | x̂).
 
-    With temperature 1 and many steps this samples from the model's distribution. Of a single token it does with any number
-    of steps: the mean of the predictions over p_t is the data's distribution.
+    With temperature 1 and many steps this samples from the model's distribution. For a single token it does so with any
+    number of steps: the mean of the predictions over p_t is the data's distribution.
 
     Args:
         num_inference_steps (`int`, defaults to 12): Number of steps if `set_timesteps` is not given one, up to 10,000.

@@ -25,10 +25,10 @@ class PaellaFlowMatchTrapezoidalScheduler(FlowMatchSchedulerBase):
 
     In a stage of length D a token jumps at most once, to y with probability (1 - exp(-RD)) μ(y) / R, R the sum of its rates.
 
-    Down to a level t_end > 0, this is of second order in the number of steps where no rate is cut off at 0. For one token
-    none is. With several, a jump of one can lower another's μ(y) to less than α₂ / α₁ of what it was; θ = 1/2 has the lowest
-    such bound, 1/2. Down to 0 it is not of second order: near 0 a step from t to t_next covers a ratio t / t_next that more
-    steps do not bring nearer to 1.
+    Down to a level t_end > 0, this is of second order in the number of steps where no rate is cut off at 0. With one token,
+    no rate is. With several, a rate is cut off if a jump of another token lowers μ(y) to less than α₂ / α₁ of what it was;
+    θ = 1/2 has the lowest such bound, 1/2. Down to 0 this is not of second order: near 0 a step from t to t_next covers a
+    ratio t / t_next that more steps do not bring nearer to 1.
 
     `num_inference_steps` counts evaluations of the model, two for a step, and `timesteps` has the levels of all. The last
     step, to 0, is of first order, with two evaluations if their number is even and one if it is odd. It ends with x̂.

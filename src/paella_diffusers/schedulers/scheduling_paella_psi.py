@@ -16,8 +16,8 @@ class PaellaPsiScheduler(PaellaSchedulerBase):
         κ q(x_s | x_t, x̂) + (1 - κ) q(x_s | x̂),
 
     a mixture of the predictor, which is the posterior of the noise process, and of the corrector, which re-noises x̂. With
-    either, the result is at the level s; so it is with any κ. The predictor may keep the present token, the corrector does
-    not look at it.
+    either, and so with any κ, the result is at the level s. The predictor may keep the present token. The corrector does not
+    depend on it.
 
     κ = 0 is renoising: draw for draw [`PaellaScheduler`] with `noise_source="fresh"`. κ = 1 is ancestral sampling (D3PM,
     https://huggingface.co/papers/2107.03006): in distribution diffusers' `DiscreteDDIMScheduler` at the same temperature.

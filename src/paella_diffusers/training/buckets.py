@@ -44,9 +44,9 @@ class Buckets:
 
     def arrange(self, images: Sequence[bytes | str | Path], rng: random.Random) -> list[tuple[int, int]]:
         """
-        Put pictures into batches of one size, in random order. Of each size, `n` are left, too few for a batch. They are
-        repeated until they are enough, and then taken with the probability `n / batch_size`: so in the long run all are seen
-        equally often. At least one batch is made.
+        Put pictures into batches of one size, in random order. Of each size, `n` pictures are left, too few for a batch.
+        They are repeated to fill one, which is then used with the probability `n / batch_size`. So in the long run all
+        pictures are used equally often. At least one batch is made.
 
         Returns:
             For each place in the batches, one after the other, the picture's index and how often it was there before.

@@ -37,8 +37,8 @@ INTERPOLATIONS = ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos")
 @dataclass
 class QualityFilter:
     """
-    Which samples are good enough, by their metadata with the names of LAION's. As published, a sample without a wanted entry
-    is rejected, but for the size, which is the image's then; None asks for nothing. The published training had
+    Which samples are good enough, by their metadata with the names of LAION's. As published, a sample that lacks an entry is
+    rejected; only for the size, the image's own is taken then. None turns a condition off. The published training had
     `QualityFilter(256, 0.5, 5.0, 0.99)`.
 
     Args:
@@ -85,9 +85,9 @@ def quality_filter(args) -> QualityFilter | None:
 
 class SampleTransform:
     """
-    Raw samples to tensors: `pixels` `(3, resolution, resolution)`, float32 in [0, 1], upright and on white where transparent
-    as pipelines read images, the shorter side resized, then cropped at random as published; `text`, one of the captions. Or
-    arrays that were computed from the picture and the caption before, instead of the picture.
+    Raw samples to tensors. `pixels`, `(3, resolution, resolution)`, are float32 in [0, 1]. As in pipelines, pictures are
+    turned upright, and transparent ones are put on white. The shorter side is resized; then the picture is cropped at
+    random, as published. `text` is one of the captions. Samples with computed arrays have these in place of the picture.
 
     Args:
         resolution (`int`): Pixels a side.
@@ -98,7 +98,7 @@ class SampleTransform:
         interpolation (`str`, defaults to `"bicubic"`): How pictures are resized; one of `INTERPOLATIONS`.
 
     Attributes:
-        arrays ([`StoredArrays`]): What computed arrays must be; set by who knows the model.
+        arrays ([`StoredArrays`]): What computed arrays must be; set once the model is known.
         buckets ([`Buckets`], *optional*): Sizes to crop to instead of the square one; set by [`SampleStream.use_buckets`].
     """
 
@@ -168,8 +168,8 @@ class SampleStream(IterableDataset):
     Samples without end, for [`~torchdata.stateful_dataloader.StatefulDataLoader`], whose state dict then holds the position
     of every worker. Subclasses know where raw samples come from.
 
-    Each sample also says what was passed over before it, `unreadable`, a number of samples, and `filtered`; and how far the
-    stream is with it: `epochs`, as `start` takes it.
+    Each sample also has three numbers. `unreadable` and `filtered` count the samples that were skipped just before it.
+    `epochs` is the number of epochs that are over with it, with a fraction, as `start` takes it.
 
     Args:
         transform (`Callable`): From a raw sample and a `random.Random` to a sample, as [`SampleTransform`].
@@ -177,7 +177,7 @@ class SampleStream(IterableDataset):
         shuffle (`bool`, defaults to `True`): Whether each epoch has an order of its own.
         process_index (`int`, defaults to 0): Which of `num_processes` parts of the samples to give.
         num_processes (`int`, defaults to 1): Number of parts.
-        epochs (`int`, *optional*): End after so many, instead of never.
+        epochs (`int`, *optional*): The number of epochs after which the stream ends; it never ends unless given.
 
     Raises:
         ValueError: When an endless stream skips all of an epoch's samples, or has none for this process in several epochs.
@@ -342,8 +342,8 @@ class ShardStream(SampleStream):
     `prompt` in the `.json`, metadata as `.json`, arrays as `.npy`. The order of shards is random, and so is that of samples
     within windows.
 
-    With more readers (processes × workers) than shards, a shard is shared by several: with 64 readers and 8 shards each of
-    8 readers reads all of the file and takes every eighth sample. `sharing` says what that costs.
+    With more readers (processes × workers) than shards, several readers share a shard: with 64 readers and 8 shards, 8
+    readers read all of a shard, and each takes every eighth sample. `sharing` says what that costs.
 
     Args:
         shards (`list[str]`): Paths or addresses, as `webdataset` opens them.

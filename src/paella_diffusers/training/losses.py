@@ -45,8 +45,8 @@ def draw_timesteps(
     levels: Sequence[float] | None = None,
 ) -> torch.Tensor:
     """
-    Noise levels as published: uniform in [0.001, 1], a little more often 1. `(batch_size,)`; `part` as in `corrupt`. With
-    `levels`, one of these, each as often.
+    Noise levels `(batch_size,)`, as published: uniform in [0.001, 1], and 1 a little more often. With `levels`, they are
+    drawn from these, all with the same probability. `part` is as in `corrupt`.
     """
     index, count = part
     draws = torch.rand(batch_size * count, generator=generator)[index::count]
@@ -65,9 +65,9 @@ def loss_weights(mask: torch.Tensor, timestep: torch.Tensor, clean_weight: float
 
 class SmoothedCrossEntropy(torch.autograd.Function):
     """
-    `F.cross_entropy(logits, targets, label_smoothing=smoothing, reduction="none")`, whose gradient is written down rather
-    than composed: the logits of a few pictures are gigabytes, and torch's has five tensors of this size where two are
-    needed. In float32 by parts, whatever the logits' dtype.
+    `F.cross_entropy(logits, targets, label_smoothing=smoothing, reduction="none")` with a gradient of its own. The logits of
+    a few pictures are gigabytes. torch's function keeps five tensors of this size, this one two. It computes in float32,
+    part by part, whatever the logits' dtype.
     """
 
     PART = 2**19  # logits; 2 MB in float32, which stay in a processor's cache

@@ -87,8 +87,8 @@ class TrainingRun:
             run.log(loss=loss)
         weights = run.finish()
 
-    A run that was killed and resumed ends as one that was not, bit for bit, if the settings are the same. What happens if
-    they are not: `load_checkpoint`.
+    A killed run resumes bit for bit if the settings are the same: it ends with the same weights as one that was not killed.
+    `load_checkpoint` says what happens with other settings.
 
     Args:
         args (`argparse.Namespace`): Of `training_arguments`.
@@ -190,15 +190,16 @@ class TrainingRun:
         shard: bool = True,
     ) -> Trained:
         """
-        Give a model an optimizer, a schedule and, if it is the first, averages; and make it parallel.
+        Give a model an optimizer and a schedule, and make it parallel. The first model also gets averages, if the arguments
+        ask for them.
 
         Args:
             name (`str`): Of its folder in checkpoints.
             model (`nn.Module`): Its parameters that require gradients are trained.
             write, read (`Callable`, *optional*):
-                `write(weights, folder)` writes whole weights and `read(folder)` reads them. A model of diffusers is written
-                as `save_pretrained` does unless given, any other as one safetensors file.
-            frozen (`bool`, defaults to `True`): Whether `weights` have what is not trained, too.
+                `write(weights, folder)` writes whole weights and `read(folder)` reads them. Unless given, a model of
+                diffusers is written as `save_pretrained` does, and any other model as one safetensors file.
+            frozen (`bool`, defaults to `True`): Whether `weights` also have the parameters that are not trained.
             shard (`bool`, defaults to `True`): Whether FSDP may shard it; otherwise each process has all of it.
         """
         args = self.args
@@ -311,8 +312,8 @@ class TrainingRun:
 
     def batches(self, draw: Callable[[], Image.Image] | None = None) -> Iterator[dict]:
         """
-        Batches on this process's device until `--max-steps` are done. After steps it reports, saves, and has `draw` make a
-        sheet of samples, which goes to the folder `samples` and to the trackers.
+        Batches on this process's device until `--max-steps` are done. Between steps this method reports and saves. It also
+        has `draw` make a sheet of samples, which goes to the folder `samples` and to the trackers.
 
         Raises:
             FloatingPointError: If the loss or the gradient norm is not finite.
@@ -491,7 +492,12 @@ class TrainingRun:
             trained.average.restore(trained.parameters)
 
     def finish(self) -> dict[str, torch.Tensor] | None:
-        """End the run. The first model's whole weights, averaged if they are, in the main process; None in the others."""
+        """
+        End the run.
+
+        Returns:
+            In the main process the first model's whole weights, or their averages if there are any; None in the others.
+        """
         with self.averaged():
             weights = whole_weights(self.unwrapped(self.trained[0]), self.trained[0].frozen)
         totals = self.totals()

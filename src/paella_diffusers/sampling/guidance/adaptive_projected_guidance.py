@@ -18,7 +18,8 @@ class PaellaAdaptiveProjectedGuidance(GuidanceMixin):
 
     The part along c makes p_c sharper or flatter, as another temperature would, and nothing else. The length σ(d) is the
     standard deviation over the tokens, so that r does not depend on their number. η = 1, without momentum and threshold, is
-    linear guidance. Momentum and η are the paper's; its r is of other quantities, ours was chosen on the embedded model.
+    linear guidance. The defaults of momentum and η are the paper's. The paper's r limits other quantities, so the default
+    of r was chosen on the embedded model.
 
     Args:
         guidance_scale (`float` or `tuple[float, float]`, defaults to 8.0):

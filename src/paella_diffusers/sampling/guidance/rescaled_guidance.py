@@ -15,8 +15,8 @@ class PaellaRescaledGuidance(GuidanceMixin):
 
         g = w c + (1 - w) u,   g' = φ (σ(c) / σ(g)) g + (1 - φ) g.
 
-    A factor on logits is a temperature: that of g is raised until its logits spread no wider than c's. φ = 0 is linear
-    guidance.
+    A factor on logits is a temperature. With φ = 1, that of g is raised until its logits spread no wider than those of c.
+    φ = 0 is linear guidance.
 
     Args:
         guidance_scale (`float` or `tuple[float, float]`, defaults to 8.0):

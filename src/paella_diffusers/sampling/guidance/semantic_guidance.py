@@ -27,9 +27,9 @@ class PaellaSemanticGuidance(PaellaClassifierFreeGuidance):
         dᵢ = ± (eᵢ - u) where ‖eᵢ - u‖ is among the largest of the picture, 0 elsewhere,
         γₜ = Σᵢ aᵢ sᵢ dᵢ + m νₜ,   νₜ₊₁ = β νₜ + (1 - β) γₜ,   g = w c + (1 - w) u + γₜ.
 
-    The paper selects entries of a continuous latent. Here they are positions: each is one token, and its logits, centred,
-    count as a whole. With `plausibility_threshold`, tokens that an editing prompt finds plausible may be drawn too, where it
-    is moved towards.
+    The paper selects entries of a continuous latent. Here positions are selected: each is one token, whose centred logits
+    count as a whole. With `plausibility_threshold`, tokens that an editing prompt finds plausible may also be drawn, at the
+    positions where it is moved towards.
 
     The names of the arguments are those of diffusers' former `SemanticStableDiffusionPipeline`. A list has an entry for each
     editing prompt. The calls of pipelines take the arguments about editing too, and make a `PaellaSemanticGuidance` of them.
@@ -42,7 +42,7 @@ class PaellaSemanticGuidance(PaellaClassifierFreeGuidance):
         editing_prompt (`str` or `list[str]`, *optional*): What to move towards; none unless given.
         reverse_editing_direction (`bool` or `list[bool]`, defaults to `False`): Whether to move away from it: the sign.
         edit_guidance_scale (`float` or `list[float]`, defaults to 5.0): sᵢ; a prompt with 0 is left out.
-        edit_warmup_steps (`int` or `list[int]`, defaults to 0): So many steps are taken before a prompt has an effect.
+        edit_warmup_steps (`int` or `list[int]`, defaults to 0): The number of steps before a prompt has an effect.
         edit_cooldown_steps (`int` or `list[int]`, *optional*): The number of steps after which a prompt has no more effect.
         edit_threshold (`float` or `list[float]`, defaults to 0.0): The share in [0, 1) of the picture that is not edited.
         edit_momentum_scale (`float`, defaults to 0.0):
