@@ -135,6 +135,8 @@ def train_vqgan(run: TrainingRun, vqgan: Trained, discriminator: Trained | None,
         return make_image_grid(images, rows=2, cols=len(shown))
 
     for batch in run.batches(draw):
+        if "pixels" not in batch:
+            raise ValueError(f"--data {args.data} has computed tokens in place of pictures: a VQGAN learns from pictures.")
         pixels = batch["pixels"]
         shown = pixels[:8]
         if args.decoder_only:

@@ -46,6 +46,7 @@ def test_computed_is_what_would_be_computed(options, pictures, pretrained, tmp_p
     stored = Computed.read(str(tmp_path / "computed"))
     assert stored.empty["prompt_embeds"].shape == (1, 1, 16) and stored.resolution == 32
     assert stored.spare == ["text_encoder", "text_encoder_2", "image_encoder"]
+    assert Computed.read(str(tmp_path / "computed" / "{00000..00003}.tar")).parts == stored.parts
 
 
 @pytest.mark.parametrize("prompts", [[], ["--prompts", "red"]])

@@ -35,6 +35,23 @@ def test_all_losses(options, tmp_path, classifier):
     assert Image.open(tmp_path / "out" / "samples" / "00000006.png").size == (4 * 32, 2 * 32)
 
 
+def test_computed_tokens_are_refused(pairs, tmp_path):
+    options = [
+        *TINY,
+        "--data",
+        pairs,
+        "--output-dir",
+        str(tmp_path / "out"),
+        *SIZES,
+        "--max-steps",
+        "1",
+        "--batch-size",
+        "2",
+    ]
+    with pytest.raises(ValueError, match="--data .*pairs has computed tokens in place of pictures"):
+        train_vqgan.main(train_vqgan.parse_args(options))
+
+
 def test_it_learns_and_uses_its_codes(options, tmp_path):
     torch.manual_seed(0)
     before = VQModel(embed_dim=16, bottleneck_blocks=1, num_vq_embeddings=32).eval()

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import tiny_components
 
-from paella_diffusers import PaellaPipeline
+from paella_diffusers import PaellaFlowMatchEulerScheduler, PaellaPipeline, PaellaScheduler
 from paella_diffusers.loaders.original_repo import CLIP_REPO
 
 
@@ -23,8 +23,11 @@ def test_published_layout_makes_an_image_and_survives_saving(published, hub, tmp
     assert {m.dtype for m in pipe.components.values() if isinstance(m, torch.nn.Module)} == {torch.float32}
     assert tokens(pipe, output_type="pil")[0].size == (64, 32)
     expected = tokens(pipe)
+    swapped = PaellaFlowMatchEulerScheduler.from_config(pipe.scheduler.config)
 
     pipe.save_pretrained(tmp_path / "saved")
+    saved = PaellaScheduler.from_pretrained(tmp_path / "saved", subfolder="scheduler")
+    assert tuple(PaellaFlowMatchEulerScheduler.from_config(saved.config).config.temperature) == swapped.config.temperature
     assert not list((tmp_path / "saved").rglob("*.bin"))
     assert torch.equal(tokens(PaellaPipeline.from_pretrained(tmp_path / "saved")), expected)
 

@@ -308,7 +308,9 @@ def original_components(
         if name == "scheduler":
             num_labels = original_config.get("paella", {}).get("num_labels", 8192)
             unet = given.get("unet")
-            return lambda: PaellaScheduler(num_vq_embeddings=unet.config.num_vq_embeddings if unet else num_labels), None
+            tokens = unet.config.num_vq_embeddings if unet else num_labels
+            # as published and by default, but given: else a scheduler that it is swapped for would not get it
+            return lambda: PaellaScheduler(num_vq_embeddings=tokens, temperature=(0.7, 0.3)), None
         if name == "prior_scheduler":
             return DDPMWuerstchenScheduler, None
         if name in COMPANIONS or name in COMPANIONS.values():

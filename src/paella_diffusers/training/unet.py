@@ -165,7 +165,7 @@ class Computed:
 
     @classmethod
     def read(cls, data: str) -> "Computed":
-        path = Path(data) / "empty.safetensors"
+        path = (Path(data).parent if data.endswith(".tar") else Path(data)) / "empty.safetensors"
         if not path.is_file():
             return cls()
         with safe_open(path, "pt") as file:
