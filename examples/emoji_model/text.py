@@ -111,8 +111,10 @@ def looks(icons: Icons, cells: torch.BoolTensor, pool: int = 4) -> torch.Tensor:
     weights = cells[..., None].float()
     small = (small - (small * weights).sum(1, keepdim=True) / weights.sum(1, keepdim=True)) * weights
     u, s, _ = torch.linalg.svd(torch.cat(list(small), dim=1), full_matrices=False)
-    u, s = u[:, : CLIP_DIM - STYLE_CHANNELS], s[: CLIP_DIM - STYLE_CHANNELS]
+    size = CLIP_DIM - STYLE_CHANNELS
+    u, s = u[:, :size], s[:size]
     components = F.normalize(u * s / (s.square() + 0.1 * s.square().mean()).sqrt(), dim=1)
+    components = F.pad(components, (0, size - components.shape[1]))  # there may be fewer objects than channels
     return F.normalize(components + 0.3 * F.normalize(torch.randn_like(components), dim=1), dim=1)
 
 

@@ -270,13 +270,28 @@ def test_icons_are_pasted_side_by_side():
     assert (unet.paste(images[:, :1], 24, 24, (8, 0))[..., 32:96, :64] == 0).all()
 
 
+def test_vectors_of_objects_that_look_alike_begin_alike():
+    pictures, cells = torch.rand(3, 40, 3, 64, 64), torch.ones(3, 40, dtype=torch.bool)
+    pictures[:, 1], cells[1, 5] = pictures[:, 0], False
+    torch.manual_seed(0)
+    vectors = text.looks(make_icons(pictures, [""] * 40), cells)
+    assert vectors.shape == (40, text.CLIP_DIM - text.STYLE_CHANNELS)
+    similarity = vectors @ vectors.T
+    torch.testing.assert_close(similarity.diagonal(), torch.ones(40))
+    assert 0.7 < similarity[0, 1] < 0.99  # the same pictures, but not the same object
+    assert similarity[2:, :2].max() < 0.5
+    pictures[1, 5] = 0  # not trained on
+    torch.manual_seed(0)
+    torch.testing.assert_close(text.looks(make_icons(pictures, [""] * 40), cells), vectors)
+
+
 @pytest.mark.parametrize("kind", list(unet.KINDS))
 def test_rows_have_the_conditionings_of_their_kind(kind, some_captions, tmp_path, monkeypatch):
     """What a row is trained without is the encoders' "", or masked."""
     monkeypatch.setattr(unet, "KINDS", {kind: 1.0})
     monkeypatch.setattr(unet, "autocast", contextlib.nullcontext)  # rounding differs between processors
     tokenizer = text.train_tokenizer(some_captions, tmp_path / "tokenizer", size=600, count=500)
-    encoders = text.TextEncoders(21, tokenizer).requires_grad_(False)
+    encoders = text.TextEncoders(torch.randn(21, text.CLIP_DIM - text.STYLE_CHANNELS), tokenizer).requires_grad_(False)
     embeds, cells = torch.full((3, 21, text.CLIP_DIM), 5.0), torch.ones(3, 21, dtype=torch.bool)
     conditioner = unet.Conditioner(some_captions, encoders, embeds, cells)
     inputs = conditioner([2] * 12, [[i] for i in range(12)], random.Random(0))
