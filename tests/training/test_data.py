@@ -314,6 +314,42 @@ def test_a_stored_array_that_does_not_fit_is_skipped_and_counted(tmp_path, case,
     assert collate(read)["tokens"].shape == (3, 4, 4)
 
 
+@pytest.mark.parametrize("broken", ["a shard", "a picture"])
+def test_a_reader_whose_only_sample_of_an_epoch_is_damaged_goes_on(shards, folder, broken):
+    """Two readers of two shards, or of two pictures, of which one is damaged: in each epoch one reader has nothing else."""
+    if broken == "a shard":
+        data, usable = shards, set(range(7))
+        (shards / "01.tar").write_bytes(b"no archive")
+        (shards / "02.tar").unlink()
+    else:
+        data, usable = folder, {3}
+        lines = [{"file_name": f"{number}.png", "text": f"caption {number}"} for number in (2, 3)]
+        (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+        (folder / "2.png").write_bytes(b"no picture")
+        for path in folder.glob("*.png"):
+            if path.name not in ("2.png", "3.png"):
+                path.unlink()
+    for index in range(2):
+        stream = load_stream(str(data), SampleTransform(8), process_index=index, num_processes=2)
+        samples = [sample for _, sample in zip(range(40), stream)]
+        assert {int(sample["text"].split()[1]) for sample in samples} == usable
+        assert sum(sample["unreadable"] for sample in samples) > 0
+
+
+def test_a_reader_gives_up_if_nothing_is_usable(shards, monkeypatch):
+    """After many epochs' parts of the samples, or after very many samples."""
+    nothing = SampleTransform(8, QualityFilter(min_size=1000))
+    stream = load_stream(str(shards), nothing, num_processes=2)
+    with pytest.raises(ValueError, match="could be used: 0 are unreadable"):
+        next(iter(stream))
+    assert stream.epoch == 20
+    monkeypatch.setattr("paella_diffusers.training.data.ENOUGH", 20)
+    stream = load_stream(str(shards), nothing, num_processes=2)
+    with pytest.raises(ValueError, match="could be used: 0 are unreadable"):
+        next(iter(stream))
+    assert stream.epoch == 1
+
+
 def test_arrays_that_nobody_needs_are_not_read(tmp_path):
     write_tar(tmp_path / "0.tar", [{f"{key}.npy": npy(value) for key, value in GOOD.items()} | {"txt": b""}])
     transform = SampleTransform(8)

@@ -31,6 +31,7 @@ logger = logging.get_logger(__name__)
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 WINDOW = 1000  # samples that are shuffled, or put into buckets, together
+ENOUGH = 100_000  # samples after which a reader that could use none of them gives up
 INTERPOLATIONS = ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos")  # of Pillow
 
 
@@ -180,7 +181,8 @@ class SampleStream(IterableDataset):
         epochs (`int`, *optional*): The number of epochs after which the stream ends; it never ends unless given.
 
     Raises:
-        ValueError: When an endless stream skips all of an epoch's samples, or has none for this process in several epochs.
+        ValueError: When an endless stream could use no sample of an epoch. A reader that has only a part of the samples
+            first looks at many epochs' parts, which differ: one of them may be a single damaged shard.
     """
 
     def __init__(
@@ -224,7 +226,7 @@ class SampleStream(IterableDataset):
         workers, index = (worker.num_workers, worker.id) if worker else (1, 0)
         # the n-th samples of a worker in all processes are together the samples of that worker in one process
         part, parts = self.process_index * workers + index, self.num_processes * workers
-        empty_epochs = 0
+        empty_epochs, limit = 0, 0 if parts == 1 else 10 * parts
         while self.epochs is None or self.epoch < self.epochs:
             samples, self.error = 0, None
             whole_epoch = self.position is None and not self.begin
@@ -237,8 +239,8 @@ class SampleStream(IterableDataset):
                     skipped, self.skipped = self.skipped, dict.fromkeys(self.skipped, 0)
                     yield found[number % len(found)] | skipped | {"epochs": self.epoch + share}
             empty_epochs = 0 if samples else empty_epochs + whole_epoch
-            # with less samples than parts, some have none in an epoch
-            if empty_epochs and (sum(self.skipped.values()) or empty_epochs > parts) and self.epochs is None:
+            enough = empty_epochs > limit or (empty_epochs and sum(self.skipped.values()) >= ENOUGH)
+            if enough and self.epochs is None:
                 raise ValueError(
                     f"No sample of {self} could be used: {self.skipped['unreadable']} are unreadable"
                     + (f" (the last: {self.error})" if self.error else "")
