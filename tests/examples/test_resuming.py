@@ -1,6 +1,7 @@
 """What may change between a checkpoint and the run that resumes it, and what may be broken."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from trainers import TINY, Launch
 
 from paella_diffusers.training.checkpoint import choose_checkpoint
 from paella_diffusers.training.conditioning import Encoder
+from paella_diffusers.training.run import steps_of_epochs
 
 
 @pytest.fixture
@@ -114,6 +116,35 @@ def test_with_another_batch_size_or_other_readers_the_data_go_on_after_the_same_
         if change[0] != "--seed":  # which gives another order
             assert sorted(map(int, first + rest)) == list(range(20))
         assert len(rest) == 12
+
+
+def test_epochs_go_on_after_the_same_share_with_another_batch_size(options, tmp_path):
+    """Two epochs of 20 pictures: 0.8 of them in batches of 4, the rest in batches of 8."""
+    options += ["--num-train-epochs", "2", "--save-every", "2", "--keep", "9"]
+    newest = lambda name: max(path.name for path in (tmp_path / name / "checkpoints").iterdir())
+    train(options, tmp_path / "whole")
+    assert newest("whole") == "00000010"
+    middle = tmp_path / "whole" / "checkpoints" / "00000004"
+    train(options, tmp_path / "larger", "--batch-size", 8, "--resume", middle)
+    assert newest("larger") == "00000007"  # and 1.2 × 20 / 8 more
+    # resumed again as it is
+    again = tmp_path / "larger" / "checkpoints" / "00000006"
+    train(options, tmp_path / "again", "--batch-size", 8, "--resume", again)
+    assert newest("again") == "00000007"
+
+
+def test_the_steps_of_epochs():
+    def steps(epochs, batch_size, processes, resumed=None):
+        args = SimpleNamespace(num_train_epochs=epochs, batch_size=batch_size, gradient_accumulation_steps=1)
+        return steps_of_epochs(args, processes, 800, resumed)
+
+    assert (steps(2, 4, 1), steps(2, 4, 4), steps(1, 3, 1)) == (400, 100, 267)
+    saved = {"step": 150, "totals": {"epochs": 0.75}, "settings": {"num_train_epochs": 2, "max_steps": 400}, "changed": {}}
+    assert steps(2, 4, 1, saved) == 400
+    assert steps(3, 4, 1, saved) == 600
+    assert steps(2, 4, 4, saved | {"changed": {"processes": 1}}) == 150 + 63
+    assert steps(2, 1, 1, saved | {"changed": {"batch_size": 4}}) == 150 + 1000
+    assert steps(2, 4, 4, saved | {"changed": {"processes": 1}, "totals": {"epochs": 2.5}}) == 150
 
 
 def test_with_other_processes_sharded_or_not(options, tmp_path):

@@ -51,6 +51,8 @@ from .lock import FolderLock
 
 logger = logging.get_logger(__name__)
 
+# with others, an epoch has another number of steps
+EPOCH_LENGTH = {"batch_size", "gradient_accumulation_steps", "processes", "data", "dataset_config_name", "max_train_samples"}
 STOPPED = 75  # the exit status of a run that saved a checkpoint because of a signal: start it again
 
 
@@ -280,8 +282,7 @@ class TrainingRun:
                 raise ValueError(
                     f"--num-train-epochs {args.num_train_epochs}: shards' samples are not counted; give --max-steps."
                 )
-            step = args.batch_size * args.gradient_accumulation_steps * count
-            args.max_steps = math.ceil(args.num_train_epochs * len(self.stream.rows) / step)
+            args.max_steps = steps_of_epochs(args, count, len(self.stream.rows), self.resumed)
         if isinstance(self.stream, ShardStream) and self.accelerator.is_main_process:
             self._say_how_shards_are_shared(count * max(args.num_workers, 1))
         self.loader = StatefulDataLoader(
@@ -508,6 +509,24 @@ class TrainingRun:
 
     def unwrapped(self, trained: Trained) -> nn.Module:
         return self.accelerator.unwrap_model(trained.model)
+
+
+def steps_of_epochs(args: argparse.Namespace, processes: int, rows: int, resumed: dict | None = None) -> int:
+    """
+    `--max-steps` for `--num-train-epochs`. In a resumed run, steps may have other numbers of images from there on.
+
+    Args:
+        rows (`int`): Number of samples in an epoch.
+        resumed (`dict`, *optional*): What `read_state` returned.
+    """
+    epochs, done = args.num_train_epochs, 0
+    if resumed is not None:
+        before = resumed["settings"]
+        if before.get("num_train_epochs") == epochs and not EPOCH_LENGTH & resumed["changed"].keys():
+            return before["max_steps"]
+        epochs, done = max(0, epochs - resumed["totals"]["epochs"]), resumed["step"]
+    steps = epochs * rows / (args.batch_size * args.gradient_accumulation_steps * processes)
+    return done + math.ceil(round(steps, 6))  # a rounding error is no step
 
 
 def _leave_process_group(worker: int):
