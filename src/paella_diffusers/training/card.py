@@ -1,5 +1,6 @@
 """The result of a run with its model card: what it was trained from, on what and how, and what it draws."""
 
+import os
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -75,5 +76,5 @@ def training_table(run) -> dict[str, str]:
 def without_folders(argument: str) -> str:
     """An argument, without the folders of a path on this machine."""
     name, equals, value = argument.rpartition("=")
-    local = value.startswith(("/", ".", "~")) or ("/" in value and Path(value).exists())
+    local = value.startswith(("/", ".", "~")) or ("/" in value and os.path.exists(value))
     return f"{name}{equals}{Path(value).name}" if local else argument
