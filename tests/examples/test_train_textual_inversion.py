@@ -76,6 +76,15 @@ def test_resumed_it_ends_as_if_not_interrupted(options, tmp_path):
     assert all(torch.equal(found[name], expected[name]) for name in FILES)
 
 
+def test_gradient_checkpointing_changes_nothing(options, tmp_path):
+    """The model is frozen: its dropout stays off."""
+    options += ["--max-steps", "1"]
+    expected = train(options, tmp_path / "without")
+    found = train(options, tmp_path / "with", "--gradient-checkpointing")
+    for name in FILES:
+        torch.testing.assert_close(found[name], expected[name], atol=1e-6, rtol=0)
+
+
 def test_clear_errors(options, tmp_path, pipe):
     with pytest.raises(ValueError, match="`tokenizer` knows <horse> already: take another --placeholder-token"):
         LearnedTokens(pipe, "<horse>", "red") and LearnedTokens(pipe, "<horse>", "red")

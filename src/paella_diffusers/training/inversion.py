@@ -112,4 +112,3 @@ class InversionParts(CaptionParts):
         unet = self.pipe.unet.eval().to(self.run.accelerator.device)
         if self.run.args.gradient_checkpointing:
             unet.enable_gradient_checkpointing()
-            unet.train()
