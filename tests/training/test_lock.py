@@ -4,6 +4,7 @@ import os
 import signal
 import threading
 import time
+from errno import EIO, EPERM
 
 import psutil
 import pytest
@@ -79,6 +80,37 @@ def test_a_requeued_job_does_not_wait_for_its_earlier_self(tmp_path, monkeypatch
     write_lock(tmp_path, host="another")
     monkeypatch.setattr(time, "sleep", None)  # to be called is an error
     FolderLock(tmp_path, interval=1000).release()
+
+
+def test_it_is_touched_again_after_an_error_of_the_file_system(tmp_path, monkeypatch):
+    calls, again = [], threading.Event()
+
+    def utime(path):
+        calls.append(path)
+        if len(calls) == 1:
+            raise OSError(EIO, "Input/output error")
+        again.set()
+
+    monkeypatch.setattr(os, "utime", utime)
+    lock = FolderLock(tmp_path, interval=0.01)
+    assert again.wait(60)
+    lock.release()
+
+
+def test_a_file_system_without_hard_links(tmp_path, monkeypatch):
+    def link(source, target):
+        raise OSError(EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", link)
+    lock = FolderLock(tmp_path)
+    assert lock.is_own() and sorted(path.name for path in tmp_path.iterdir()) == ["run.lock"]
+    lock.release()
+    write_lock(tmp_path, pid=os.getppid(), started=psutil.Process(os.getppid()).create_time())
+    with pytest.raises(RuntimeError, match=f"Process {os.getppid()} on .* is training in"):
+        FolderLock(tmp_path)
+    (tmp_path / "run.lock").write_text("")  # of a run that was killed before it wrote more
+    FolderLock(tmp_path, interval=0.02).release()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_run_notices_that_another_has_taken_over(tmp_path):

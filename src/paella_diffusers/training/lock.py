@@ -7,6 +7,7 @@ import secrets
 import socket
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -53,7 +54,7 @@ class FolderLock:
         try:
             while True:
                 try:
-                    os.link(own, self.path)  # fails if it is there, unlike a rename
+                    self._create(own)
                     return
                 except FileExistsError:
                     other = self._read()
@@ -71,11 +72,23 @@ class FolderLock:
         finally:
             own.unlink()
 
+    def _create(self, own: Path):
+        """Create the lock, which fails if it is there, unlike a rename."""
+        try:
+            os.link(own, self.path)
+        except FileExistsError:
+            raise
+        except OSError:  # a file system without hard links
+            with open(self.path, "x") as file:
+                file.write(own.read_text())
+
     def _read(self) -> dict | None:
         try:
             return json.loads(self.path.read_text())
         except FileNotFoundError:
             return None
+        except ValueError:  # without hard links it may be there before its content
+            return {"host": "unknown", "pid": "unknown", "job": None}
 
     def _is_alive(self, other: dict) -> bool:
         if other["host"] == self.owner["host"]:
@@ -106,8 +119,9 @@ class FolderLock:
 
     def _touch(self):
         while not self._stopped.wait(self.interval):
-            if self.is_own():
-                os.utime(self.path)
+            with suppress(OSError):  # a network file system may fail for a moment
+                if self.is_own():
+                    os.utime(self.path)
 
     def is_own(self) -> bool:
         """Whether the folder is still this run's. Another takes it over if this process was stopped for long."""
