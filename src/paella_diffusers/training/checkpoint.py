@@ -190,12 +190,12 @@ def discard(folder: Path):
     """Delete a checkpoint. Half deleted, it must not be taken for one, so it loses its name first."""
     trash = unfinished_path(folder)
     os.replace(folder, trash)
-    shutil.rmtree(trash)
+    shutil.rmtree(trash, ignore_errors=True)  # NFS keeps files that are open; the next checkpoint deletes the rest
 
 
 def find_checkpoints(folder: Path) -> list[Path]:
     """The checkpoints in a folder, the oldest first."""
-    return sorted(folder.glob("[0-9]*"))
+    return sorted(path for path in folder.glob("[0-9]*") if path.name.isdigit())
 
 
 def verify(folder: Path):
@@ -303,7 +303,7 @@ def save_checkpoint(run):
 def _new_folder(folder: Path) -> Path:
     # what a run that was killed left behind, on whatever host: the lock says that it is over
     for path in folder.parent.glob(".*-unfinished-*"):
-        shutil.rmtree(path)
+        shutil.rmtree(path, ignore_errors=True)
     unfinished = unfinished_path(folder)
     unfinished.mkdir(parents=True)
     return unfinished

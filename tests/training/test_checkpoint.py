@@ -1,0 +1,34 @@
+import shutil
+from pathlib import Path
+
+import pytest
+
+from paella_diffusers.training import checkpoint
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """Two checkpoints, and a copy that someone made of one."""
+    for name in ("00000002", "00000004", "00000002-backup"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "files.json").write_text("{}")
+    return tmp_path
+
+
+def test_a_copy_with_another_name_is_no_checkpoint(folder):
+    assert [path.name for path in checkpoint.find_checkpoints(folder)] == ["00000002", "00000004"]
+    checkpoint._delete_others(folder / "00000004", keep=1)
+    assert sorted(path.name for path in folder.iterdir()) == ["00000002-backup", "00000004"]
+
+
+def test_files_that_cannot_be_deleted_do_not_end_a_run(folder, monkeypatch):
+    """As on NFS, where a file that is open keeps its folder."""
+
+    def rmtree(path, ignore_errors=False):
+        if not ignore_errors:
+            raise OSError("Directory not empty")
+
+    monkeypatch.setattr(shutil, "rmtree", rmtree)
+    checkpoint.discard(folder / "00000002")
+    assert [path.name for path in checkpoint.find_checkpoints(folder)] == ["00000004"]
+    checkpoint._new_folder(folder / "00000006")
