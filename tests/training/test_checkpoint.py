@@ -2,6 +2,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from paella_diffusers.training import checkpoint
 
@@ -32,3 +33,18 @@ def test_files_that_cannot_be_deleted_do_not_end_a_run(folder, monkeypatch):
     checkpoint.discard(folder / "00000002")
     assert [path.name for path in checkpoint.find_checkpoints(folder)] == ["00000004"]
     checkpoint._new_folder(folder / "00000006")
+
+
+def test_only_the_process_that_writes_copies_weights_and_optimizer_states():
+    model = torch.nn.Linear(3, 2)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(3)).sum().backward()
+    optimizer.step()
+    weights, states = checkpoint.whole_weights(model), checkpoint.optimizer_state(optimizer, names)
+    assert all(torch.equal(weights[name], parameter) for parameter, name in names.items())
+    assert weights["weight"].data_ptr() != model.weight.data_ptr()
+    assert states["weight"]["exp_avg"].shape == (2, 3)
+    assert set(checkpoint.whole_weights(model, keep=False).values()) == {None}
+    states = checkpoint.optimizer_state(optimizer, names, keep=False)
+    assert {value for state in states.values() for value in state.values()} == {None}

@@ -17,6 +17,7 @@ import random
 import shutil
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -61,13 +62,20 @@ class DamagedCheckpoint(Exception):
 # ------------------------------------------------------------------------------------------------------------------ tensors
 
 
-def whole(tensor):
-    """A tensor on the CPU, gathered from all processes if it is sharded."""
-    if isinstance(tensor, torch.Tensor):
-        tensor = tensor.detach()
-        tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-        return tensor.cpu().clone(memory_format=torch.contiguous_format)
-    return tensor
+def whole(tensor, keep: bool = True):
+    """
+    A tensor's copy on the CPU, gathered from all processes if it is sharded. Without `keep`, None: the process then only
+    takes part in gathering it.
+    """
+    if not isinstance(tensor, torch.Tensor):
+        return tensor
+    tensor = tensor.detach()
+    tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    if not keep:
+        return None
+    if tensor.device.type == "cpu":
+        return tensor.clone(memory_format=torch.contiguous_format)
+    return tensor.cpu().contiguous()
 
 
 def sharded_like(tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
@@ -78,10 +86,13 @@ def sharded_like(tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def whole_weights(model: nn.Module, frozen: bool = True) -> dict[str, torch.Tensor]:
-    """A model's weights and buffers, whole; without `frozen`, only the trained ones. All processes must take part."""
+def whole_weights(model: nn.Module, frozen: bool = True, keep: bool = True) -> dict[str, Any]:
+    """
+    A model's weights and buffers, whole; without `frozen`, only the trained ones. All processes must take part, those that
+    have no use for them without `keep`.
+    """
     skipped = set() if frozen else {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
-    return {name: whole(value) for name, value in model.state_dict().items() if name not in skipped}
+    return {name: whole(value, keep) for name, value in model.state_dict().items() if name not in skipped}
 
 
 @torch.no_grad()
@@ -105,10 +116,10 @@ def load_weights(model: nn.Module, weights: dict[str, torch.Tensor], where: Path
         own[name].copy_(sharded_like(value, own[name]))
 
 
-def optimizer_state(optimizer: torch.optim.Optimizer, names: dict[nn.Parameter, str]) -> dict:
-    """An optimizer's states by the parameters' names, whole. All processes must take part."""
+def optimizer_state(optimizer: torch.optim.Optimizer, names: dict[nn.Parameter, str], keep: bool = True) -> dict:
+    """An optimizer's states by the parameters' names, whole. All processes must take part, as in [`whole_weights`]."""
     return {
-        name: {key: whole(value) for key, value in optimizer.state[parameter].items()}
+        name: {key: whole(value, keep) for key, value in optimizer.state[parameter].items()}
         for parameter, name in names.items()
         if parameter in optimizer.state
     }
@@ -311,15 +322,15 @@ def _new_folder(folder: Path) -> Path:
 
 def _save_trained(run, trained, folder: Path):
     model, main = run.unwrapped(trained), run.accelerator.is_main_process
-    weights = whole_weights(model, trained.frozen)
+    weights = whole_weights(model, trained.frozen, keep=main)
     if main:
         trained.write(weights, folder / trained.name)
     if trained.average is not None:
         with run.averaged():
-            weights = whole_weights(model, trained.frozen)
+            weights = whole_weights(model, trained.frozen, keep=main)
         if main:
             trained.write(weights, folder / f"{trained.name}_ema")
-    state = optimizer_state(trained.optimizer.optimizer, trained.names)
+    state = optimizer_state(trained.optimizer.optimizer, trained.names, keep=main)
     if main:
         torch.save(state, folder / f"optimizer-{trained.name}.pt")
 

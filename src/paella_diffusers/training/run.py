@@ -499,13 +499,14 @@ class TrainingRun:
         Returns:
             In the main process the first model's whole weights, or their averages if there are any; None in the others.
         """
+        trained, main = self.trained[0], self.accelerator.is_main_process
         with self.averaged():
-            weights = whole_weights(self.unwrapped(self.trained[0]), self.trained[0].frozen)
+            weights = whole_weights(self.unwrapped(trained), trained.frozen, keep=main)
         totals = self.totals()
-        if self.accelerator.is_main_process and totals["unreadable"] > 0.01 * (totals["used"] + totals["unreadable"]):
+        if main and totals["unreadable"] > 0.01 * (totals["used"] + totals["unreadable"]):
             logger.warning(f"{totals['unreadable']} samples could not be read, beside {totals['used']} that were used.")
         self._end()
-        return weights if self.accelerator.is_main_process else None
+        return weights if main else None
 
     def unwrapped(self, trained: Trained) -> nn.Module:
         return self.accelerator.unwrap_model(trained.model)
