@@ -1,5 +1,6 @@
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -48,3 +49,20 @@ def test_only_the_process_that_writes_copies_weights_and_optimizer_states():
     assert set(checkpoint.whole_weights(model, keep=False).values()) == {None}
     states = checkpoint.optimizer_state(optimizer, names, keep=False)
     assert {value for state in states.values() for value in state.values()} == {None}
+
+
+@pytest.mark.parametrize("kind", ["cuda", "mps", "xpu"])
+def test_random_numbers_are_continued_on_this_processs_device(monkeypatch, kind):
+    """Whatever its index, and however many there are."""
+    loaded = []
+    get, put = lambda device: torch.tensor([device.index]), lambda *call: loaded.append(call)
+    device_module = SimpleNamespace(get_rng_state=get, set_rng_state=put)
+    monkeypatch.setattr(torch, "get_device_module", lambda device: device_module)
+    states = checkpoint.random_states(torch.device(kind, 3))
+    expected = torch.rand(3)
+    checkpoint.load_random_states(states, torch.device(kind, 0))
+    assert loaded == [(torch.tensor([3]), torch.device(kind, 0))] and torch.equal(torch.rand(3), expected)
+    checkpoint.load_random_states(states, torch.device("cpu"))  # or on another kind of device
+    assert torch.equal(torch.rand(3), expected)
+    checkpoint.load_random_states(checkpoint.random_states(torch.device("cpu")), torch.device(kind))
+    assert len(loaded) == 1

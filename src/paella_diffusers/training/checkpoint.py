@@ -145,24 +145,24 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, names: dict[nn.Parame
 # ------------------------------------------------------------------------------------------------------------------- random
 
 
-def random_states() -> dict:
-    """The states of all global generators of this process, as plain numbers and tensors."""
+def random_states(device: torch.device) -> dict:
+    """The states of this process's global generators, also of that on its device, as plain numbers and tensors."""
     kind, keys, *rest = np.random.get_state()
     return {
         "python": random.getstate(),
         "numpy": (kind, torch.from_numpy(keys.astype(np.int64)), *rest),
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        device.type: None if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device),
     }
 
 
-def load_random_states(states: dict):
+def load_random_states(states: dict, device: torch.device):
     kind, keys, *rest = states["numpy"]
     random.setstate(states["python"])
     np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
     torch.set_rng_state(states["torch"])
-    if states["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(states["cuda"])
+    if isinstance(own := states.get(device.type), torch.Tensor):  # saved on a device of this kind
+        torch.get_device_module(device).set_rng_state(own, device)
 
 
 # -------------------------------------------------------------------------------------------------------------------- files
@@ -291,7 +291,7 @@ def save_checkpoint(run):
     totals = run.totals()
     for trained in run.trained:
         _save_trained(run, trained, unfinished)
-    own = {"random": random_states(), "data": run.loader.state_dict()}
+    own = {"random": random_states(run.accelerator.device), "data": run.loader.state_dict()}
     own |= {"used": run.used, "skipped": run.skipped, "epochs": run.epochs}
     own["kept"] = {name: part.state_dict() for name, part in run.kept.items()}
     torch.save(own, unfinished / f"process-{run.accelerator.process_index}.pt")
@@ -386,7 +386,7 @@ def load_checkpoint(run):
     if exact:
         run.used, run.skipped, run.epochs = own["used"], own["skipped"], own["epochs"]
         run.loader.load_state_dict(own["data"])
-        load_random_states(own["random"])
+        load_random_states(own["random"], run.accelerator.device)
         return
     set_seed(run.args.seed + run.step, device_specific=True)
     totals = state["totals"]
