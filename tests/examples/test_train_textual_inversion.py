@@ -1,4 +1,5 @@
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from safetensors.torch import load_file
 from trainers import TINY
 
 from paella_diffusers import PaellaPipeline
-from paella_diffusers.training.inversion import LearnedTokens
+from paella_diffusers.training.inversion import TEMPLATES, LearnedTokens, TemplateCaptions
 
 FILES = ["learned_embeds.safetensors", "learned_embeds_2.safetensors"]
 
@@ -74,6 +75,18 @@ def test_resumed_it_ends_as_if_not_interrupted(options, tmp_path):
     expected = train(options, tmp_path / "whole", "--save-every", 2)
     found = train(options, tmp_path / "parts", "--resume", tmp_path / "whole" / "checkpoints" / "00000002")
     assert all(torch.equal(found[name], expected[name]) for name in FILES)
+
+
+def test_two_processes_have_the_captions_of_one_with_twice_the_batch(pipe):
+    def captions(index, count, batch_size):
+        run = SimpleNamespace(args=SimpleNamespace(seed=1), passes=5, part=(index, count))
+        encoder = TemplateCaptions(run, pipe, "<horse>", TEMPLATES["object"])
+        texts = encoder.conditioning({"text": [""] * batch_size}, (False, False, True))["text"]
+        assert all("<horse>" in text for text in texts)
+        return texts
+
+    one = captions(0, 1, 12)
+    assert [captions(0, 2, 6), captions(1, 2, 6)] == [one[0::2], one[1::2]] and len(set(one)) > 1
 
 
 def test_gradient_checkpointing_changes_nothing(options, tmp_path):

@@ -98,8 +98,10 @@ class TemplateCaptions(CaptionsLeft):
         self.run, self.token, self.templates = run, token, templates
 
     def conditioning(self, batch: dict, dropped: tuple[bool, bool, bool] = (False, False, False)) -> dict:
-        rng = random.Random(f"{self.run.args.seed} {self.run.passes} {self.run.part[0]}")
-        text = [caption or rng.choice(self.templates).format(self.token) for caption in batch["text"]]
+        index, count = self.run.part
+        rng = random.Random(f"{self.run.args.seed} {self.run.passes}")  # drawn for the batch of all processes
+        templates = rng.choices(self.templates, k=len(batch["text"]) * count)[index::count]
+        text = [caption or template.format(self.token) for caption, template in zip(batch["text"], templates)]
         return super().conditioning(batch | {"text": text}, dropped)
 
 
