@@ -1,3 +1,4 @@
+import random
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from trainers import TINY, Launch
 
 from paella_diffusers import PaellaPipeline, PaellaUNet
-from paella_diffusers.training.dreambooth import draw_class_pictures
+from paella_diffusers.training.data import QualityFilter, SampleTransform
+from paella_diffusers.training.dreambooth import Instances, draw_class_pictures
 from paella_diffusers.training.losses import paella_loss
 
 LORA = "pytorch_lora_weights.safetensors"
@@ -124,6 +126,18 @@ def test_the_prompts_come_to_mean_the_pictures(options, preservation, tmp_path, 
     preserved = losses(PaellaPipeline.from_pretrained(tmp_path / "with"))
     assert without[0] < before[0] - 0.5 and preserved[0] < before[0] - 0.5
     assert preserved[1] < without[1] - 0.05
+
+
+@pytest.mark.parametrize("options", [{"quality": QualityFilter(min_size=40)}, {"captions": True}])
+def test_filters_and_captions_are_not_for_the_class(tmp_path, options):
+    """Its pictures are found, although they are small and have no captions."""
+    Image.new("RGB", (32, 32)).save(tmp_path / "class.png")
+    Image.new("RGB", (64, 64)).save(tmp_path / "instance.png")
+    instance = {"image": str(tmp_path / "instance.png"), "text": "a caption"}
+    instances = Instances(SampleTransform(32, **options), "a photo of qxz", [tmp_path / "class.png"], "a photo")
+    sample = instances(instance, random.Random(0))
+    assert (sample["text"], sample["preserved"]["text"]) == ("a photo of qxz", "a photo")
+    assert sample["preserved"]["pixels"].shape == (3, 32, 32)
 
 
 def test_pictures_have_their_weight_in_the_loss():

@@ -3,15 +3,16 @@
 import argparse
 import gc
 import random
-from collections.abc import Callable
+from copy import copy
 from pathlib import Path
+from typing import cast
 
 import torch
 
 from ..loaders.atomic import atomic_file
 from ..pipelines.pipeline_paella import PaellaPipeline
 from .arguments import pretrained_options
-from .data import IMAGE_EXTENSIONS
+from .data import IMAGE_EXTENSIONS, SampleTransform
 from .run import TrainingRun
 from .unet import Computed
 
@@ -57,7 +58,7 @@ class Instances:
     chosen at random, as `preserved`, another sample. Both have a `weight` in the loss.
 
     Args:
-        transform ([`SampleTransform`]): From a picture to a sample.
+        transform ([`SampleTransform`]): From a picture to a sample. Its filter and captions are not for the class.
         prompt (`str`): The caption.
         class_pictures (`list[Path]`): The class's pictures.
         class_prompt (`str`, *optional*): Their caption.
@@ -66,7 +67,7 @@ class Instances:
 
     def __init__(
         self,
-        transform: Callable,
+        transform: SampleTransform,
         prompt: str,
         class_pictures: list[Path],
         class_prompt: str | None,
@@ -74,6 +75,8 @@ class Instances:
     ):
         self.transform, self.prompt = transform, prompt
         self.class_pictures, self.class_prompt, self.class_weight = class_pictures, class_prompt, class_weight
+        self.class_transform = copy(transform)
+        self.class_transform.quality, self.class_transform.captions = None, False
 
     def __call__(self, raw: dict, rng: random.Random) -> dict | None:
         sample = self.transform(raw, rng)
@@ -81,7 +84,8 @@ class Instances:
             return None
         sample |= {"text": self.prompt, "weight": torch.tensor(1.0)}
         if self.class_pictures:
-            preserved = self.transform({"image": str(rng.choice(self.class_pictures))}, rng)
+            raw = {"image": str(rng.choice(self.class_pictures)), "text": None}
+            preserved = cast(dict, self.class_transform(raw, rng))  # without a filter
             sample["preserved"] = preserved | {"text": self.class_prompt, "weight": torch.tensor(self.class_weight)}
         return sample
 
