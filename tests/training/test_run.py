@@ -39,6 +39,14 @@ def test_optimizers_that_cannot_be_sharded_are_refused_before_any_work(option, t
     assert not (tmp_path / "out").exists()
 
 
+def test_accelerates_own_compilation_is_refused_before_any_work(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
+    options = ["--data", "nowhere", "--pretrained", "nothing", "--output-dir", str(tmp_path / "out")]
+    with pytest.raises(ValueError, match="the dynamo backend EAGER.*take it out.*, and give --compile instead"):
+        train_paella.main(train_paella.parse_args(options))
+    assert not (tmp_path / "out").exists()
+
+
 def test_deepspeed_is_refused_by_name(tmp_path, monkeypatch):
     sharding = SimpleNamespace(distributed_type=DistributedType.DEEPSPEED)
     monkeypatch.setattr(run, "Accelerator", lambda **options: sharding)

@@ -123,6 +123,11 @@ class TrainingRun:
 
     def _make_accelerator(self) -> Accelerator:
         args = self.args
+        if (backend := os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no")).lower() != "no":
+            raise ValueError(
+                f"accelerate's configuration has the dynamo backend {backend}, which renames the weights in checkpoints: "
+                "take it out of that, or ACCELERATE_DYNAMO_BACKEND out of the environment, and give --compile instead."
+            )
         fsdp = FullyShardedDataParallelPlugin() if os.environ.get("ACCELERATE_USE_FSDP") == "true" else None
         accelerator = Accelerator(
             gradient_accumulation_steps=args.gradient_accumulation_steps,
