@@ -5,6 +5,7 @@ import tarfile
 from collections import Counter
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 import train_paella
@@ -14,7 +15,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from trainers import TINY, Launch
 
 from paella_diffusers.training.buckets import Buckets
-from paella_diffusers.training.data import SampleTransform, collate, load_stream
+from paella_diffusers.training.data import RowStream, SampleTransform, collate, load_stream
 
 SIZES = [(64, 32)] * 9 + [(32, 64)] * 6 + [(40, 40)] * 5
 
@@ -133,6 +134,19 @@ def test_unreadable_samples_are_replaced_within_their_batch(tmp_path):
         unreadable += batch["unreadable"]
         assert len(batch["text"]) == 4 and all(int(text.split()[-1]) % 4 for text in batch["text"])
     assert unreadable
+
+
+def test_rows_without_a_picture_are_skipped_and_counted():
+    rows = [{"image": {"bytes": picture(number, SIZES[number]), "path": None}, "text": str(number)} for number in range(20)]
+    for number in (3, 8, 12):
+        rows[number]["image"] = None
+    image = datasets.Image(decode=False)
+    features = datasets.Features({"image": image, "text": datasets.Value("string")})
+    stream = RowStream(datasets.Dataset.from_list(rows, features=features), SampleTransform(32), epochs=3)
+    stream.use_buckets(Buckets(32, 8, 2))
+    samples = list(stream)
+    assert not {"3", "8", "12"} & {sample["text"] for sample in samples}
+    assert sum(sample["unreadable"] for sample in samples) > 0
 
 
 @pytest.mark.parametrize("data, processes", [("shards", 1), ("folder", 2)], indirect=["data"])

@@ -42,7 +42,7 @@ class Buckets:
         ratio = math.log(size[0] / size[1])
         return min(self.sizes, key=lambda size: abs(math.log(size[0] / size[1]) - ratio))
 
-    def arrange(self, images: Sequence[bytes | str | Path], rng: random.Random) -> list[tuple[int, int]]:
+    def arrange(self, images: Sequence[bytes | str | Path | None], rng: random.Random) -> list[tuple[int, int]]:
         """
         Put pictures into batches of one size, in random order. Of each size, `n` pictures are left, too few for a batch.
         They are repeated to fill one, which is then used with the probability `n / batch_size`. So in the long run all
@@ -65,7 +65,7 @@ class Buckets:
         rng.shuffle(batches)
         return [place for batch in batches or left[:1] for place in batch]
 
-    def _size_of(self, image: bytes | str | Path) -> tuple[int, int] | None:
+    def _size_of(self, image: bytes | str | Path | None) -> tuple[int, int] | None:
         """The bucket of a picture, from its header; None if it has no readable one."""
         try:
             with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as opened:

@@ -306,7 +306,7 @@ class RowStream(SampleStream):
         first_window, first = self.position or (0, -1)
         for window in range(first_window, -(-len(turns) // WINDOW)):
             places = turns[window * WINDOW : (window + 1) * WINDOW]
-            images = [self._image(self.rows[int(order[place])]) for place in places]
+            images = [self._image_or_none(int(order[place])) for place in places]
             rng = random.Random(f"{self.seed} {self.epoch} {part} {window}")
             arranged = self.buckets.arrange(images, rng)
             for index in range(first + 1, len(arranged)):
@@ -318,6 +318,12 @@ class RowStream(SampleStream):
 
     def _image(self, row: dict) -> bytes | str:
         return row[self.image_column]["bytes"] or row[self.image_column]["path"]
+
+    def _image_or_none(self, number: int) -> bytes | str | None:
+        try:
+            return self._image(self.rows[number])
+        except Exception:  # whatever it is, reading the sample will say so
+            return None
 
     def _read(self, number: int) -> dict:
         row = self.rows[number]
