@@ -101,5 +101,10 @@ def test_gradient_checkpointing_changes_nothing(options, tmp_path):
 def test_clear_errors(options, tmp_path, pipe):
     with pytest.raises(ValueError, match="`tokenizer` knows <horse> already: take another --placeholder-token"):
         LearnedTokens(pipe, "<horse>", "red") and LearnedTokens(pipe, "<horse>", "red")
+    with pytest.raises(ValueError, match="--initializer-token '' has no tokens of `tokenizer`: give a word"):
+        LearnedTokens(pipe, "<zebra>", "")
+    train(options, tmp_path / "out", "--max-steps", 1)
+    with pytest.raises(ValueError, match="was saved with --placeholder-token <horse>, but now it is <zebra>"):
+        train(options, tmp_path / "out", "--max-steps", 2, "--resume", "latest", "--placeholder-token", "<zebra>")
     with pytest.raises(SystemExit):
         train(options, tmp_path, "--num-vectors", 0)

@@ -43,6 +43,7 @@ FIXED = [
     "targets",
     "train_text_encoder",
     "decoder_only",
+    "placeholder_token",
 ]  # checkpoints of others do not fit
 POSITION = [
     "data",

@@ -49,7 +49,7 @@ class LearnedTokens(CaptionedUNet):
         num_vectors (`int`, defaults to 1): Number of vectors. ByT5 has one for each byte of a word.
 
     Raises:
-        ValueError: If a tokenizer knows the token already.
+        ValueError: If a tokenizer knows the token already, or the initializer has no tokens.
     """
 
     def __init__(self, pipe, token: str, initializer: str, num_vectors: int = 1):
@@ -63,6 +63,8 @@ class LearnedTokens(CaptionedUNet):
                 continue
             encoder.requires_grad_(False)
             start = tokenizer(initializer, add_special_tokens=False).input_ids
+            if not start:
+                raise ValueError(f"--initializer-token {initializer!r} has no tokens of `{TOKENIZERS[name]}`: give a word.")
             tokens = [token, *(f"{token}_{i}" for i in range(1, num_vectors))]
             if tokenizer.add_tokens(tokens) != num_vectors:
                 raise ValueError(f"`{TOKENIZERS[name]}` knows {token} already: take another --placeholder-token.")
