@@ -399,6 +399,11 @@ def test_errors_name_the_folder_and_the_line(folder, shards, tmp_path, monkeypat
         load_stream(str(folder), SampleTransform(8))
 
 
+def test_a_folder_of_images_may_be_called_like_shards(folder):
+    renamed = folder.rename(folder.with_name("pictures.tar.d"))
+    assert set(take(load_stream(str(renamed), SampleTransform(8), epochs=1), 100)) == set(range(21))
+
+
 def test_some_samples_only(folder):
     drawn = take(load_stream(str(folder), SampleTransform(8), max_samples=5), 10)
     assert len(set(drawn)) == 5 and sorted(drawn[:5]) == sorted(drawn[5:])

@@ -497,7 +497,7 @@ def load_stream(
     folder = Path(data)
     # without unfinished ones, whose names begin with a dot
     shards = sorted(str(path) for path in folder.glob("[!.]*.tar")) if folder.is_dir() else []
-    if shards or ".tar" in data:
+    if shards or (".tar" in data and not folder.is_dir()):
         from webdataset.shardlists import expand_urls
 
         shards = shards or expand_urls(data)
