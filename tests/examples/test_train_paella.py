@@ -96,6 +96,18 @@ def test_unreadable_samples_are_said_at_the_end(options, tmp_path, pictures, cap
     assert re.search(r"\d+ samples could not be read, beside 4 that were used", caplog.text)
 
 
+def test_no_other_run_begins_before_the_result_is_written(options, tmp_path, monkeypatch):
+    locks, save = [], PaellaPipeline.save_pretrained
+
+    def save_pretrained(pipe, folder, **kwargs):
+        locks.append((Path(folder) / "run.lock").exists())
+        save(pipe, folder, **kwargs)
+
+    monkeypatch.setattr(PaellaPipeline, "save_pretrained", save_pretrained)
+    train(options, tmp_path / "out", "--max-steps", 1)
+    assert locks == [True] and not (tmp_path / "out" / "run.lock").exists()
+
+
 def test_two_runs_in_one_folder(options, tmp_path):
     """Also if the first one's launcher was killed and its processes were not."""
     with Launch("train_paella", [*options, "--output-dir", tmp_path / "out", "--max-steps", 10_000]) as run:

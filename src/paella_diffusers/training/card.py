@@ -32,6 +32,7 @@ def publish(run, result):
     _write_card(run, result, details)
     if run.args.push_to_hub:
         result.push_to_hub(run.hub_id, token=run.args.hub_token, samples=run.samples, **details)
+    run.release()
     print(f"{type(result).__name__} is in {run.args.output_dir}.")
 
 
@@ -45,6 +46,7 @@ def publish_files(run, pipe, files: Sequence[str], **kind):
         hub_id = create_repo(run.hub_id, exist_ok=True, token=run.args.hub_token).repo_id
         files = ["README.md", "images/*", *files]
         upload_folder(repo_id=hub_id, folder_path=run.args.output_dir, allow_patterns=files, token=run.args.hub_token)
+    run.release()
     print(f"The result is in {run.args.output_dir}.")
 
 

@@ -403,11 +403,15 @@ class TrainingRun:
         if self.accelerator.is_main_process:
             print(f"Stopped by a signal at step {self.step}; its checkpoint is written. Resume with `--resume latest`.")
         self._end()
+        self.release()
         raise SystemExit(STOPPED)
 
     def _end(self):
         self.accelerator.wait_for_everyone()  # what ends while others still communicate can make them hang
         self.accelerator.end_training()
+
+    def release(self):
+        """Let the next run have the output folder, once the result is written; else it has it when this process ends."""
         if self.lock is not None:
             self.lock.release()
 
