@@ -119,9 +119,11 @@ def test_all_scripts_have_them(script):
     assert args.ema_decay == (0.999 if script is train_prior else 0.9999)
 
 
-def test_data_are_given_once_and_misspellings_are_refused(capsys):
+def test_data_are_given_once_and_what_is_unknown_is_refused(capsys):
     for options, message in [
         (["--train_data_dir", "a"], "argument --train-data-dir/--instance-data-dir: not allowed with argument --data"),
+        (["--lr_scheduler", "foo"], "argument --lr-scheduler: invalid choice: 'foo' (choose from "),
+        (["--lr_scheduler", "piecewise_constant"], "argument --lr-scheduler: invalid choice: 'piecewise_constant'"),
         (["--batch", "2"], "unrecognized arguments: --batch 2"),
         (["--learning_rates", "2"], "unrecognized arguments: --learning-rates 2"),
     ]:
@@ -134,6 +136,8 @@ def test_what_cannot_work_is_refused_by_name(monkeypatch):
     for options, error, message in [
         (["--max-steps", "0"], ValueError, "--max-steps must be at least 1, got 0"),
         (["--num-workers", "-1"], ValueError, "--num-workers must be at least 0, got -1"),
+        (["--seed", "-1"], ValueError, "--seed must be from 0 to 4000000000, got -1"),
+        (["--seed", "4294967296"], ValueError, "--seed must be from 0 to 4000000000, got 4294967296"),
         (["--ema-decay", "1.5"], ValueError, "--ema-decay must be between 0 and 1, got 1.5"),
         (["--report-to", "nothing"], ValueError, "--report-to nothing: not a tracker; there are aim, "),
         (["--report-to", "tensorboard,aim"], ImportError, "--report-to aim: not installed. pip install aim, or give"),

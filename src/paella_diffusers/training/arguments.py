@@ -6,6 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+from diffusers.optimization import SchedulerType
 
 from ..about import pip_install
 from .data import INTERPOLATIONS, add_filters
@@ -38,6 +39,8 @@ REFUSED = {
 
 
 OPTIMIZERS = ["adamw", "prodigy"]
+SCHEDULES = [kind.value for kind in SchedulerType if kind != SchedulerType.PIECEWISE_CONSTANT]  # which needs rules
+MAX_SEED = 4_000_000_000  # NumPy's generator takes 32 bits, and steps and processes are added to the seed
 
 
 class Refuse(argparse.Action):
@@ -129,7 +132,7 @@ def _add_optimisation(parser, default_steps):
     add("--num-train-epochs", type=int, help="passes over the data; not with shards, whose samples are not counted")
     add("--learning-rate", type=float, default=1e-4)
     add("--scale-lr", action="store_true", help="multiply the learning rate by the number of images in a step")
-    add("--lr-scheduler", default="constant_with_warmup", help="as in diffusers: cosine, linear, ...")
+    add("--lr-scheduler", choices=SCHEDULES, default="constant_with_warmup", help="as in diffusers")
     add("--warmup-steps", "--lr-warmup-steps", type=int, default=10_000)
     add("--lr-num-cycles", type=int, default=1, help="of the schedule cosine_with_restarts")
     add("--lr-power", type=float, default=1.0, help="of the schedule polynomial")
@@ -202,6 +205,8 @@ def check_arguments(args):
             _at_least(args, name, 1)
     for name in ["num_workers", "warmup_steps", "ema_start", "skip_batches"]:
         _at_least(args, name, 0)
+    if not 0 <= args.seed <= MAX_SEED:
+        raise ValueError(f"--seed must be from 0 to {MAX_SEED}, got {args.seed}.")
     if args.max_steps is None and args.num_train_epochs is None:
         args.max_steps = args.default_steps
     args.ema_decay = args.ema_decay or (0.9999 if args.use_ema else None)
