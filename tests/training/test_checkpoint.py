@@ -66,3 +66,10 @@ def test_random_numbers_are_continued_on_this_processs_device(monkeypatch, kind)
     assert torch.equal(torch.rand(3), expected)
     checkpoint.load_random_states(checkpoint.random_states(torch.device("cpu")), torch.device(kind))
     assert len(loaded) == 1
+
+
+def test_a_checkpoint_is_chosen_by_its_path_or_its_name(folder, monkeypatch):
+    for name in (str(folder / "00000002"), "00000002", "00000002/"):
+        assert checkpoint.choose_checkpoint(name, folder) == folder / "00000002"
+    with pytest.raises(FileNotFoundError, match="--resume 00000003 is no checkpoint; there are .*00000002"):
+        checkpoint.choose_checkpoint("00000003", folder)

@@ -162,7 +162,7 @@ def _add_optimisation(parser, default_steps):
 def _add_output(parser):
     add = parser.add_argument_group("output").add_argument
     add("--output-dir", type=Path, required=True, help="the result; within it: checkpoints, logs, samples")
-    add("--resume", "--resume-from-checkpoint", help="`latest`, or a folder in `checkpoints`, to resume from")
+    add("--resume", "--resume-from-checkpoint", help="`latest`, or a checkpoint's path or name, to resume from")
     add("--skip-batches", type=int, default=0, help="on resuming, leave out so many passes' batches of every process")
     add("--save-every", "--checkpointing-steps", type=int, default=2000, help="steps between checkpoints")
     add("--keep", "--checkpoints-total-limit", type=int, default=2, help="checkpoints to keep")

@@ -232,7 +232,8 @@ def verify(folder: Path):
 
 def choose_checkpoint(resume: str | None, folder: Path) -> Path | None:
     """
-    The checkpoint that `--resume` asks for: with `latest`, the newest that is undamaged; None to begin anew.
+    The checkpoint that `--resume` asks for, by its path or its name; with `latest`, the newest that is undamaged; None to
+    begin anew.
 
     Raises:
         ValueError: If there are checkpoints but `resume` is None, or all of them are damaged.
@@ -246,9 +247,10 @@ def choose_checkpoint(resume: str | None, folder: Path) -> Path | None:
             )
         return None
     if resume != "latest":
-        if not (Path(resume) / FILES).is_file():
+        named = [path for path in (Path(resume), folder / resume) if (path / FILES).is_file()]
+        if not named:
             raise FileNotFoundError(f"--resume {resume} is no checkpoint; there are {[str(path) for path in found]}.")
-        found = [Path(resume)]
+        found = named[:1]
     problems = []
     for path in reversed(found):
         try:
