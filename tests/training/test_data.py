@@ -399,6 +399,11 @@ def test_errors_name_the_folder_and_the_line(folder, shards, tmp_path, monkeypat
         load_stream(str(folder), SampleTransform(8))
 
 
+def test_prepared_data_are_kept_in_the_given_folder(folder, tmp_path):
+    assert len(take(load_stream(str(folder), SampleTransform(8), epochs=1, cache_dir=str(tmp_path / "cache")), 100)) == 21
+    assert list((tmp_path / "cache").rglob("*.arrow"))
+
+
 def test_a_folder_of_images_may_be_called_like_shards(folder):
     renamed = folder.rename(folder.with_name("pictures.tar.d"))
     assert set(take(load_stream(str(renamed), SampleTransform(8), epochs=1), 100)) == set(range(21))

@@ -182,7 +182,7 @@ def add_pretrained(parser, what: str, required: bool = True):
     add("--pretrained", "--pretrained-model-name-or-path", required=required, help=what)
     add("--revision", help="its revision on the Hub")
     add("--variant", help="part of its weights' file names, such as fp16")
-    add("--cache-dir", help="folder for downloads")
+    add("--cache-dir", help="folder for downloads and prepared data")
 
 
 def pretrained_options(args) -> dict:

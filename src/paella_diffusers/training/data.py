@@ -476,6 +476,7 @@ def load_stream(
     text_column: str | None = "text",
     config_name: str | None = None,
     max_samples: int | None = None,
+    cache_dir: str | None = None,
     seed: int = 0,
     **kwargs,
 ) -> SampleStream:
@@ -487,6 +488,7 @@ def load_stream(
         data (`str`): Where the data are.
         config_name (`str`, *optional*): The configuration of a dataset of the Hub.
         max_samples (`int`, *optional*): Take so many, chosen at random by the seed; not of shards.
+        cache_dir (`str`, *optional*): Folder for downloads and prepared data, instead of that of `datasets`.
         args, kwargs: Of [`SampleStream`].
 
     Raises:
@@ -513,12 +515,12 @@ def load_stream(
     import datasets
 
     if folder.is_dir():
-        rows = _load_folder(folder, text_column)
+        rows = _load_folder(folder, text_column, cache_dir)
     elif data.startswith((".", "/", "~")) or data.count("/") > 1:
         raise FileNotFoundError(f"`data` is {data}, but there is no such folder.")
     else:
         try:
-            rows = datasets.load_dataset(data, config_name, split="train")
+            rows = datasets.load_dataset(data, config_name, split="train", cache_dir=cache_dir)
         except Exception as error:
             raise FileNotFoundError(
                 f"`data` is {data}: there is no such folder in {Path.cwd()}, and no dataset of this name could be loaded "
@@ -531,7 +533,7 @@ def load_stream(
     return RowStream(rows, *args, image_column=image_column, text_column=text_column, **kwargs)
 
 
-def _load_folder(folder: Path, text_column: str | None):
+def _load_folder(folder: Path, text_column: str | None, cache_dir: str | None):
     import datasets
 
     metadata = folder / "metadata.jsonl"
@@ -542,7 +544,8 @@ def _load_folder(folder: Path, text_column: str | None):
         )
     try:
         # all files: by itself it takes a picture called train.png for the training split, and leaves out the others
-        return datasets.load_dataset("imagefolder", data_dir=str(folder), data_files={"train": "**"}, split="train")
+        options = dict(data_dir=str(folder), data_files={"train": "**"}, split="train", cache_dir=cache_dir)
+        return datasets.load_dataset("imagefolder", **options)
     except Exception as error:
         for number, line in enumerate(metadata.read_bytes().splitlines(), 1) if metadata.is_file() else ():
             try:

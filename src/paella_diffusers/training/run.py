@@ -280,6 +280,7 @@ class TrainingRun:
         columns = dict(image_column=args.image_column, text_column=args.text_column)
         places = dict(process_index=index, num_processes=count, seed=args.seed)
         selection = dict(config_name=args.dataset_config_name, max_samples=args.max_train_samples)
+        selection["cache_dir"] = getattr(args, "cache_dir", None)  # of `add_pretrained`
         with self.accelerator.main_process_first():  # which prepares a folder of images for the others
             self.stream = load_stream(args.data, transform, **places, **columns, **selection)
         if args.max_steps is None:
