@@ -47,6 +47,7 @@ FIXED = [
 ]  # checkpoints of others do not fit
 POSITION = [
     "data",
+    "dataset_config_name",
     "batch_size",
     "num_workers",
     "seed",
@@ -370,10 +371,11 @@ def load_checkpoint(run):
     Go on from `run.checkpoint`. Settings that changed since are honoured, and named in the log. If they change which samples
     come when, such as the batch size or the number of processes, the data go on after the same share of the epoch.
     """
-    folder, state, changed, index = run.checkpoint, run.resumed, run.resumed["changed"], run.accelerator.process_index
+    folder, state, index, now = run.checkpoint, run.resumed, run.accelerator.process_index, settings(run)
+    # some follow from the data or the model, and were not known when the checkpoint was read
+    changed = {name: before for name, before in state["changed"].items() if now[name] != before}
     exact = not changed.keys() & set(POSITION)
     if changed and run.accelerator.is_main_process:
-        now = settings(run)
         texts = [f"--{name.replace('_', '-')} {now[name]} (was {before})" for name, before in changed.items()]
         order = "" if exact else " The data go on after the same number of epochs, in another order: not bit for bit."
         logger.warning(f"Resuming from {folder} with {', '.join(texts)}.{order}")
