@@ -49,6 +49,15 @@ def test_computed_is_what_would_be_computed(options, pictures, pretrained, tmp_p
     assert Computed.read(str(tmp_path / "computed" / "{00000..00003}.tar")).parts == stored.parts
 
 
+def test_arguments_of_pictures_are_said_to_have_no_effect(options, pretrained, tmp_path, caplog):
+    precompute.main(precompute.parse_args([*options, "--parts", "tokens"]))
+    train = ["--data", str(tmp_path / "computed"), "--pretrained", pretrained, *TINY, "--max-steps", "1"]
+    train += ["--resolution", "48", "--random-flip", "--output-dir", str(tmp_path / "out")]
+    train_paella.main(train_paella.parse_args(train))
+    assert "No effect of --resolution, --random-flip: " in caplog.text
+    assert "| resolution | 32 |" in (tmp_path / "out" / "README.md").read_text()
+
+
 @pytest.mark.parametrize("prompts", [[], ["--prompts", "red"]])
 def test_training_on_it(options, pretrained, tmp_path, prompts):
     precompute.main(precompute.parse_args(options))

@@ -504,7 +504,7 @@ class TrainingRun:
 
     def finish(self) -> dict[str, torch.Tensor] | None:
         """
-        End the run.
+        End the run. The output folder stays locked until `release`, which `publish` calls.
 
         Returns:
             In the main process the first model's whole weights, or their averages if there are any; None in the others.

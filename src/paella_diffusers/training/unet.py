@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from diffusers.utils import make_image_grid
+from diffusers.utils import logging, make_image_grid
 from PIL import Image
 from safetensors import safe_open
 
@@ -20,6 +20,11 @@ from .conditioning import Encoder, drop_conditioning
 from .losses import corrupt, draw_timesteps, paella_loss
 from .run import Trained, TrainingRun
 from .stored import StoredArrays
+
+logger = logging.get_logger(__name__)
+
+# arguments of how pictures are cropped, and their defaults
+OF_PICTURES = {"resolution": 256, "center_crop": False, "random_flip": False, "image_interpolation_mode": "bicubic"}
 
 
 def train_unet(run: TrainingRun, unet: Trained, frozen: "FrozenParts", levels: Sequence[float] | None = None):
@@ -112,7 +117,14 @@ class FrozenParts:
         """
         run, args, sizes = self.run, self.run.args, self.pipe.unet.config
         multiple = self.pipe.vqgan.patch_size * self.pipe.unet.sample_multiple
-        resolution = computed.resolution or args.resolution
+        if computed.parts:
+            fits = computed.resolution
+            ignored = [name for name, default in OF_PICTURES.items() if getattr(args, name) not in (default, fits)]
+            if ignored and run.accelerator.is_main_process:
+                names = ", ".join(f"--{name.replace('_', '-')}" for name in ignored)
+                logger.warning(f"No effect of {names}: {args.data} has computed arrays instead of pictures.")
+            args.resolution = fits or args.resolution  # for the model card, too
+        resolution = args.resolution
         if resolution % multiple:
             raise ValueError(f"--resolution must be divisible by {multiple}, for VQGAN and U-Net, got {resolution}.")
         side = resolution // self.pipe.vqgan.patch_size
