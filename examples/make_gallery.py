@@ -133,7 +133,7 @@ def main():
         page += f"\n## {title}\n\n![{title}](gallery/{task.__name__}.png)\n\n{text[0].upper() + text[1:]}\n\n"
         page += f"```python\n{textwrap.dedent(source).replace('return ', 'pictures = ')}```\n"
         print(task.__name__)
-    (args.output_dir / "gallery.md").write_text(page)
+    (args.output_dir / "gallery.md").write_text(page, encoding="utf-8")
 
 
 def pad(picture: Image.Image, width: int) -> Image.Image:

@@ -102,11 +102,11 @@ def keywords_of(icons: Icons, work_dir: Path) -> list[list[str]]:
     """Keywords of each object: those of emojilib and of Unicode's CLDR, whose short name is one of them."""
     folder = work_dir / "npm"
     lists = defaultdict(list)
-    for emoji, words in json.loads(npm_file("emojilib@4.0.3", "dist/emoji-en-US.json", folder).read_text()).items():
+    for emoji, words in json.loads(npm_file("emojilib@4.0.3", "dist/emoji-en-US.json", folder).read_text("utf-8")).items():
         lists[emoji.replace("\ufe0f", "")] += words
     for kind in ("annotations", "annotationsDerived"):
         package = "cldr-annotations-full@48.2.0" if kind == "annotations" else "cldr-annotations-derived-full@48.2.0"
-        tables = json.loads(npm_file(package, f"{kind}/en/annotations.json", folder).read_text())
+        tables = json.loads(npm_file(package, f"{kind}/en/annotations.json", folder).read_text("utf-8"))
         for emoji, words in tables[kind]["annotations"].items():
             lists[emoji.replace("\ufe0f", "")] += [*words.get("default", ()), *words.get("tts", ())]
     keywords = []

@@ -114,7 +114,7 @@ class Icons:
 
 def load(work_dir: Path) -> Icons:
     """All objects; rasterised once, into `work_dir`, which takes about two minutes."""
-    sets = [json.loads(npm_file(package, "icons.json", work_dir / "npm").read_text()) for package in ICONS]
+    sets = [json.loads(npm_file(package, "icons.json", work_dir / "npm").read_text("utf-8")) for package in ICONS]
     slugs = sorted(set.intersection(*(visible(part["icons"]) for part in sets)))
     cache = work_dir / "pixels.npy"
     pixels = np.load(cache) if cache.exists() else None
@@ -122,7 +122,7 @@ def load(work_dir: Path) -> Icons:
         pixels = np.stack([[rasterise(svg_of(part["icons"][slug], part)) for slug in slugs] for part in sets])
         with atomic_file(cache) as unfinished, open(unfinished, "wb") as file:
             np.save(file, pixels)
-    codes = json.loads(npm_file(ICONS[0], "chars.json", work_dir / "npm").read_text())
+    codes = json.loads(npm_file(ICONS[0], "chars.json", work_dir / "npm").read_text("utf-8"))
     emoji_of = {}
     for code, slug in codes.items():
         emoji_of.setdefault(slug, "".join(chr(int(part, 16)) for part in code.split("-")).replace("\ufe0f", ""))

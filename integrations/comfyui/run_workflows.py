@@ -66,7 +66,7 @@ def main():
             address = f"http://127.0.0.1:{port}"
             wait_for("Starting ComfyUI", lambda: request(f"{address}/object_info/PaellaSample"))
             for workflow, expected in PICTURES.items():
-                graph = json.loads((HERE / f"workflows/{workflow}.json").read_text())
+                graph = json.loads((HERE / f"workflows/{workflow}.json").read_text("utf-8"))
                 prompt = request(f"{address}/prompt", {"prompt": graph})["prompt_id"]
                 history = wait_for(workflow, lambda prompt=prompt: request(f"{address}/history/{prompt}").get(prompt))
                 if history["status"]["status_str"] != "success":

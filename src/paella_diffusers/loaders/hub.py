@@ -167,7 +167,7 @@ def _push(save, thing, repo_id, commit_message, private, token, create_pr, subfo
             if earlier is None or is_unedited(earlier):
                 card = earlier_details(earlier) | {name: value for name, value in card.items() if value is not None}
                 card["samples"] = save_samples(samples, folder)
-                (folder / "README.md").write_text(model_card(thing, repo_id, **card))
+                (folder / "README.md").write_text(model_card(thing, repo_id, **card), encoding="utf-8")
             if not card.get("is_lora"):
                 _write_stubs(thing, repo_id, folder)
         return upload_folder(
@@ -182,7 +182,7 @@ def _push(save, thing, repo_id, commit_message, private, token, create_pr, subfo
 
 def _read_card(repo_id: str, token: str | None) -> str | None:
     try:
-        return Path(download(repo_id, "README.md", None, {"token": token})).read_text()
+        return Path(download(repo_id, "README.md", None, {"token": token})).read_text("utf-8")
     except FileNotFoundError:
         return None
 

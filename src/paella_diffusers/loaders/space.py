@@ -42,4 +42,4 @@ def write_space(repo_id: str, folder: Path):
     folder.mkdir()
     values = {"repo_id": repo_id, "name": repo_id.split("/")[-1], "requirement": requirement("web")}
     for file, template in FILES.items():
-        (folder / file).write_text(template.format(**values))
+        (folder / file).write_text(template.format(**values), encoding="utf-8")

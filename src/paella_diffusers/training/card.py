@@ -57,7 +57,7 @@ def _write_card(run, thing, details: dict):
         (folder / path).parent.mkdir(exist_ok=True)
         sample["image"].save(folder / path)
         samples.append({"path": str(path), "prompt": sample["prompt"], "seed": sample["seed"]})
-    (folder / "README.md").write_text(model_card(thing, run.hub_id, samples=samples, **details))
+    (folder / "README.md").write_text(model_card(thing, run.hub_id, samples=samples, **details), encoding="utf-8")
 
 
 def base_model(args) -> str | None:

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -53,6 +54,7 @@ logger = logging.get_logger(__name__)
 
 # with others, an epoch has another number of steps
 EPOCH_LENGTH = {"batch_size", "gradient_accumulation_steps", "processes", "data", "dataset_config_name", "max_train_samples"}
+SIGNALS = [signal.SIGTERM] if sys.platform == "win32" else [signal.SIGTERM, signal.SIGUSR1]
 STOPPED = 75  # the exit status of a run that saved a checkpoint because of a signal: start it again
 
 
@@ -384,7 +386,7 @@ class TrainingRun:
         def remember(number, frame):
             self.stopped_by = signal.Signals(number).name
 
-        handlers = {number: signal.signal(number, remember) for number in (signal.SIGTERM, signal.SIGUSR1)}
+        handlers = {number: signal.signal(number, remember) for number in SIGNALS}
         try:
             yield
         finally:
@@ -542,5 +544,7 @@ def steps_of_epochs(args: argparse.Namespace, processes: int, rows: int, resumed
 
 def _leave_process_group(worker: int):
     """A signal to the trainer's whole group must not end its data readers: it needs them until it has saved."""
+    if sys.platform == "win32":  # which has no such groups and signals
+        return
     os.setsid()
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
