@@ -10,6 +10,8 @@ import train_prior
 import train_vqgan
 
 from paella_diffusers.training.arguments import check_arguments
+from paella_diffusers.training.data import SampleTransform
+from paella_diffusers.training.dreambooth import PRECISIONS
 
 BASE = ["--data", "pictures", "--pretrained", "model", "--output-dir", "out"]
 # every argument of diffusers' examples/text_to_image/train_text_to_image.py, and a value where it takes one
@@ -55,6 +57,19 @@ def test_every_argument_of_diffusers_is_accepted_or_refused_with_a_reason(name, 
             assert f"{option.replace('_', '-')} does not apply here: " in capsys.readouterr().err
         else:
             train_paella.parse_args([*base, *given])
+
+
+@pytest.mark.parametrize("mode", ["nearest", "nearest_exact", "box", "bilinear", "hamming", "bicubic", "lanczos"])
+def test_every_interpolation_of_diffusers(mode):
+    args = train_paella.parse_args([*BASE, "--image_interpolation_mode", mode])
+    resampling = SampleTransform(8, interpolation=args.image_interpolation_mode).interpolation
+    assert resampling.name == mode.partition("_")[0].upper()
+
+
+@pytest.mark.parametrize("precision", ["no", "fp32", "fp16", "bf16"])
+def test_every_precision_of_diffusers_dreambooth(precision):
+    command = [*BASE, "--instance_prompt", "a", "--prior_generation_precision", precision]
+    assert train_dreambooth.parse_args(command).prior_generation_precision in PRECISIONS
 
 
 def test_they_mean_the_same():

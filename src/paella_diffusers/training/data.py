@@ -32,7 +32,8 @@ logger = logging.get_logger(__name__)
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 WINDOW = 1000  # samples that are shuffled, or put into buckets, together
 ENOUGH = 100_000  # samples after which a reader that could use none of them gives up
-INTERPOLATIONS = ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos")  # of Pillow
+# of Pillow; it has no other "nearest" than what torchvision calls so
+INTERPOLATIONS = ("nearest", "nearest_exact", "box", "bilinear", "hamming", "bicubic", "lanczos")
 
 
 @dataclass
@@ -114,7 +115,7 @@ class SampleTransform:
     ):
         self.resolution, self.quality, self.captions = resolution, quality, captions
         self.center_crop, self.random_flip = center_crop, random_flip
-        self.interpolation = Image.Resampling[interpolation.upper()]
+        self.interpolation = Image.Resampling[interpolation.removesuffix("_exact").upper()]
         self.arrays, self.buckets = StoredArrays(), None
 
     def __call__(self, raw: dict, rng: random.Random) -> dict | None:

@@ -16,7 +16,7 @@ from .data import IMAGE_EXTENSIONS, SampleTransform
 from .run import TrainingRun
 from .unet import Computed
 
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+PRECISIONS = {"no": torch.float32, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def add_dreambooth_arguments(parser: argparse.ArgumentParser):
