@@ -20,6 +20,7 @@ import torch
 import webdataset
 from accelerate import Accelerator
 from accelerate.utils import send_to_device
+from diffusers.utils import logging
 from safetensors.torch import save_file
 from torchdata.stateful_dataloader import StatefulDataLoader
 from tqdm import tqdm
@@ -29,6 +30,8 @@ from paella_diffusers.loaders.atomic import atomic_file
 from paella_diffusers.training.conditioning import Encoder
 from paella_diffusers.training.data import SampleTransform, add_filters, collate, load_stream, quality_filter
 from paella_diffusers.training.stored import COMPUTED, store
+
+logger = logging.get_logger(__name__)
 
 
 def parse_args(args=None):
@@ -41,7 +44,7 @@ def parse_args(args=None):
     add("--float8", action="store_true", help="store `prompt_embeds` in float8 with a scale for each token: half the size")
     add("--resolution", type=int, default=256, help="pixels a side (default: %(default)s)")
     add("--batch-size", type=int, default=16, help="images encoded at a time (default: %(default)s)")
-    add("--shard-size", type=int, default=1000, help="samples in a shard (default: %(default)s)")
+    add("--shard-size", type=int, default=1000, help="samples in a shard, or up to a batch more (default: %(default)s)")
     add("--epochs", type=int, default=1, help="passes over the data, each with other crops and captions (default: 1)")
     add("--num-workers", type=int, default=2, help="processes that read data (default: %(default)s)")
     add("--image-column", default="image", help="the column with the images (default: %(default)s)")
@@ -53,7 +56,7 @@ def parse_args(args=None):
 
 @torch.no_grad()
 def compute(encoder: Encoder, batch: dict, parts: list[str], float8: bool = False) -> list[dict]:
-    """One dictionary of files for each sample of a batch."""
+    """One dictionary of files for each sample of a batch, without samples whose embeddings are not finite."""
     arrays = {}
     if "tokens" in parts:
         arrays["tokens"] = encoder.tokens(batch)
@@ -68,8 +71,15 @@ def compute(encoder: Encoder, batch: dict, parts: list[str], float8: bool = Fals
             lengths = [None] * len(embeds) if mask is None else mask.sum(1).tolist()
             arrays["prompt_embeds"] = [rows[:length] for rows, length in zip(embeds, lengths)]
     arrays = {name: array for name, array in arrays.items() if array is not None}
-    rows = [{name: array[row] for name, array in arrays.items()} for row in range(len(batch["text"]))]
-    return [store(row, float8) | {"txt": text} for row, text in zip(rows, batch["text"])]
+    samples = []
+    for row, text in enumerate(batch["text"]):
+        try:
+            files = store({name: array[row] for name, array in arrays.items()}, float8)
+        except FloatingPointError as error:
+            logger.warning(f"Skipped the sample with the caption {text[:100]!r}: {error}")
+            continue
+        samples.append(files | {"txt": text})
+    return samples
 
 
 def main(args):
@@ -122,7 +132,9 @@ def main(args):
     for batch in bar:
         skipped += batch.pop("unreadable") + batch.pop("filtered")
         batch.pop("epochs")
-        waiting += compute(encoder, send_to_device(batch, accelerator.device), args.parts, args.float8)
+        computed = compute(encoder, send_to_device(batch, accelerator.device), args.parts, args.float8)
+        skipped += len(batch["text"]) - len(computed)
+        waiting += computed
         if len(waiting) >= args.shard_size:
             write(waiting, finished=False)
             waiting = []

@@ -150,6 +150,20 @@ def test_interrupted_it_goes_on(options, tmp_path, monkeypatch):
     assert len(read(tmp_path / "computed")) == 20
 
 
+def test_embeddings_that_are_not_finite_are_skipped_and_counted(options, tmp_path, monkeypatch, caplog, capsys):
+    image_embeds = Encoder.clip_image_embeds
+
+    def broken(self, batch):
+        embeds = image_embeds(self, batch)
+        broken = [text.split()[-1] in ("3", "11") for text in batch["text"]]
+        return torch.where(torch.tensor(broken)[:, None], torch.nan, embeds)
+
+    monkeypatch.setattr(Encoder, "clip_image_embeds", broken)
+    precompute.main(precompute.parse_args([*options, "--parts", "tokens", "clip_image_embeds"]))
+    assert {text.split()[-1] for text in read(tmp_path / "computed")} == set(map(str, range(20))) - {"3", "11"}
+    assert "18 samples in" in capsys.readouterr().out and "Skipped the sample with the caption" in caplog.text
+
+
 def test_finished_it_stays_as_it_is(options, tmp_path):
     options = [*options, "--num-workers", "2", "--parts", "tokens"]
     precompute.main(precompute.parse_args(options))
