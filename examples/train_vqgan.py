@@ -130,6 +130,8 @@ def train_vqgan(run: TrainingRun, vqgan: Trained, discriminator: Trained | None,
     args, accelerator, own, shown = run.args, run.accelerator, run.unwrapped(vqgan), None
 
     def draw():
+        if shown is None:  # before the first batch
+            return None
         pixels = torch.cat([shown, own(shown).sample.clamp(0, 1)])
         images = VaeImageProcessor.numpy_to_pil(VaeImageProcessor.pt_to_numpy(pixels))
         return make_image_grid(images, rows=2, cols=len(shown))

@@ -78,6 +78,18 @@ def test_sheets_are_what_the_published_model_draws(options, tmp_path):
     assert "“red”, seed 3" in card and (tmp_path / "out" / "images" / "sample-0.png").exists()
 
 
+def test_a_sheet_that_was_not_drawn_is_drawn_on_resuming(options, tmp_path):
+    """By a run that was killed between its last checkpoint and its result."""
+    folder, options = tmp_path / "out", [*options, "--max-steps", "1", "--prompts", "red"]
+    train(options, folder)
+    expected = (folder / "samples" / "00000001.png").read_bytes()
+    for path in (folder / "samples" / "00000001.png", folder / "README.md", folder / "images" / "sample-0.png"):
+        path.unlink()
+    train(options, folder, "--resume", "latest")
+    assert (folder / "samples" / "00000001.png").read_bytes() == expected
+    assert "“red”, seed 0" in (folder / "README.md").read_text("utf-8") and (folder / "images" / "sample-0.png").exists()
+
+
 def test_the_card_tells_the_base_the_data_and_the_command_but_no_folders(options, tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["/home/someone/examples/train_paella.py"])
     train([*options, "--hub_token=secret"], tmp_path / "out", "--max-steps", 1, "--learning_rate", 0.01)

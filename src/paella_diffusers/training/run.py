@@ -319,7 +319,7 @@ class TrainingRun:
 
     # ---------------------------------------------------------------------------------------------------------- the loop
 
-    def batches(self, draw: Callable[[], Image.Image] | None = None) -> Iterator[dict]:
+    def batches(self, draw: Callable[[], Image.Image | None] | None = None) -> Iterator[dict]:
         """
         Batches on this process's device until `--max-steps` are done. Between steps this method reports and saves. It also
         has `draw` make a sheet of samples, which goes to the folder `samples` and to the trackers.
@@ -330,6 +330,8 @@ class TrainingRun:
         """
         args, accelerator = self.args, self.accelerator
         self._begin()
+        if draw is not None and self._lacks_sheet():
+            self._draw(draw)
         loader, models = iter(self.loader), [trained.model for trained in self.trained]
         for _ in range(args.skip_batches if self.resumed else 0):
             self._next(loader)
@@ -455,6 +457,14 @@ class TrainingRun:
         parts = gather_object(own) if self.accelerator.num_processes > 1 else own
         return {name: (max if name == "epochs" else sum)(part[name] for part in parts) for name in own[0]}
 
+    def _lacks_sheet(self) -> bool:
+        """Whether the run was stopped after it had saved and before it drew. The model card needs the last sheet."""
+        if self.resumed is None or self.sharded:  # a sharded model cannot be called before its first step
+            return False
+        sheet = self.args.output_dir / "samples" / f"{self.step:08d}.png"
+        last = self.step == self.args.max_steps
+        return last or (self.step % self.args.sample_every == 0 and not sheet.exists())
+
     def _draw(self, draw):
         """Have `draw` make a sheet, with all processes if each has a shard of the model only."""
         if not (self.sharded or self.accelerator.is_main_process):
@@ -464,7 +474,7 @@ class TrainingRun:
         with torch.random.fork_rng(), torch.no_grad(), self.averaged(), self._gathered(), self.accelerator.autocast():
             sheet = draw()
         model.train()
-        if not self.accelerator.is_main_process:
+        if sheet is None or not self.accelerator.is_main_process:
             return
         folder = self.args.output_dir / "samples"
         folder.mkdir(exist_ok=True)

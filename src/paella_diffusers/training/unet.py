@@ -38,7 +38,6 @@ def train_unet(run: TrainingRun, unet: Trained, frozen: "FrozenParts", levels: S
         generator = run.generator()  # of this pass, and the same in every process
         dropped = drop_conditioning(generator, args.text_dropout, args.clip_text_dropout, args.clip_image_dropout)
         tokens, conditioning = frozen.encoder.tokens(batch), frozen.encoder.conditioning(batch, dropped)
-        frozen.grid = frozen.grid or tokens.shape[1:]
         timestep = draw_timesteps(len(tokens), generator, run.part, levels).to(tokens.device)
         noised, mask = corrupt(tokens, timestep, num_tokens, generator, run.part, batch.get("noise"))
         with accelerator.autocast():
@@ -110,11 +109,8 @@ class FrozenParts:
             self.pipe.prior.eval().requires_grad_(False).to(device)
         self.encoder = Encoder(self.pipe, computed.empty).to(device, half=run.accelerator.mixed_precision != "no")
 
-    def _prepare_data(self, computed: "Computed") -> tuple[int, int] | None:
-        """
-        Tell the stream what this model takes. Height and width, in tokens, of sheets' pictures; None for those of the first
-        batch.
-        """
+    def _prepare_data(self, computed: "Computed") -> tuple[int, int]:
+        """Tell the stream what this model takes. Height and width, in tokens, of sheets' pictures."""
         run, args, sizes = self.run, self.run.args, self.pipe.unet.config
         multiple = self.pipe.vqgan.patch_size * self.pipe.unet.sample_multiple
         if computed.parts:
@@ -131,11 +127,10 @@ class FrozenParts:
         shapes = {"tokens": (side, side), "prompt_embeds": (None, sizes.text_embed_dim)}
         shapes |= dict.fromkeys(("clip_text_embeds", "clip_image_embeds"), (sizes.clip_embed_dim,))
         run.stream.transform.arrays = StoredArrays(shapes, sizes.num_vq_embeddings, computed.required)
-        if not args.aspect_ratio_buckets:
-            return None
-        if computed.parts:
+        if args.aspect_ratio_buckets and computed.parts:
             raise ValueError(f"--aspect-ratio-buckets needs pictures, but {args.data} has computed arrays of one size.")
-        run.stream.use_buckets(Buckets(resolution, multiple, args.batch_size))
+        if args.aspect_ratio_buckets:
+            run.stream.use_buckets(Buckets(resolution, multiple, args.batch_size))
         return side, side
 
     def encode_prompts(self):
