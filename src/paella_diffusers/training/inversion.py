@@ -101,8 +101,8 @@ class TemplateCaptions(CaptionsLeft):
 
     def conditioning(self, batch: dict, dropped: tuple[bool, bool, bool] = (False, False, False)) -> dict:
         index, count = self.run.part
-        rng = random.Random(f"{self.run.args.seed} {self.run.passes}")  # drawn for the batch of all processes
-        templates = rng.choices(self.templates, k=len(batch["text"]) * count)[index::count]
+        rng = random.Random(f"{self.run.args.seed} {self.run.passes} 0")  # for the batch of all, as the first process did
+        templates = [rng.choice(self.templates) for _ in range(len(batch["text"]) * count)][index::count]
         text = [caption or template.format(self.token) for caption, template in zip(batch["text"], templates)]
         return super().conditioning(batch | {"text": text}, dropped)
 
