@@ -68,7 +68,7 @@ def test_random_numbers_are_continued_on_this_processs_device(monkeypatch, kind)
     assert len(loaded) == 1
 
 
-def test_a_checkpoint_is_chosen_by_its_path_or_its_name(folder, monkeypatch):
+def test_a_checkpoint_is_chosen_by_its_path_or_its_name(folder):
     for name in (str(folder / "00000002"), "00000002", "00000002/"):
         assert checkpoint.choose_checkpoint(name, folder) == folder / "00000002"
     with pytest.raises(FileNotFoundError, match="--resume 00000003 is no checkpoint; there are .*00000002"):

@@ -52,7 +52,7 @@ from .lock import FolderLock
 
 logger = logging.get_logger(__name__)
 
-# with others, an epoch has another number of steps
+# on which the number of steps in an epoch depends
 EPOCH_LENGTH = {"batch_size", "gradient_accumulation_steps", "processes", "data", "dataset_config_name", "max_train_samples"}
 SIGNALS = [signal.SIGTERM] if sys.platform == "win32" else [signal.SIGTERM, signal.SIGUSR1]
 STOPPED = 75  # the exit status of a run that saved a checkpoint because of a signal: start it again
