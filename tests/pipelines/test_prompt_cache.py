@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from conftest import tiny_components
+from peft import LoraConfig
 
 
 @pytest.fixture
@@ -71,6 +72,59 @@ def test_nothing_stale(pipe, encoded):
     assert encode(pipe.to(torch.float64))[0].dtype == torch.float64
     other = copy.deepcopy(pipe)
     assert all(torch.equal(part, one) for part, one in zip(encode(other), encode(pipe)))
+
+
+TARGETS = {"text_encoder": "q", "text_encoder_2": "q_proj"}
+
+
+def add_adapters(pipe):
+    for name, layer in TARGETS.items():
+        getattr(pipe, name).add_adapter(LoraConfig(r=2, target_modules=[layer], init_lora_weights=False), "made")
+
+
+def same(parts, others) -> list[bool]:
+    return [torch.equal(part, other) for part, other in zip(parts, others)]
+
+
+def test_nothing_stale_with_adapters(pipe):
+    add_adapters(pipe)
+    changes = [
+        lambda: pipe.set_adapters("made", 0.5),
+        lambda: pipe.set_adapters("made", 20.0),
+        pipe.disable_lora,
+        pipe.enable_lora,
+    ]
+    expected = []
+    for change in changes:
+        change()
+        expected.append(encode(pipe))
+    assert not any(same(expected[0], expected[1])) and not any(same(expected[1], expected[2]))
+    pipe.enable_prompt_cache()
+    for change, parts in zip(changes * 2, expected * 2):
+        change()
+        assert all(same(encode(pipe), parts))
+    assert len(pipe._prompt_cache) == 12  # "a dog" and "a cat" of two encoders; to enable them is as before
+
+
+def test_nothing_stale_after_fusing(pipe):
+    pipe.enable_prompt_cache()
+    plain = encode(pipe)
+    add_adapters(pipe)
+    pipe.set_adapters("made", 20.0)
+    pipe.fuse_lora(list(TARGETS))
+    pipe.unload_lora_weights()
+    assert not any(same(encode(pipe), plain))
+
+
+def test_nothing_stale_after_other_weights_are_put_in(pipe):
+    pipe.enable_prompt_cache()
+    found = []
+    for factor in (1.0, 2.0):
+        for name in TARGETS:
+            weights = {key: weight * factor for key, weight in getattr(pipe, name).state_dict().items()}
+            getattr(pipe, name).load_state_dict(weights, assign=True)
+        found.append(encode(pipe))
+    assert not any(same(*found))
 
 
 @pytest.mark.parametrize("value", [0, 1.5, True, "many"])

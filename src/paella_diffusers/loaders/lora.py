@@ -280,10 +280,16 @@ class PaellaLoraLoaderMixin(LoraBaseMixin):
     ) -> None:
         """Add the active adapters, times `lora_scale`, to the weights themselves."""
         super().fuse_lora(components, lora_scale, safe_fusing, adapter_names, **kwargs)
+        self._forget_prompts()
 
     def unfuse_lora(self, components: list[str] = _lora_loadable_modules, **kwargs: Any) -> None:
         """Take them out again."""
         super().unfuse_lora(components, **kwargs)
+        self._forget_prompts()
+
+    def _forget_prompts(self):
+        if self._prompt_cache is not None:
+            self._prompt_cache.clear()  # PEFT sets weights through `.data`
 
 
 def _adapter_file(source, use_safetensors: bool | None, weight_name, subfolder, revision, options: dict) -> str:

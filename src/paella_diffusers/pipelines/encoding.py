@@ -3,7 +3,7 @@
 import copy
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any, cast
 
 import PIL.Image
@@ -31,7 +31,8 @@ class EncodingMixin:
         """
         Keep what the text encoders made of the prompts of recent calls, for calls with the same prompts: nothing is encoded
         twice. Prompts of one call are one entry for each encoder: about 10 kB a byte of text at the published sizes. Another
-        encoder, or other weights or embeddings in it, are noticed, unless weights are set through `.data`.
+        encoder is noticed, and so are other weights, embeddings, adapters or adapters' scales in it, unless weights are set
+        through `.data`.
 
         Args:
             max_entries (`int`, defaults to 64): Keep so many; the one that was used the longest ago goes first.
@@ -51,10 +52,8 @@ class EncodingMixin:
         cache = self._prompt_cache
         if cache is None:
             return encode()
-        # other weights: training and loading change them in place, which torch counts
-        version = sum(0 if weight.is_inference() else weight._version for weight in encoder.parameters())
         tokens = tuple(None if part is None else (tuple(part.shape), part.cpu().numpy().tobytes()) for part in inputs)
-        key = (weakref.ref(encoder), encoder.dtype, inputs[0].device, version, tokens)
+        key = (weakref.ref(encoder), encoder.dtype, inputs[0].device, _state(encoder), tokens)
         with _CACHING:
             encoded = cache.pop(key, None)
         encoded = encode() if encoded is None else encoded
@@ -235,6 +234,24 @@ class EncodingMixin:
             noise = torch.lerp(unconditional, conditional, guidance_scale)
             sample = scheduler.step(noise, t.expand(len(sample)), sample, generator=generator).prev_sample
         return sample
+
+
+def _state(encoder: torch.nn.Module) -> Hashable:
+    """What differs after the encoder's weights or adapters were changed."""
+    # Changes in place are counted by torch. Offloading puts new weights in the place of those on the meta device.
+    weights = [weight for weight in encoder.parameters() if not weight.is_meta]
+    versions = tuple((id(weight), 0 if weight.is_inference() else weight._version) for weight in weights)
+    layers = [layer for layer in encoder.modules() if hasattr(layer, "set_scale")]  # as PEFT has them
+    adapters = tuple(
+        (
+            layer.disable_adapters,
+            tuple(layer.active_adapters),
+            tuple(layer.merged_adapters),
+            tuple(layer.scaling.items()),
+        )
+        for layer in layers
+    )
+    return versions, adapters
 
 
 def num_image_rows(images) -> int:
