@@ -32,6 +32,9 @@ def emoji(request):
         (0, {"guidance_scal": 3}, TypeError, "did you mean `guidance_scale`?"),
         (0, {"strength": 0.5}, TypeError, "takes no argument `strength`"),  # without an image
         (0, {"image": Image.new("RGB", (8, 8)), "strength": 0}, ValueError, "`strength`"),
+        (0, {"image": "cat.png"}, ValueError, "`image` must be a PIL image, got 'cat.png'"),
+        (0, {"image": Image.new("RGB", (8, 8)), "mask_image": 1}, ValueError, "`mask_image` must be a PIL image, got 1"),
+        (0, {"condition_image": "cat.png"}, ValueError, "`condition_image` must be a list of PIL images, got 'cat.png'"),
     ],
 )
 def test_a_bad_row_is_refused_when_it_is_made(seed, arguments, error, message):

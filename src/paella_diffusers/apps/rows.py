@@ -5,6 +5,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import PIL.Image
 import torch
 
 from ..checks import check_arguments, check_integer
@@ -61,6 +62,9 @@ class Row:
             if NOT_FOR_ROWS.fullmatch(name):
                 raise ValueError(f"`{name}` is no argument of a row: leave it out.")
         check_arguments(pipeline_class(self.arguments).__call__, self.arguments)
+        for name in ("image", "mask_image", "condition_image"):
+            if name in self.arguments:
+                _check_pictures(name, self.arguments[name])
         sampling = CallInputs.collect(self.arguments).sampling
         if "guidance_scale" not in self.arguments:
             sampling.guidance_scale = None
@@ -68,6 +72,13 @@ class Row:
         for side in ("height", "width"):
             if self.arguments.get(side) is not None:
                 check_integer(side, self.arguments[side], 1)
+
+
+def _check_pictures(name: str, value):
+    is_list = name == "condition_image"
+    pictures = value if is_list else [value]
+    if not isinstance(pictures, list | tuple) or not all(isinstance(one, PIL.Image.Image) for one in pictures):
+        raise ValueError(f"`{name}` must be a {'list of PIL images' if is_list else 'PIL image'}, got {value!r:.80}.")
 
 
 @dataclass(frozen=True)
