@@ -137,6 +137,15 @@ def test_the_same_bytes_with_processes(model, source, tmp_path, undisturbed):
     assert not leftovers(tmp_path)
 
 
+def no_pipeline():
+    raise ValueError("no such device")
+
+
+def test_a_process_that_cannot_load_the_model_says_why(source, tmp_path):
+    with pytest.raises(ValueError, match="no such device"):
+        run(make_job(source, tmp_path / "out", shard_size=7), no_pipeline, processes=2)
+
+
 def test_what_is_done_is_not_drawn_again(load, source, tmp_path, undisturbed, monkeypatch):
     run(make_job(source, tmp_path / "out"), load)
     monkeypatch.setattr(batch_module, "draw", None)

@@ -210,7 +210,7 @@ def draw_in_processes(job: Job, load: Callable, shards: list[int], processes: in
     pool.shutdown()
 
 
-_worker: "Worker | None" = None  # of a process of the pool
+_worker: "Worker | Exception | None" = None  # of a process of the pool, or why it has none
 
 
 def _begin_process(job: Job, load: Callable, devices):
@@ -221,10 +221,15 @@ def _begin_process(job: Job, load: Callable, devices):
     device = devices.get()
     if torch.cuda.is_available():
         torch.cuda.set_device(device % torch.cuda.device_count())
-    _worker = Worker(job, load)
+    try:
+        _worker = Worker(job, load)
+    except Exception as error:  # the pool would end without saying why
+        _worker = error
 
 
 def _draw_shard(index: int) -> int:
+    if isinstance(_worker, Exception):
+        raise _worker
     return _worker(index)
 
 
