@@ -21,6 +21,7 @@ from PIL import Image, ImageDraw
 from serving import PATIENCE, busy, picture, png, serving
 
 from paella_diffusers import EMOJI_MODEL, PaellaImg2ImgPipeline, PaellaInpaintPipeline, PaellaPipeline, PaellaPsiScheduler
+from paella_diffusers.apps import serve
 from paella_diffusers.apps.openai_images import Limits
 from paella_diffusers.apps.serve import Settings, create_app, preview_steps
 
@@ -443,6 +444,23 @@ def test_requests_have_numbers_and_their_text_is_not_logged(server, caplog):
         wait_until(lambda: len(caplog.records) == 2)
     assert headers["x-request-id"] in caplog.text and "200" in caplog.text and "400" in caplog.text
     assert "secret" not in caplog.text
+
+
+def test_an_unforeseen_error_is_answered_counted_and_logged_as_500(server, monkeypatch, caplog):
+    async def fail(*args):
+        raise RuntimeError("a fault")
+
+    monkeypatch.setattr(serve, "read_body", fail)
+    counter = 'paella_requests_total{path="/v1/images/generations",status="500"}'
+    before = metric(server, counter)
+    with caplog.at_level(logging.INFO, "paella_diffusers"):
+        status, answer, headers = post(server, b"{}")
+        logged = lambda: [record for record in caplog.records if headers["x-request-id"] in record.getMessage()]
+        wait_until(lambda: len(logged()) == 2)
+    assert status == 500 and answer["error"]["code"] == "internal_error" and "fault" not in str(answer)
+    wait_until(lambda: metric(server, counter) == before + 1)
+    error, request = logged()
+    assert error.exc_info[0] is RuntimeError and " 500 " in request.getMessage()
 
 
 def test_health_and_metrics(server):

@@ -88,7 +88,7 @@ def create_app(pipe: PaellaPipelineBase, settings: Settings) -> FastAPI:
 
     app = FastAPI(title="paella-diffusers", openapi_url=None, lifespan=lifespan)  # its pages would load from elsewhere
     app.state.batcher = batcher
-    for error in (APIError, QueueFullError, ValueError, HTTPException, ClientDisconnect, Exception):
+    for error in (APIError, QueueFullError, ValueError, HTTPException, ClientDisconnect):
         app.add_exception_handler(error, _answer_error)
     if settings.api_key is None:
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=LOCAL_NAMES)  # names that others point at this machine
@@ -364,7 +364,7 @@ class RequestLog:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        number, begun, status = uuid.uuid4().hex, time.monotonic(), 499
+        number, begun, status = uuid.uuid4().hex, time.monotonic(), None
 
         async def send_with_number(message):
             nonlocal status
@@ -375,7 +375,13 @@ class RequestLog:
 
         try:
             await self.app(scope, receive, send_with_number)
+        except Exception as error:  # unforeseen; Starlette would answer it later, without the number
+            if status is not None:
+                raise
+            logger.exception("%s", number)
+            answer = await _answer_error(Request(scope), error)
+            await answer(scope, receive, send_with_number)
         finally:
-            seconds = time.monotonic() - begun
+            seconds, status = time.monotonic() - begun, status or 499  # the client left
             logger.info("%s %s %r %d %.3f s", number, scope["method"], scope["path"][:80], status, seconds)
             self.metrics.observe_request(scope["path"], status, seconds)
