@@ -8,8 +8,9 @@ float `(batch_size, height, width, 3)` in [0, 1], and MASK, float `(batch_size, 
 """
 
 import importlib.util
-import re
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 
 import diffusers
 import torch
@@ -43,10 +44,32 @@ GUIDANCE = {"guidance": ("PAELLA_GUIDANCE", {"tooltip": "the model's own if noth
 
 @dataclass(frozen=True)
 class Model:
-    """What PAELLA_MODEL is: a pipeline, whose models are shared by all nodes, and the adapters to use, with their scales."""
+    """
+    What PAELLA_MODEL is.
+
+    Args:
+        pipe (`PaellaPipeline`): Its models are shared by all nodes.
+        adapters (`tuple[tuple[str, float], ...]`): The adapters to use, with their scales.
+        loaded (`dict[str, str]`): All adapters of the pipeline, by what they were loaded from; shared like the models.
+    """
 
     pipe: PaellaPipeline
     adapters: tuple[tuple[str, float], ...] = ()
+    loaded: dict[str, str] = field(default_factory=dict, compare=False)
+
+    @contextmanager
+    def adapted(self) -> Iterator[None]:
+        """While it lasts, this model's adapters are active, and no others; after it none is."""
+        if self.adapters:
+            self.pipe.enable_lora()
+            self.pipe.set_adapters(*map(list, zip(*self.adapters)))
+        elif self.loaded:
+            self.pipe.disable_lora()
+        try:
+            yield
+        finally:
+            if self.adapters:
+                self.pipe.disable_lora()
 
     def __call__(self, task: type, conditioning: dict, scheduler: str, guidance=None, height=0, width=0, seed=0, **options):
         """The images of a call of the task, with a preview after each step."""
@@ -56,11 +79,6 @@ class Model:
             pipe.scheduler = kind.from_config(pipe.scheduler.config)
         if guidance is not None:
             pipe.guider = guidance
-        if self.adapters:
-            pipe.enable_lora()
-            pipe.set_adapters(*map(list, zip(*self.adapters)))
-        elif pipe.get_list_adapters():
-            pipe.disable_lora()
         pipe.set_progress_bar_config(disable=True)
         if importlib.util.find_spec("comfy") is not None:
             options |= {
@@ -68,11 +86,8 @@ class Model:
                 "callback_on_step_end_tensor_inputs": ["pred_original_sample"],
             }
         generator = torch.Generator().manual_seed(seed)
-        try:
+        with self.adapted():
             return pipe(height=height or None, width=width or None, generator=generator, **conditioning, **options).images
-        finally:
-            if self.adapters:
-                pipe.disable_lora()
 
 
 def show_step(pipe, step: int, timestep, tensors: dict) -> dict:
@@ -142,13 +157,14 @@ class PaellaLora(Node):
     }
 
     def run(self, model: Model, lora: str, scale: float):
-        name = re.sub(r"\W", "_", lora)
-        if name not in model.pipe.get_list_adapters().get("unet", []):
+        if lora not in model.loaded:
+            name = f"lora_{len(model.loaded)}"
             try:
                 model.pipe.load_lora_weights(lora, adapter_name=name)
             except (OSError, ValueError) as error:
                 raise ValueError(f"`lora` is {lora!r}: {error}") from error
-        return (replace(model, adapters=(*model.adapters, (name, scale))),)
+            model.loaded[lora] = name
+        return (replace(model, adapters=(*model.adapters, (model.loaded[lora], scale))),)
 
 
 class PaellaEncode(Node):
@@ -159,7 +175,8 @@ class PaellaEncode(Node):
     INPUTS = {"model": MODEL, "prompt": TEXT, "negative_prompt": TEXT}
 
     def run(self, model: Model, prompt: str, negative_prompt: str):
-        embeds = PromptEmbeds(*model.pipe.encode_prompt(prompt, negative_prompt))
+        with model.adapted():
+            embeds = PromptEmbeds(*model.pipe.encode_prompt(prompt, negative_prompt))
         return (embeds._asdict(),)
 
 

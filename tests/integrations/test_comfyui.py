@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import tiny_components, tiny_pipeline
 from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
@@ -143,6 +144,38 @@ def test_adapters_belong_to_the_models_that_have_them(package, tmp_path):
     assert torch.equal(again, with_adapter)
     assert not torch.equal(with_adapter, before)
     assert torch.equal(after, before)
+
+
+def tiny_model(package):
+    return sys.modules["paella_comfyui.nodes"].Model(tiny_pipeline())
+
+
+def save_lora(folder: Path, component: str, layer: str) -> str:
+    """A random adapter of one component of `tiny_pipeline`."""
+    model = tiny_components()[component]
+    model.add_adapter(LoraConfig(r=2, target_modules=[layer], init_lora_weights=False))
+    PaellaPipeline.save_lora_weights(folder, **{f"{component}_lora_layers": get_peft_model_state_dict(model)})
+    return str(folder)
+
+
+def test_prompts_are_encoded_with_the_adapters_of_their_model(package, tmp_path):
+    model, lora = tiny_model(package), save_lora(tmp_path, "text_encoder", "o")
+    load = package.NODE_CLASS_MAPPINGS["PaellaLora"]().run
+    encode = lambda model: package.NODE_CLASS_MAPPINGS["PaellaEncode"]().run(model, "red heart", "")[0]["prompt_embeds"]
+    plain = encode(model)
+    (half,), (whole,) = load(model, lora, 0.5), load(model, lora, 1.0)  # read once
+    assert torch.equal(encode(model), plain)
+    with_half, with_whole = encode(half), encode(whole)
+    assert not torch.equal(with_half, plain) and not torch.equal(with_whole, with_half)
+    assert torch.equal(encode(model), plain) and torch.equal(encode(half), with_half)
+
+
+def test_adapters_whose_names_are_alike_are_two(package, tmp_path):
+    model, load = tiny_model(package), package.NODE_CLASS_MAPPINGS["PaellaLora"]().run
+    folders = [save_lora(tmp_path / name, "unet", "to_q") for name in ("a-b", "a_b")]
+    names = [load(model, folder, 1.0)[0].adapters[0][0] for folder in (*folders, folders[0])]
+    assert names[0] == names[2] != names[1]
+    assert model.pipe.get_list_adapters() == {"unet": names[:2]}
 
 
 def test_bad_input_names_the_nodes_input(package, tmp_path):
