@@ -53,6 +53,7 @@ REFUSED = [
     ("generate a --out nowhere/a.png", "--out: the folder nowhere does not exist"),
     ("generate a --out a.xyz", "--out must end in .png, .jpg, .jpeg, .webp, .gif, .bmp, .tif, .tiff to be a picture"),
     ("generate a --out a.psd", "--out must end in .png"),
+    ("generate a b --num-images 300 --out a.webp", "the contact sheet would be 19200x128. Choose .png, or generate fewer"),
     ("generate a --out folder.png", "--out: folder.png is a folder"),
     ("generate a --out " + "a" * 255 + ".png", "File name too long"),
     ("generate a b --out " + "a" * 250 + ".png", "File name too long"),

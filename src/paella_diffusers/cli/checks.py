@@ -45,6 +45,14 @@ def count(args: argparse.Namespace) -> int:
     return args.num_images * (1 if getattr(args, "region_masks", None) else len(args.prompt))
 
 
+def sheet_size(args: argparse.Namespace) -> tuple[int, int]:
+    """Columns and rows of the contact sheet: if several prompts have several pictures each, a row for each prompt."""
+    total = count(args)
+    is_table = not getattr(args, "region_masks", None) and len(args.prompt) > 1 and args.num_images > 1
+    columns = args.num_images if is_table else math.ceil(math.sqrt(total))
+    return columns, math.ceil(total / columns)
+
+
 def check_source(option: str, source: str) -> bool:
     """Whether a model or adapter is a local one; refuse what is neither that nor could be a Hub id."""
     if os.path.exists(source):
@@ -213,6 +221,13 @@ def _check_size(args, model: LocalModel | None, image: Image.Image | None):
         raise ValueError(
             f"--out {args.out}: pictures in this format have at most {most} pixels a side, not {width}x{height}."
         )
+    if args.command != "interpolate" and (args.size or model is not None or image is not None):
+        columns, rows = sheet_size(args)
+        if max(columns * width, rows * height) > most:
+            raise ValueError(
+                f"--out {args.out}: pictures in this format have at most {most} pixels a side, and the contact sheet "
+                f"would be {columns * width}x{rows * height}. Choose .png, or generate fewer pictures."
+            )
 
 
 def _check_padding(padding: tuple[int, ...], patch_size: int):

@@ -8,7 +8,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from .checks import check, count
+from .checks import check, count, sheet_size
 from .output import numbered, write, write_film, write_sheet
 
 PIPELINES = {  # of the other commands `PaellaPipeline`
@@ -74,8 +74,7 @@ def draw_pictures(pipe, call: dict[str, Any], args: argparse.Namespace):
                 images.append(image)
                 write(image, numbered(args.out, len(images)) if total > 1 else args.out)
     if total > 1:
-        is_table = "region_masks" not in call and len(args.prompt) > 1 and args.num_images > 1
-        write_sheet(images, args.out, columns=args.num_images if is_table else math.ceil(math.sqrt(total)))
+        write_sheet(images, args.out, columns=sheet_size(args)[0])
 
 
 def draw_film(pipe, call: dict[str, Any], args: argparse.Namespace):
