@@ -316,6 +316,11 @@ def test_cells_of_csv(tmp_path):
         rows.row(1, second)
 
 
+def test_long_cells_of_csv(tmp_path):
+    (tmp_path / "rows.csv").write_text(f"prompt\n{'a' * 200_000}\nb\n")
+    assert [len(record["prompt"]) for record in BatchInput(str(tmp_path / "rows.csv")).records()] == [200_000, 1]
+
+
 def test_shards_in_any_order(tmp_path):
     (tmp_path / "rows.jsonl").write_text("1\n\n2\n3\n4\n5\n")
     reader = ShardReader(BatchInput(str(tmp_path / "rows.jsonl")), 2)

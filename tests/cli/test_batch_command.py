@@ -62,6 +62,16 @@ def test_ranks_of_a_launcher(model, prompts, tmp_path, capsys, monkeypatch):
     assert "do not start them under a launcher" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("rank, world_size", [("2", None), ("2", "2"), ("-1", "2")])
+def test_a_rank_outside_of_its_world_is_refused(tmp_path, capsys, monkeypatch, rank, world_size):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.jsonl").touch()
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", world_size) if world_size else monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert main(["batch", "rows.jsonl", "--out", "out"]) == 2
+    assert f"RANK={rank} with WORLD_SIZE={world_size or 1}: set both" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [

@@ -85,6 +85,7 @@ class BatchInput:
             if self.format == ".jsonl":
                 yield from (line for line in file if line.strip())
             else:  # what is not UTF-8 is refused as a row
+                csv.field_size_limit(2**31 - 1)  # a cell above the default limit would end the job
                 yield from csv.DictReader(io.TextIOWrapper(file, "utf-8-sig", errors="surrogateescape", newline=""))
 
     def _dataset(self):

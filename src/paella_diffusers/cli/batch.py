@@ -46,11 +46,11 @@ def add_batch(commands):
 
 def batch(args: argparse.Namespace):
     """Draw what is not done yet, and say what is."""
-    columns = _check(args)
+    rank, world_size = _place()
+    columns = _check(args, world_size)
     # processes of a cluster run in other folders
     args.prompts, args.model, *args.lora = map(_absolute, (args.prompts, args.model, *args.lora))
     args.out = args.out if "://" in args.out else os.path.abspath(args.out)
-    rank, world_size = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
 
     import torch  # seconds, from here on
 
@@ -86,7 +86,15 @@ def _absolute(source: str) -> str:
     return os.path.abspath(source) if os.path.exists(source) else source
 
 
-def _check(args) -> dict[str, str]:
+def _place() -> tuple[int, int]:
+    """Which process this is, and of how many, as launchers tell it."""
+    rank, world_size = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+    if not 0 <= rank < world_size:  # shards would be left out
+        raise ValueError(f"RANK={rank} with WORLD_SIZE={world_size}: set both, RANK from 0 to WORLD_SIZE - 1, or neither.")
+    return rank, world_size
+
+
+def _check(args, world_size: int) -> dict[str, str]:
     """Refuse what cannot work; the columns by argument."""
     from ..apps.batch_input import BatchInput
 
@@ -102,7 +110,7 @@ def _check(args) -> dict[str, str]:
         raise ValueError(f"--engine ray needs Ray: {pip_install('ray')}")
     if "://" not in args.out and Path(args.out).exists() and not Path(args.out).is_dir():
         raise ValueError(f"--out {args.out} is a file: give a folder.")
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and (args.engine == "ray" or (args.processes or 1) > 1):
+    if world_size > 1 and (args.engine == "ray" or (args.processes or 1) > 1):
         raise ValueError("--processes and --engine ray start processes themselves: do not start them under a launcher.")
     check_adapters(args)
     local_model(args)
