@@ -50,6 +50,14 @@ def test_unloaded_everything_is_as_before(pipe):
     pipe.load_textual_inversion({"<horse>": VECTORS})
 
 
+def test_a_token_is_unloaded_with_its_own_vectors_only(pipe):
+    before = set(pipe.tokenizer.get_added_vocab())
+    pipe.load_textual_inversion({"<a>": VECTORS})
+    pipe.load_textual_inversion({"<a>_x": VECTORS[0]})
+    pipe.unload_textual_inversion("<a>")
+    assert set(pipe.tokenizer.get_added_vocab()) - before == {"<a>_x"}
+
+
 def test_clear_errors(pipe):
     with pytest.raises(ValueError, match="no vectors of `text_encoder`, which have 16 entries: give the `text_encoder`"):
         pipe.load_textual_inversion({"<horse>": torch.ones(15)})

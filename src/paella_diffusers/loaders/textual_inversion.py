@@ -1,6 +1,8 @@
 """Textual inversion (https://huggingface.co/papers/2208.01618): new tokens for text encoders, through diffusers' mixin."""
 
 import copy
+import itertools
+from collections.abc import Container, Iterator
 from typing import Any, cast
 
 import torch
@@ -89,7 +91,7 @@ class PaellaTextualInversionMixin(TextualInversionLoaderMixin):
         removed = all_tokens if tokens is None else {tokens} if isinstance(tokens, str) else set(tokens)
         if not removed <= all_tokens:
             raise ValueError(f"`tokens` has {sorted(removed - all_tokens)}, but loaded are {sorted(all_tokens)}.")
-        removed |= {token for token in all_tokens if token.rpartition("_")[0] in removed}  # a token's further vectors
+        removed |= {further for token in removed for further in _further_vectors(token, all_tokens)}
         for name in wanted:
             original, rows = loaded.pop(name)
             self.register_modules(**{TOKENIZERS[name]: original})
@@ -109,3 +111,9 @@ class PaellaTextualInversionMixin(TextualInversionLoaderMixin):
             if text_encoder is not None and getattr(self, name) is text_encoder:
                 return name
         raise ValueError("`text_encoder` must be the pipeline's `text_encoder` or `text_encoder_2`; load it with one.")
+
+
+def _further_vectors(token: str, all_tokens: Container[str]) -> Iterator[str]:
+    """The names of a token's second and further vectors, as diffusers numbers them."""
+    names = (f"{token}_{number}" for number in itertools.count(1))
+    return itertools.takewhile(lambda name: name in all_tokens, names)
