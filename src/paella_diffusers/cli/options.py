@@ -93,7 +93,7 @@ def _add_edit(commands):
         metavar="L",
         help="with --source-prompt: how closely the result keeps to the picture, 0 or more (default: 0.9)",
     )
-    _add_drawing(parser)
+    _add_drawing(parser, steps="the model's own, mostly 12, or 32 with --source-prompt")
 
 
 def _add_inpaint(commands):
@@ -233,10 +233,10 @@ def _add_strength(parser, default: float, help: str):
     parser.add_argument("--strength", type=kind, default=default, metavar="S", help=f"{help} (default: %(default)s)")
 
 
-def _add_drawing(parser, is_film: bool = False):
+def _add_drawing(parser, is_film: bool = False, steps: str = "the model's own, mostly 12"):
     """What all commands that draw have."""
     _add_output(parser.add_argument_group("output"), is_film)
-    _add_sampling(parser.add_argument_group("sampling"))
+    _add_sampling(parser.add_argument_group("sampling"), steps)
     add_model_options(parser.add_argument_group("model"))
 
 
@@ -288,7 +288,7 @@ def _add_output(group, is_film: bool):
     )
 
 
-def _add_sampling(group):
+def _add_sampling(group, steps: str):
     seed = number(int, at_least=0, at_most=MAX_SEED)
     group.add_argument(
         "--seed",
@@ -297,4 +297,4 @@ def _add_sampling(group):
         metavar="N",
         help="random seed of the first picture; each further picture takes the next one (default: 0)",
     )
-    add_sampling_options(group, steps="the model's own, mostly 12, or 32 with --source-prompt")
+    add_sampling_options(group, steps)
