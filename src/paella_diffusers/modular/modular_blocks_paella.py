@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, cast
 
 import PIL.Image
 import torch
+from diffusers import DDPMWuerstchenScheduler
 from diffusers.modular_pipelines import (
     AutoPipelineBlocks,
     BlockState,
@@ -50,7 +51,7 @@ COMPONENTS = {
     "image_encoder": CLIPVisionModelWithProjection,
     "feature_extractor": CLIPImageProcessor,
     "prior": PaellaPrior,
-    "prior_scheduler": PaellaScheduler,
+    "prior_scheduler": DDPMWuerstchenScheduler,
 }
 
 
