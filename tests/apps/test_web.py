@@ -1,6 +1,7 @@
 """The page's functions, and the page itself as `gradio_client` sees it. `make test-web` opens it in a browser."""
 
 import re
+import signal
 import socket
 import sys
 import threading
@@ -273,6 +274,21 @@ def test_what_a_visitor_sees(pipe, picture):
     assert chosen[page.result]["value"] == made[0].file and chosen[page.code] == made[0].code
 
 
+def test_closing_ends_running_calls_and_deletes_the_pictures(pipe):
+    page = Page(pipe, 1, {}, [])
+    *_, end = draw(page, "a", [])
+    settings = SETTINGS | {"num_inference_steps": "500"}
+    changes = page.on_draw(web_tasks.text_to_image, ("a", "", "", *settings.values(), end[page.made]), "a")
+    assert next(changes)[page.status] == "Starting …" and "of 500" in next(changes)[page.status]
+    page.close()
+    assert not any(page.made in change for change in changes)
+    assert not Path(page.folder.name).exists()
+
+
+def test_waiting_calls_are_bounded(pipe):
+    assert make_page(pipe)._queue.max_size == 64
+
+
 def test_old_pictures_of_a_visit_are_forgotten(pipe, monkeypatch):
     monkeypatch.setattr("paella_diffusers.apps.web.MOST_KEPT", 2)
     page, made, folders = Page(pipe, 1, {}, []), [], []
@@ -327,18 +343,20 @@ def free_port() -> int:
 
 def test_the_command(tmp_path, monkeypatch, capsys):
     tiny_pipeline().save_pretrained(tmp_path / "tiny")
-    seen = []
+    seen, handlers, before = [], [], signal.getsignal(signal.SIGTERM)
 
     def visit(page):
         address = capsys.readouterr().out.split()[4]
         settings = SETTINGS | {"num_inference_steps": "1"}
         seen.extend(Client(address, verbose=False).predict("a", "", "", *settings.values(), api_name="/text_to_image"))
         page.close(verbose=False)
+        handlers.append(signal.getsignal(signal.SIGTERM))
 
     monkeypatch.setattr(gr.Blocks, "block_thread", visit)
     port = free_port()
     assert main(["web", "--model", str(tmp_path / "tiny"), "--low-memory", "--no-prior", "--port", str(port)]) == 0
     assert "low_memory=True, prior=None, prior_scheduler=None)" in seen[2] and seen[-1][0]["caption"] == "a (seed 3)"
+    assert handlers == [signal.default_int_handler] and signal.getsignal(signal.SIGTERM) == before
 
 
 def test_what_the_command_refuses(monkeypatch, capsys):

@@ -28,6 +28,7 @@ from .web_calls import GUIDERS, SCHEDULERS, Call, make_preview, watch
 logger = logging.getLogger(__name__)
 
 MOST_KEPT = 60  # pictures in a visit's gallery
+MOST_WAITING = 64  # calls of all visitors
 DAY = 24 * 3600  # seconds after which a visit's files are deleted
 UPLOAD = {
     "type": "filepath",
@@ -78,7 +79,7 @@ def make_page(pipe, concurrency_limit: int = 1, load_options: dict | None = None
 
     Args:
         pipe ([`PaellaPipelineBase`]): Its components serve all visitors; none of them is changed.
-        concurrency_limit (`int`, defaults to 1): How many calls run at once; others wait in a queue.
+        concurrency_limit (`int`, defaults to 1): How many calls run at once. 64 others wait; more are refused.
         load_options (`dict`, *optional*):
             What `from_pretrained` was given, such as `{"revision": "v1"}`, for the Python call that is shown. The model's
             name, its dtype and `low_memory` are known.
@@ -168,7 +169,7 @@ class Page:
         self.code_of = partial(Call.code, pipe=pipe, load_options=load_options, setup=setup)
         self.preview, self.executor = make_preview(pipe), ThreadPoolExecutor(concurrency_limit)
         self.running: list[tuple[str | None, threading.Event]] = []  # a visitor, and what cancels one of the visitor's calls
-        self.folder = tempfile.TemporaryDirectory(prefix="paella-web-")
+        self.folder = tempfile.TemporaryDirectory(prefix="paella-web-", ignore_cleanup_errors=True)
         self.numbers = itertools.count()
         self.draws = []  # the events that draw
         self.blocks = gr.Blocks(title="Paella", analytics_enabled=False, fill_width=True, delete_cache=(DAY, DAY))
@@ -187,6 +188,16 @@ class Page:
             cancelled = self.cancel.click(self.on_cancel, cancels=self.draws, **quiet)
             # in a turn of its own, so that a step that was on its way to the page does not come after it
             cancelled.then(lambda: _status("Cancelled."), outputs=self.status, **quiet)
+        self.blocks.queue(max_size=MOST_WAITING)
+
+    def close(self):
+        """Serve no longer, end the running calls with their present step, and delete the pictures."""
+        self.executor.shutdown(wait=False, cancel_futures=True)  # no call begins any more
+        for _, cancelled in [*self.running]:
+            cancelled.set()
+        self.blocks.close(verbose=False)
+        self.executor.shutdown()
+        self.folder.cleanup()
 
     # --------------------------------------------------------------------------------------------------- parts
 

@@ -2,6 +2,7 @@
 
 import argparse
 import importlib.util
+import signal
 
 from ..about import pip_install
 from .address import add_address_options, bind
@@ -29,7 +30,7 @@ def add_web(commands):
 
 
 def web(args: argparse.Namespace):
-    """Load the model and serve its page until Ctrl-C."""
+    """Load the model and serve its page until Ctrl-C or SIGTERM."""
     if importlib.util.find_spec("gradio") is None:
         raise ValueError(f"web needs Gradio: {pip_install('web')}")
     check_adapters(args)
@@ -38,12 +39,17 @@ def web(args: argparse.Namespace):
         port = listener.getsockname()[1]
     pipe = load(args)
 
-    from ..apps.web import launch, make_page
+    from ..apps.web import Page, launch
 
-    page = make_page(pipe, args.at_once, load_options(args), adapters_code(args))
-    _, address, _ = launch(page, args.host, port, quiet=True, prevent_thread_lock=True)
-    print(f"The page is at {address} until Ctrl-C.", flush=True)
-    page.block_thread()
+    page = Page(pipe, args.at_once, load_options(args), adapters_code(args))
+    on_sigterm = signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as by Ctrl-C
+    try:
+        _, address, _ = launch(page.blocks, args.host, port, quiet=True, prevent_thread_lock=True)
+        print(f"The page is at {address} until Ctrl-C.", flush=True)
+        page.blocks.block_thread()
+    finally:
+        page.close()
+        signal.signal(signal.SIGTERM, on_sigterm)
 
 
 def adapters_code(args: argparse.Namespace) -> list[str]:
