@@ -1,5 +1,6 @@
 """What the model can do, in figures: the table that the script prints last, and `benchmarks/emoji_quality.py --table`."""
 
+import hashlib
 import json
 import random
 import statistics
@@ -264,8 +265,13 @@ class Scorer:
 
 
 def score(scorer: Scorer, cache: Path | None = None, say: Callable[[str], None] = print) -> dict:
-    """All measurements, by name; each is kept in the file `cache` as soon as it is done, and found there again."""
-    results = json.loads(cache.read_text()) if cache is not None and cache.exists() else {}
+    """
+    All measurements, by name. Each is kept in the file `cache` as soon as it is done, and read from there if the model and
+    the limit are still the same.
+    """
+    measured = {"model": digest(scorer.pipe), "limit": scorer.limit} if cache is not None else None
+    kept = json.loads(cache.read_text()) if cache is not None and cache.exists() else {}
+    results = kept["results"] if kept and kept.get("measured") == measured else {}
     for name, measure in scorer.measurements().items():
         if name in results:
             continue
@@ -273,8 +279,21 @@ def score(scorer: Scorer, cache: Path | None = None, say: Callable[[str], None] 
         say(f"{name}: {results[name]}")
         if cache is not None:
             with atomic_file(cache) as unfinished:
-                unfinished.write_text(json.dumps(results, indent=1) + "\n")
+                unfinished.write_text(json.dumps({"measured": measured, "results": results}, indent=1) + "\n")
     return results
+
+
+def digest(pipe: PaellaPipeline) -> str:
+    """SHA-256 of a pipeline's weights, and of the configurations of its scheduler and guidance."""
+    sha = hashlib.sha256()
+    for part in (pipe.scheduler, pipe.guider):
+        sha.update(part.to_json_string().encode() if part is not None else b"")
+    for name, part in sorted(pipe.components.items()):
+        if isinstance(part, nn.Module):
+            for key, weight in part.state_dict().items():
+                sha.update(f"{name}.{key} {weight.dtype}".encode())
+                sha.update(weight.cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return sha.hexdigest()
 
 
 def table(results: dict, folder: Path) -> str:

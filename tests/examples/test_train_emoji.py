@@ -9,11 +9,13 @@ import re
 import signal
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 import torch
 import train_emoji
+from conftest import tiny_pipeline
 from emoji_model import captions, data, fit, scoring, text, unet, vqgan
 from trainers import FORKS, start_server
 
@@ -340,6 +342,19 @@ def test_a_stage_that_diverges_stops_before_it_is_saved(tmp_path):
         loss = lambda step, rng: model.weight.sum() * (float("nan") if step == 1 else 1.0)
         fit.fit("stage", model, fit.adamw(model, 1e-3), loss, 4, tmp_path)
     assert not (tmp_path / "stage.pt").exists()
+
+
+def test_kept_scores_are_those_of_the_model_and_the_limit(tmp_path):
+    measured = []
+    measure = lambda: measured.append(1) or {"count": len(measured)}
+    scorer = SimpleNamespace(pipe=tiny_pipeline(), limit=3, measurements=lambda: {"names": measure})
+    score = lambda: scoring.score(scorer, tmp_path / "scores.json", lambda line: None)["names"]["count"]
+    assert [score(), score()] == [1, 1]
+    scorer.limit = None
+    assert [score(), score()] == [2, 2]
+    with torch.no_grad():
+        next(scorer.pipe.unet.parameters()).add_(1)
+    assert [score(), score()] == [3, 3]
 
 
 def test_a_picture_is_right_if_none_is_nearer():
