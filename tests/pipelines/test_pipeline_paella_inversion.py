@@ -38,6 +38,15 @@ def test_the_source_prompt_reconstructs(pipe, strength):
     assert torch.equal(result, tokens)
 
 
+def test_an_early_stop_keeps_the_residual(pipe):
+    """Once sure and stable, an image is its edited prediction, not what the target prompt alone makes likely."""
+    call = {"source_prompt": "a", "residual_scale": 1.0, "num_inference_steps": 6, "stability_threshold": 1e-9}
+    steps = []
+    call["callback_on_step_end"] = lambda pipe, step, t, tensors: steps.append(step)
+    assert torch.equal(edit(pipe, "a", grid(), confidence_threshold=1e9, **call), grid())
+    assert steps == [0, 1]
+
+
 def test_more_of_the_residual_keeps_more(pipe):
     kept = []
     for scale in (0, 0.3, 0.6, 0.9, 1):

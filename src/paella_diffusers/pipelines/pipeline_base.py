@@ -231,7 +231,8 @@ class PaellaPipelineBase(
             if generators is not None:
                 steer = self.prepare_steering(inputs, generators, generator, denoiser, stepper, mask, source)
             if sampling.confidence_threshold is not None:
-                stop = EarlyStop(sampling.confidence_threshold, sampling.stability_threshold)
+                is_inversion = source_prompts is not None
+                stop = EarlyStop(sampling.confidence_threshold, sampling.stability_threshold, takes_clean=is_inversion)
             with self.progress_bar(total=state.plan.num_evaluations) as progress_bar:
                 on_step = StepEnd(self, state, denoiser, progress_bar, output)
                 latents = sample(denoiser, stepper, state.plan, latents, noise, mask, generator, stop, on_step, steer)

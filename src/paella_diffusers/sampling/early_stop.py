@@ -12,18 +12,21 @@ class EarlyStop:
     Args:
         confidence_threshold (`float`): In nats, above 0.
         stability_threshold (`float`): In (0, 1].
+        takes_clean (`bool`, defaults to `False`):
+            The prediction is the stepper's clean tokens, which are more than the logits alone say: an inversion's.
     """
 
-    def __init__(self, confidence_threshold: float, stability_threshold: float):
+    def __init__(self, confidence_threshold: float, stability_threshold: float, takes_clean: bool = False):
         self.confidence_threshold, self.stability_threshold = confidence_threshold, stability_threshold
+        self.takes_clean = takes_clean
         self.prediction = None
 
     def __call__(self, logits, step, tokens, clean, mask):
         """
-        Both token grids, in which finished images have their most likely tokens, and whether all images are finished.
+        Both token grids, in which finished images have their prediction, and whether all images are finished.
         Afterwards `evaluations`, `(num_images,)`, has how many evaluations of the model each image took so far.
         """
-        likely = logits.argmax(1)
+        likely = clean if self.takes_clean else logits.argmax(1)
         if mask is not None:
             likely = torch.where(mask, likely, tokens)
         if self.prediction is None:
