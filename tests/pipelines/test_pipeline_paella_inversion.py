@@ -127,6 +127,15 @@ def test_with_the_prior_the_source_prompt_reconstructs(tmp_path):
     assert torch.equal(edit(pipe, "a", grid(), source_prompt="a", **call), grid())
 
 
+def test_conditioning_weights_are_the_results_only(pipe):
+    """There may be more of them than the source prompt has tokens, and the source run is the same without them."""
+    weights, calls = [1.2] * 12, []
+    condition = pipe.unet.encode_conditioning
+    pipe.unet.encode_conditioning = lambda **kwargs: calls.append(kwargs["conditioning_weights"]) or condition(**kwargs)
+    edit(pipe, "a long blue prompt", grid(), conditioning_weights=weights, num_inference_steps=2, guidance_scale=None)
+    assert [None if given is None else given.shape[-1] for given in calls] == [12, None]
+
+
 def test_callbacks_see_the_edited_image(pipe):
     seen = []
     callback = lambda pipe, step, t, tensors: seen.append(tensors["pred_original_sample"]) or {}

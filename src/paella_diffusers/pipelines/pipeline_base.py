@@ -365,7 +365,7 @@ class PaellaPipelineBase(
         """The U-Net with all that it is conditioned on; other prompts than the call's are those of the source."""
         images, generator, guidance = inputs.images, inputs.sampling.generator, state.guidance
         if prompts is not inputs.prompts:
-            images = replace(images, condition_image=None, clip_image_embeds=None)
+            images = replace(images, condition_image=None, clip_image_embeds=None, conditioning_weights=None)
             generator = _clones(generator)  # the prior gives the same prompt the same embedding
             guidance = guidance.for_source()
         num_images_per_prompt = inputs.sampling.num_images_per_prompt

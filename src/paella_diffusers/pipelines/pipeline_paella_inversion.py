@@ -136,7 +136,8 @@ class PaellaInversionPipeline(PaellaPipelineBase):
             num_inference_steps (`int`, defaults to 32): Sampling steps.
             temperature: Not taken: the most likely tokens are.
             negative_prompt, guidance_scale, ..., callback_on_step_end_tensor_inputs:
-                The other arguments are those of [`PaellaPipeline.__call__`]; images to condition on are the result's only.
+                The other arguments are those of [`PaellaPipeline.__call__`]; images to condition on, and
+                `conditioning_weights`, are the result's only.
 
         Examples:
 
