@@ -8,6 +8,7 @@ import torch
 from conftest import tiny_pipeline
 from diffusers import DiscreteDDIMScheduler, EntropyBoundScheduler
 from diffusers.callbacks import MultiPipelineCallbacks, SDCFGCutoffCallback
+from diffusers.hooks import apply_group_offloading
 from peft import LoraConfig
 
 from paella_diffusers import PaellaClassifierFreeGuidance, PaellaConfidenceScheduler, PaellaPipeline, PaellaScheduler
@@ -84,6 +85,26 @@ def test_threads_share_a_pipeline_with_an_adapter():
     serial = [tokens(i) for i in range(12)]
     with ThreadPoolExecutor(6) as pool:
         assert all(map(torch.equal, pool.map(tokens, range(12)), serial))
+
+
+def lock_of(pipe):
+    """The lock that a call takes; None where it takes none."""
+    lock = pipe._exclusive_if_needed()
+    return lock if hasattr(lock, "acquire") else None
+
+
+def test_calls_take_turns_where_hooks_change_the_parts_of_a_model():
+    pipe = tiny_pipeline(prior=None, prior_scheduler=None)
+    assert lock_of(pipe) is None
+    pipe.unet.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
+    assert lock_of(pipe) is not None
+
+
+def test_calls_take_turns_where_the_leaves_of_an_encoder_are_offloaded():
+    pipe = tiny_pipeline(prior=None, prior_scheduler=None)
+    cpu = torch.device("cpu")
+    apply_group_offloading(pipe.text_encoder, cpu, cpu, "leaf_level")
+    assert lock_of(pipe) is not None
 
 
 def test_a_call_leaves_the_components_alone():

@@ -93,7 +93,8 @@ class CallStateMixin:
     def _exclusive_if_needed(self):
         """A lock where hooks move weights about or adapters are scaled in place; nothing else is shared between calls."""
         models = [part for part in self.components.values() if isinstance(part, torch.nn.Module)]
-        hooked = any(hasattr(model, "_hf_hook") or hasattr(model, "_diffusers_hook") for model in models)
+        parts = (part for model in models for part in model.modules())  # some hooks are on a model's parts only
+        hooked = any(hasattr(part, "_hf_hook") or hasattr(part, "_diffusers_hook") for part in parts)
         if not hooked and not getattr(self.unet, "peft_config", None):
             return contextlib.nullcontext()
         with _LOCKS_LOCK:
