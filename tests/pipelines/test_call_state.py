@@ -10,6 +10,7 @@ from diffusers import DiscreteDDIMScheduler, EntropyBoundScheduler
 from diffusers.callbacks import MultiPipelineCallbacks, SDCFGCutoffCallback
 from diffusers.hooks import apply_group_offloading
 from peft import LoraConfig
+from PIL import Image
 
 from paella_diffusers import PaellaClassifierFreeGuidance, PaellaConfidenceScheduler, PaellaPipeline, PaellaScheduler
 
@@ -105,6 +106,24 @@ def test_calls_take_turns_where_the_leaves_of_an_encoder_are_offloaded():
     cpu = torch.device("cpu")
     apply_group_offloading(pipe.text_encoder, cpu, cpu, "leaf_level")
     assert lock_of(pipe) is not None
+
+
+def test_interpolation_encodes_in_its_turn():
+    pipe = tiny_pipeline(prior=None, prior_scheduler=None)
+    pipe.unet.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
+    lock, free = lock_of(pipe), []
+
+    def is_free() -> bool:
+        got = lock.acquire(blocking=False)
+        if got:
+            lock.release()
+        return got
+
+    with ThreadPoolExecutor(1) as other:
+        for encoder in (pipe.text_encoder, pipe.text_encoder_2, pipe.image_encoder):
+            encoder.register_forward_pre_hook(lambda *args: free.append(other.submit(is_free).result()))
+        pipe.interpolate("a", Image.new("RGB", (16, 16)), 2, num_inference_steps=1, output_type="latent")
+    assert len(free) >= 3 and not any(free)
 
 
 def test_a_call_leaves_the_components_alone():

@@ -255,14 +255,16 @@ class PaellaPipeline(PaellaPipelineBase):
             prompt=[max(prompts, key=lambda text: len(text.encode()))] * num_images, clip_image_embeds=images, **call
         )
 
-        encoded = PromptEmbeds(*self.encode_prompt(prompts, do_classifier_free_guidance=False))
+        with self._exclusive_if_needed():  # as the call below
+            encoded = PromptEmbeds(*self.encode_prompt(prompts, do_classifier_free_guidance=False))
+            clip_image = None
+            if with_images:
+                rows = encoded.clip_text_embeds.split(1)
+                clip_image = torch.cat([self._image_embeds(end, row, generator) for end, row in zip(ends, rows)])
         embeds, mask, clip_text = encoded.prompt_embeds, encoded.prompt_attention_mask, encoded.clip_text_embeds
         mask = torch.ones(embeds.shape[:2], device=embeds.device) if mask is None else mask
         share = torch.linspace(0, 1, num_images, device=embeds.device)
         attended = (mask[0].bool() & (share < 1)[:, None]) | (mask[1].bool() & (share > 0)[:, None])
-        clip_image = None
-        if with_images:
-            clip_image = torch.cat([self._image_embeds(end, row, generator) for end, row in zip(ends, clip_text.split(1))])
         return self(
             prompt_embeds=slerp(*embeds * mask[..., None].to(embeds), share=share),
             prompt_attention_mask=None if attended.all() else attended,
