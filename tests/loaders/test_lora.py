@@ -178,6 +178,15 @@ def scales(pipe, name: str) -> dict[str, float]:
     return {key: layer.scaling[name] * layer.r[name] / layer.lora_alpha[name] for key, layer in layers.items()}
 
 
+def test_a_scale_of_zero_for_one_call_leaves_the_adapters_scale(pipe):
+    add_adapter(pipe, "a", 1)
+    pipe.set_adapters("a", 0.5)
+    half = logits(pipe)
+    tokens(pipe, cross_attention_kwargs={"scale": 0.0})
+    assert set(scales(pipe, "a").values()) == {0.5}
+    assert torch.equal(logits(pipe), half)
+
+
 def test_a_scale_for_each_block(pipe, tmp_path):
     """With the layers that `examples/train_paella_lora.py` adapts."""
     unet = tiny_pipeline().unet

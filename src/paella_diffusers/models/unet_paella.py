@@ -1,5 +1,6 @@
 """Paella's denoising U-Net: noisy tokens in, logits over all tokens at every position out."""
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -58,6 +59,25 @@ def sinusoidal_embedding(timestep: torch.Tensor, dim: int) -> torch.Tensor:
     frequencies = torch.arange(half, device=timestep.device).float().mul(-math.log(10000) / (half - 1)).exp()
     angles = (timestep * 10000)[:, None] * frequencies
     return F.pad(torch.cat([angles.sin(), angles.cos()], dim=1), (0, dim % 2))
+
+
+def scale_adapters(function: Callable) -> Callable:
+    """diffusers' `apply_lora_scale`, which after a call with the scale 0 would leave the layers' own scales at 1."""
+    scaled = apply_lora_scale("cross_attention_kwargs")(function)
+
+    @functools.wraps(function)
+    def wrapper(self, *args, **kwargs):
+        if (kwargs.get("cross_attention_kwargs") or {}).get("scale", 1.0) != 0:
+            return scaled(self, *args, **kwargs)
+        scales = [layer.scaling for layer in self.modules() if isinstance(getattr(layer, "scaling", None), dict)]
+        before = [dict(by_adapter) for by_adapter in scales]
+        try:
+            return scaled(self, *args, **kwargs)
+        finally:
+            for by_adapter, own in zip(scales, before):
+                by_adapter.update(own)
+
+    return wrapper
 
 
 def mix(branches: tuple[torch.Tensor, ...], weights: tuple[float, ...]) -> torch.Tensor:
@@ -386,7 +406,7 @@ class PaellaUNet(
         """Token grids must be divisible by this on both sides: 8 in the released model."""
         return self.config.patch_size * 2 ** (len(self.config.block_out_channels) - 1)
 
-    @apply_lora_scale("cross_attention_kwargs")
+    @scale_adapters
     def forward(
         self,
         sample: torch.Tensor,
@@ -519,7 +539,7 @@ class PaellaUNet(
         return PaellaUNetOutput(sample=logits)
 
     @apply_forward_hook
-    @apply_lora_scale("cross_attention_kwargs")
+    @scale_adapters
     def encode_conditioning(
         self,
         encoder_hidden_states: torch.Tensor,
