@@ -632,6 +632,26 @@ def test_interpolation_between_images_and_prompts(pipe):
     assert torch.equal(without[:1], tokens(pipe, "a", clip_image_embeds=embeds, generator=seeded(3)))
 
 
+@pytest.mark.usefixtures("float64")
+def test_interpolation_cuts_its_prompts(pipe):
+    cut = frames(pipe, "a cat", "dogs", num_images=2, max_sequence_length=3)
+    assert torch.equal(cut[:1], tokens(pipe, "a cat", generator=seeded(3), max_sequence_length=3, use_prior=False))
+    assert not torch.equal(cut, frames(pipe, "a cat", "dogs", num_images=2))
+
+
+def test_interpolation_passes_on_what_the_prior_is_told(pipe, monkeypatch):
+    told = []
+    sample_prior = pipe.sample_prior
+    record = lambda *args, **kwargs: told.append(kwargs) or sample_prior(*args, **kwargs)
+    monkeypatch.setattr(pipe, "sample_prior", record)
+    options = {"num_images": 2, "prior_num_inference_steps": 2, "prior_guidance_scale": 1.5}
+    frames(pipe, "a", picture(1), **options, use_prior=None)
+    assert [(one["num_inference_steps"], one["guidance_scale"]) for one in told] == [(2, 1.5)]
+    without = frames(pipe, "a", picture(1), **options)  # `use_prior=False`
+    pipe.register_to_config(use_prior=False)
+    assert torch.equal(frames(pipe, "a", picture(1), **options, use_prior=None), without) and len(told) == 1
+
+
 def test_slerp_keeps_to_the_sphere():
     first, last = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
     share = torch.tensor([0.0, 0.25, 1.0])

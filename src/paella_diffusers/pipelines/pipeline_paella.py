@@ -217,7 +217,8 @@ class PaellaPipeline(PaellaPipelineBase):
         Args:
             a, b (`str` or `PIL.Image.Image`):
                 Prompts, or images to condition on. Between a prompt and an image, the prompt takes part with the image
-                embedding that the prior gives it, or, without a prior, with its CLIP text embedding, of the same space.
+                embedding that the prior gives it, or, where no prior is used, with its CLIP text embedding, of the same
+                space.
             num_images (`int`, defaults to 8): Including both ends, at least 2.
             generator (`torch.Generator`, *optional*): The source of randomness.
             kwargs: Of `__call__`, but what describes the prompt.
@@ -256,11 +257,12 @@ class PaellaPipeline(PaellaPipelineBase):
         )
 
         with self._exclusive_if_needed():  # as the call below
-            encoded = PromptEmbeds(*self.encode_prompt(prompts, do_classifier_free_guidance=False))
+            length = {name: kwargs[name] for name in ("max_sequence_length",) if name in kwargs}
+            encoded = PromptEmbeds(*self.encode_prompt(prompts, do_classifier_free_guidance=False, **length))
             clip_image = None
             if with_images:
-                rows = encoded.clip_text_embeds.split(1)
-                clip_image = torch.cat([self._image_embeds(end, row, generator) for end, row in zip(ends, rows)])
+                rows = zip(ends, encoded.clip_text_embeds.split(1))
+                clip_image = torch.cat([self._image_embeds(end, row, generator, kwargs) for end, row in rows])
         embeds, mask, clip_text = encoded.prompt_embeds, encoded.prompt_attention_mask, encoded.clip_text_embeds
         mask = torch.ones(embeds.shape[:2], device=embeds.device) if mask is None else mask
         share = torch.linspace(0, 1, num_images, device=embeds.device)
@@ -280,13 +282,19 @@ class PaellaPipeline(PaellaPipelineBase):
         arguments.apply_defaults()
         self.prepare(**self._read_arguments(arguments.arguments))
 
-    def _image_embeds(self, end: str | PIL.Image.Image, clip_text: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    def _image_embeds(
+        self, end: str | PIL.Image.Image, clip_text: torch.Tensor, generator: torch.Generator, call: dict[str, Any]
+    ) -> torch.Tensor:
         """The image embedding `(1, clip_embed_dim)` of one end of an interpolation."""
         if isinstance(end, PIL.Image.Image):
             return self.encode_image(end, batch_size=1)[:, 0]
-        if self.prior is None or self.prior_scheduler is None:
+        use_prior = call.get("use_prior")
+        use_prior = self.config.get("use_prior") if use_prior is None else use_prior
+        if use_prior is False or self.prior is None or self.prior_scheduler is None:
             return clip_text
-        return self.sample_prior(clip_text, generator=generator.clone_state())
+        names = {"num_inference_steps": "prior_num_inference_steps", "guidance_scale": "prior_guidance_scale"}
+        options = {name: call[given] for name, given in names.items() if given in call}
+        return self.sample_prior(clip_text, generator=generator.clone_state(), **options)
 
 
 def slerp(first: torch.Tensor, last: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
