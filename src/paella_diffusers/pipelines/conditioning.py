@@ -95,6 +95,7 @@ class Conditioning:
 
     def weigh_images(self, weights: torch.Tensor) -> "Conditioning":
         """With factors `(batch_size, num_images)` on the attention paid to each CLIP image; 0 leaves an image out."""
+        weights = weights.to(self.clip_image_embeds.device)
         kept = (weights > 0).any(0)
         weights = weights[:, kept]
         if not kept.any():
