@@ -6,6 +6,7 @@ import pytest
 import torch
 from diffusers import DiscreteDDIMScheduler
 from scipy.stats import chi2_contingency
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.schedulers import ExactPosterior, exact_pipeline
 from paella_diffusers import PaellaPsiScheduler, PaellaScheduler
@@ -67,6 +68,23 @@ def test_kappa_one_is_the_posterior_of_the_noise_process(t, s):
         mixed = transition(t, s, clean, kappa=0.25)
         corrector = torch.eye(size).double()[:, None] * (1 - s) + s / size
         torch.testing.assert_close(mixed, 0.25 * ours + 0.75 * corrector.expand_as(ours), atol=1e-6, rtol=0)
+
+
+class NoFloat64(TorchDispatchMode):
+    """As on a device without float64."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.ndim > 0:
+            assert result.dtype != torch.float64, function
+        return result
+
+
+def test_routes_need_no_float64():
+    scheduler = PaellaPsiScheduler(num_inference_steps=4, kappa=0.5)
+    with NoFloat64():
+        routes = scheduler._routes(1, torch.tensor([True, False]), 32)
+    assert all(route.dtype == torch.float32 and route[0] != route[1] for route in routes)
 
 
 def test_kappa_one_samples_as_discrete_ddim():

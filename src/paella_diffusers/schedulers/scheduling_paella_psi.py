@@ -107,7 +107,10 @@ class PaellaPsiScheduler(PaellaSchedulerBase):
         """
         t, s, kappa = self._levels[index], self._levels[index + 1], self.config.kappa
         survival = (1 - t) / (1 - s)
-        clean = (1 - s) * ((1 - survival) / num_tokens + survival * agrees.double())
         stay, noise = survival * s / num_tokens, (1 - survival) * s / num_tokens
-        total = clean + stay + noise
-        return (kappa * noise / total + (1 - kappa) * s).float(), (kappa * stay / total).float()
+        shares = []
+        for is_same in (True, False):  # Python's floats are float64, which not every device has
+            total = (1 - s) * ((1 - survival) / num_tokens + survival * is_same) + stay + noise
+            shares.append((kappa * noise / total + (1 - kappa) * s, kappa * stay / total))
+        renoise, stay = (torch.where(agrees, same, other) for same, other in zip(*shares))
+        return renoise, stay
