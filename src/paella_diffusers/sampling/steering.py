@@ -250,13 +250,17 @@ def systematic(weights: torch.Tensor, uniform: float) -> torch.Tensor:
 def spawn_generators(
     generator: torch.Generator | list[torch.Generator], num_images: int, num_particles: int
 ) -> tuple[list[torch.Generator], list[torch.Generator]]:
-    """A generator for each image, and one for each of its particles, image by image, seeded by the images' own or by one."""
+    """
+    A generator for each image, on the CPU, where particles are chosen, and one for each of its particles, image by image,
+    seeded by the images' own or by one.
+    """
     count = num_particles + 1
     sources = generator if isinstance(generator, list) else [generator] * num_images
     spawned = []
     for source in sources:
         seeds = torch.randint(2**62, (count,), generator=source, device=source.device).tolist()
-        spawned += [torch.Generator(source.device).manual_seed(seed) for seed in seeds]
+        devices = ["cpu"] + [source.device] * num_particles
+        spawned += [torch.Generator(device).manual_seed(seed) for device, seed in zip(devices, seeds)]
     return spawned[::count], [one for index, one in enumerate(spawned) if index % count]
 
 
@@ -267,7 +271,7 @@ def reward_of_pictures(reward: Callable, images: torch.Tensor, prompts: list[str
     Raises:
         ValueError: If the function returns no finite number for each picture.
     """
-    values = torch.as_tensor(reward(images, prompts)).detach().to("cpu", torch.float64)
+    values = torch.as_tensor(reward(images, prompts)).detach().cpu().double()  # some devices have no float64
     if values.shape != images.shape[:1]:
         raise ValueError(
             f"`reward` must return a number for each of {len(images)} pictures, got the shape {tuple(values.shape)}."
