@@ -1,5 +1,6 @@
 """One pipeline for many threads; what callbacks read, set and replace."""
 
+import gc
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -8,11 +9,19 @@ import torch
 from conftest import tiny_pipeline
 from diffusers import DiscreteDDIMScheduler, EntropyBoundScheduler
 from diffusers.callbacks import MultiPipelineCallbacks, SDCFGCutoffCallback
+from diffusers.guiders import AdaptiveProjectedGuidance
 from diffusers.hooks import apply_group_offloading
 from peft import LoraConfig
 from PIL import Image
 
-from paella_diffusers import PaellaClassifierFreeGuidance, PaellaConfidenceScheduler, PaellaPipeline, PaellaScheduler
+from paella_diffusers import (
+    PaellaAdaptiveProjectedGuidance,
+    PaellaClassifierFreeGuidance,
+    PaellaConfidenceScheduler,
+    PaellaPipeline,
+    PaellaScheduler,
+    PaellaSemanticGuidance,
+)
 
 
 def seeded(seed=0):
@@ -149,6 +158,24 @@ def test_the_state_of_a_call_is_read_within_and_after():
     other = tiny_pipeline()
     other("a", guidance_scale=None, num_inference_steps=1, use_prior=False)
     assert pipe.guidance_scale == 5.0 and other.guidance_scale is None and not other.do_classifier_free_guidance
+
+
+@pytest.mark.parametrize(
+    "guider",
+    [
+        PaellaAdaptiveProjectedGuidance(),
+        PaellaSemanticGuidance(editing_prompt="b", edit_momentum_scale=0.5, edit_warmup_steps=0),
+        AdaptiveProjectedGuidance(adaptive_projected_guidance_momentum=0.5),
+    ],
+    ids=lambda guider: type(guider).__name__,
+)
+def test_a_finished_call_keeps_nothing_as_large_as_its_logits(guider):
+    """Its state can still be read; momentum is gone."""
+    pipe = tiny_pipeline(prior=None, prior_scheduler=None, guider=guider)
+    pipe("a", height=48, width=16, num_inference_steps=2, output_type="latent")
+    gc.collect()
+    assert pipe.num_timesteps == 2
+    assert not [thing for thing in gc.get_objects() if type(thing) is torch.Tensor and thing.shape == (1, 32, 12, 4)]
 
 
 def test_a_call_within_a_callback():

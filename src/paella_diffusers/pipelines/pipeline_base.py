@@ -363,11 +363,12 @@ class PaellaPipelineBase(
         self, state: CallState, inputs: CallInputs, prompts: PromptInputs, regions: torch.Tensor | None = None
     ) -> Denoiser:
         """The U-Net with all that it is conditioned on; other prompts than the call's are those of the source."""
-        images, generator, guidance = inputs.images, inputs.sampling.generator, state.guidance
+        images, generator = inputs.images, inputs.sampling.generator
+        guidance = copy.deepcopy(state.guidance)  # what it keeps along the run is as large as all logits, and goes with it
         if prompts is not inputs.prompts:
             images = replace(images, condition_image=None, clip_image_embeds=None, conditioning_weights=None)
             generator = _clones(generator)  # the prior gives the same prompt the same embedding
-            guidance = guidance.for_source()
+            guidance = state.guidance.for_source()
         num_images_per_prompt = inputs.sampling.num_images_per_prompt
         branches = self.prepare_conditioning(prompts, images, num_images_per_prompt, generator, state.is_guided)
         conditioning = dict(zip(("conditional", "unconditional"), branches))
