@@ -418,6 +418,12 @@ def test_response_norm_in_half_precision(dtype):
     torch.testing.assert_close(output, expected, atol=0.05, rtol=0.02)
 
 
+def test_response_norm_of_large_numbers_in_float16():
+    """Their squares are beyond what float16 can say."""
+    hidden_states = torch.full((1, 2, 2, 2), 300.0).half()
+    assert torch.equal(GlobalResponseNorm(2).half()(hidden_states), hidden_states)
+
+
 def test_several_mixtures_of_branches():
     """Each is a weighted sum of the branches' logits."""
     unet, call = tiny_unet(), inputs(batch_size=4)

@@ -101,10 +101,11 @@ class GlobalResponseNorm(nn.Module):
         self.beta = nn.Parameter(torch.zeros(1, 1, 1, channels))
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        # over these dimensions torch sums several times faster than it takes norms on CPUs; sums leave float16's range
-        dtype = torch.float32 if hidden_states.dtype == torch.float16 else None
-        energy = hidden_states.square().sum(dim=(1, 2), keepdim=True, dtype=dtype)
-        response = energy.clamp(min=1e-30).sqrt()  # a channel that is silent must not have an infinite gradient
+        if hidden_states.dtype == torch.float16:  # squares leave its range
+            response = torch.linalg.vector_norm(hidden_states, dim=(1, 2), keepdim=True, dtype=torch.float32)
+        else:  # over these dimensions torch sums several times faster than it takes norms on CPUs
+            energy = hidden_states.square().sum(dim=(1, 2), keepdim=True)
+            response = energy.clamp(min=1e-30).sqrt()  # a channel that is silent must not have an infinite gradient
         response = (response / (response.mean(dim=-1, keepdim=True) + 1e-6)).to(hidden_states.dtype)
         # parameters stay in float32 under autocast, which would take all of the hidden states there
         gamma, beta = self.gamma.to(hidden_states.dtype), self.beta.to(hidden_states.dtype)
