@@ -194,6 +194,7 @@ def _sample_as_multinomial(logits: torch.Tensor, temperature: float, generator: 
     """
     rows = logits.flatten(0, -2)
     if (generator.device if generator else logits.device).type != "cpu":
+        rows = rows.to(generator.device) if generator else rows
         probabilities = (rows / temperature).softmax(-1)
         check_finite(probabilities[:, 0])
         tokens = torch.multinomial(probabilities, 1, generator=generator)
