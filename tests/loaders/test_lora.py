@@ -99,6 +99,15 @@ def test_one_file_for_the_unet_the_text_encoders_and_the_prior(tmp_path):
     torch.testing.assert_close(computed(pipe), expected, atol=1e-4, rtol=1e-4)
 
 
+def test_adapters_are_loaded_with_sequential_offloading(tmp_path):
+    expected = save_all(tmp_path)
+    pipe = tiny_pipeline()
+    pipe.enable_sequential_cpu_offload(device="cpu")
+    pipe.load_lora_weights(tmp_path)
+    assert pipe.text_encoder.device.type == "meta"  # offloaded again
+    torch.testing.assert_close(computed(pipe), expected)
+
+
 def test_parts_are_loaded_alone_and_have_one_name(tmp_path):
     pipe = tiny_pipeline()
     plain, expected = computed(pipe), save_all(tmp_path / "texts", ["text_encoder", "text_encoder_2"])

@@ -22,6 +22,7 @@ from ..about import pip_install
 from .atomic import atomic_file
 from .hub import push_lora
 from .hub_files import HUB_OPTIONS, find_file
+from .offloading import without_offloading
 from .weights import TensorInfo, check_tensors, read_state_dict, shorten
 
 WEIGHT_NAMES = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin")
@@ -141,7 +142,7 @@ class PaellaLoraLoaderMixin(LoraBaseMixin):
         """
         if not is_peft_available():
             raise ValueError(f"LoRA adapters need PEFT: {pip_install('lora')}")
-        if any(parameter.is_meta for parameter in self.unet.parameters()):
+        if hasattr(self.unet, "weights_on_disk"):
             raise ValueError("The U-Net has its weights on disk: load the pipeline without `low_memory` to attach adapters.")
         low_cpu_mem_usage = kwargs.pop("low_cpu_mem_usage", True)
         source = pretrained_model_name_or_path_or_dict
@@ -163,13 +164,14 @@ class PaellaLoraLoaderMixin(LoraBaseMixin):
         if adapter_name is None:
             taken = {name for names in self.get_list_adapters().values() for name in names}
             adapter_name = next(name for number in count() if (name := f"default_{number}") not in taken)
-        for name, (weights, config) in parts.items():
-            options = dict(adapter_name=adapter_name, low_cpu_mem_usage=low_cpu_mem_usage)
-            if name in TEXT_ENCODERS:
-                self.load_lora_into_text_encoder(weights, getattr(self, name), config, **options)
-            else:
-                options |= dict(metadata=config, _pipeline=self, hotswap=hotswap)
-                self.load_lora_into_model(weights, getattr(self, name), **options)
+        with without_offloading(self):
+            for name, (weights, config) in parts.items():
+                options = dict(adapter_name=adapter_name, low_cpu_mem_usage=low_cpu_mem_usage)
+                if name in TEXT_ENCODERS:
+                    self.load_lora_into_text_encoder(weights, getattr(self, name), config, **options)
+                else:
+                    options |= dict(metadata=config, _pipeline=self, hotswap=hotswap)
+                    self.load_lora_into_model(weights, getattr(self, name), **options)
 
     def _check_part(self, name: str, state_dict: dict, metadata: dict) -> tuple[dict, dict]:
         """A component's part of an adapter, checked: weights by their names in the component, and PEFT's configuration."""
