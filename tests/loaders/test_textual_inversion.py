@@ -58,6 +58,22 @@ def test_a_token_is_unloaded_with_its_own_vectors_only(pipe):
     assert set(pipe.tokenizer.get_added_vocab()) - before == {"<a>_x"}
 
 
+def test_offloading_goes_on_to_the_same_device(pipe):
+    pipe.enable_model_cpu_offload(device="meta")
+    pipe.load_textual_inversion({"<horse>": VECTORS})
+    assert pipe._offload_device == torch.device("meta:0") and pipe._all_hooks
+
+
+def test_with_sequential_offloading(pipe):
+    pipe.load_textual_inversion({"<horse>": VECTORS})
+    expected = embed(pipe, "a <horse>")[0]
+    pipe.enable_sequential_cpu_offload(device="cpu")
+    pipe.unload_textual_inversion()
+    assert not torch.equal(embed(pipe, "a <horse>")[0], expected)
+    pipe.load_textual_inversion({"<horse>": VECTORS})
+    assert torch.equal(embed(pipe, "a <horse>")[0], expected) and pipe.text_encoder.device.type == "meta"
+
+
 def test_clear_errors(pipe):
     with pytest.raises(ValueError, match="no vectors of `text_encoder`, which have 16 entries: give the `text_encoder`"):
         pipe.load_textual_inversion({"<horse>": torch.ones(15)})

@@ -1,7 +1,8 @@
 """Taking off the offloading of a pipeline for a time."""
 
 import contextlib
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 
@@ -20,3 +21,14 @@ def without_offloading(pipeline: Any) -> Iterator[None]:
             pipeline.enable_model_cpu_offload(device=device)
         elif is_sequential_offload:
             pipeline.enable_sequential_cpu_offload(device=device)
+
+
+def runs_without_offloading(method: Callable) -> Callable:
+    """A method of a pipeline that runs in [`without_offloading`]."""
+
+    @functools.wraps(method)
+    def wrapper(self, *args, **kwargs):
+        with without_offloading(self):
+            return method(self, *args, **kwargs)
+
+    return wrapper

@@ -9,6 +9,8 @@ import torch
 from diffusers.loaders import TextualInversionLoaderMixin
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .offloading import runs_without_offloading
+
 TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
 # what a training writes for each text encoder, in the layout of diffusers: the token's name and its vectors
 WEIGHT_NAMES = {"text_encoder": "learned_embeds.safetensors", "text_encoder_2": "learned_embeds_2.safetensors"}
@@ -17,6 +19,7 @@ WEIGHT_NAMES = {"text_encoder": "learned_embeds.safetensors", "text_encoder_2": 
 class PaellaTextualInversionMixin(TextualInversionLoaderMixin):
     """New tokens for ByT5 (`text_encoder`) and for CLIP (`text_encoder_2`)."""
 
+    @runs_without_offloading
     def load_textual_inversion(
         self,
         pretrained_model_name_or_path: str | dict[str, torch.Tensor] | torch.Tensor | list,
@@ -63,6 +66,7 @@ class PaellaTextualInversionMixin(TextualInversionLoaderMixin):
         if self._prompt_cache is not None:
             self._prompt_cache.clear()  # a token's number may have stood for another
 
+    @runs_without_offloading
     def unload_textual_inversion(
         self,
         tokens: str | list[str] | None = None,
