@@ -74,6 +74,12 @@ def test_with_sequential_offloading(pipe):
     assert torch.equal(embed(pipe, "a <horse>")[0], expected) and pipe.text_encoder.device.type == "meta"
 
 
+def test_weights_on_disk_are_refused(saved_pipeline):
+    pipe = PaellaPipeline.from_pretrained(saved_pipeline, low_memory=True)
+    with pytest.raises(ValueError, match="`text_encoder` has its weights on disk: load the pipeline without `low_memory`"):
+        pipe.load_textual_inversion({"<horse>": VECTORS})
+
+
 def test_clear_errors(pipe):
     with pytest.raises(ValueError, match="no vectors of `text_encoder`, which have 16 entries: give the `text_encoder`"):
         pipe.load_textual_inversion({"<horse>": torch.ones(15)})

@@ -45,10 +45,13 @@ class PaellaTextualInversionMixin(TextualInversionLoaderMixin):
             kwargs: `weight_name`, `subfolder`, `revision` and others of diffusers' method.
 
         Raises:
-            ValueError: If the pipeline has no such encoder, it has the token already, or the vectors are another encoder's.
+            ValueError: If the pipeline has no such encoder, its weights are on disk (`low_memory`), it has the token
+                already, or the vectors are another encoder's.
         """
         text_encoder = self.text_encoder if text_encoder is None else text_encoder
         name = self._encoder_name(text_encoder)
+        if hasattr(text_encoder, "weights_on_disk"):
+            raise ValueError(f"`{name}` has its weights on disk: load the pipeline without `low_memory` to add tokens.")
         tokenizer = getattr(self, TOKENIZERS[name]) if tokenizer is None else tokenizer
         before = copy.deepcopy(tokenizer), text_encoder.get_input_embeddings().num_embeddings
         width = text_encoder.get_input_embeddings().embedding_dim
