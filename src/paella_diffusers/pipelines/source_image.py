@@ -427,7 +427,7 @@ def _box_around(masks: list[torch.Tensor], size: tuple[int, int], margin: int) -
     mask = torch.cat(masks).amax(0)[0]
     if not mask.any():
         return 0, 0, mask.shape[1], mask.shape[0]
-    pil = PIL.Image.fromarray(mask.byte().numpy())
+    pil = PIL.Image.fromarray(mask.byte().cpu().numpy())
     left, top, right, bottom = VaeImageProcessor.get_crop_region(pil, size[1], size[0], pad=margin)
     inner = _box((bottom - top, right - left), size, "fill")  # in narrow images, it reaches beyond them
     return left + inner[0], top + inner[1], left + inner[2], top + inner[3]
