@@ -83,6 +83,17 @@ def test_dtype_device_and_parts_of_ones_own(tmp_path):
     assert in_memory(own) == {"unet"}
 
 
+def test_float16_is_that_of_other_pipelines(saved_pipeline):
+    """transformers keeps some of T5 in float32."""
+    low, full = (
+        PaellaPipeline.from_pretrained(saved_pipeline, dtype=torch.float16, **kwargs) for kwargs in ({"low_memory": True}, {})
+    )
+    for name, model in models(full).items():
+        dtypes = {key: tensor.dtype for key, tensor in getattr(low, name).state_dict().items()}
+        assert dtypes == {key: tensor.dtype for key, tensor in model.state_dict().items()}, name
+    assert torch.float32 in {parameter.dtype for parameter in low.text_encoder.parameters()}
+
+
 def test_from_the_hub(hub, tmp_path):
     pipe = tiny_pipeline()
     pipe.push_to_hub("me/whole")

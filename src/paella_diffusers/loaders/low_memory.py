@@ -69,6 +69,8 @@ def leave_on_disk(folder: Path, classes: dict[str, type], dtype, variant: str | 
         model = _without_weights(cls, place)
         wanted = dtype.get(name, dtype.get("default", torch.float32)) if isinstance(dtype, dict) else dtype
         torch.nn.Module.to(model, wanted).eval().requires_grad_(False)
+        if wanted == torch.float16:
+            _keep_in_float32(model)
         _tie(model)
 
         def find(filename, place=place):
@@ -95,6 +97,14 @@ def _without_weights(cls: type, folder: Path) -> torch.nn.Module:
             return cls.from_config(cls.load_config(folder))
         check_sizes(cls.__name__, read_json(folder / "config.json"), layers_only=True)
         return cls(cls.config_class.from_pretrained(folder))
+
+
+def _keep_in_float32(model: torch.nn.Module):
+    """As transformers does with parts that leave float16's range, such as one in T5's feed-forward layers."""
+    names = getattr(model, "_keep_in_fp32_modules", None) or ()
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] in names:
+            module.to(torch.float32)
 
 
 def _tie(model):
