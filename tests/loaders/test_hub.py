@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import tiny_pipeline
 from huggingface_hub import ModelCard
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from PIL import Image
 
 from paella_diffusers import PaellaImg2ImgPipeline, PaellaPipeline, PaellaScheduler, PaellaUNet
@@ -166,6 +166,20 @@ def test_card_has_everything_and_is_kept_once_edited(hub, pipe):
     readme.write_text(readme.read_text().replace("# whole", "# My own words"))
     pipe.push_to_hub("me/whole")
     assert "# My own words" in readme.read_text() and "2e-4" in readme.read_text()
+
+
+def test_an_edited_card_that_cannot_be_read_is_not_written_over(hub, pipe, monkeypatch):
+    pipe.scheduler.push_to_hub("me/whole")
+    readme = hub.repo("me/whole") / "README.md"
+    readme.write_text("My own words")
+
+    def out_of_reach(*args):
+        raise LocalEntryNotFoundError("The Hub is out of reach.")
+
+    monkeypatch.setattr("paella_diffusers.loaders.hub.download", out_of_reach)
+    with pytest.raises(LocalEntryNotFoundError):
+        pipe.scheduler.push_to_hub("me/whole")
+    assert readme.read_text() == "My own words"
 
 
 def test_base_model_is_where_it_was_loaded_from(hub, pipe):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from huggingface_hub import create_repo, upload_folder
+from huggingface_hub.errors import LocalEntryNotFoundError
 from PIL import Image
 
 from ..about import pip_install, requirement
@@ -183,6 +184,8 @@ def _push(save, thing, repo_id, commit_message, private, token, create_pr, subfo
 def _read_card(repo_id: str, token: str | None) -> str | None:
     try:
         return Path(download(repo_id, "README.md", None, {"token": token})).read_text("utf-8")
+    except LocalEntryNotFoundError:  # the Hub is out of reach: there may be a card, which someone has edited
+        raise
     except FileNotFoundError:
         return None
 
