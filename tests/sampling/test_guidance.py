@@ -339,6 +339,14 @@ def test_saved_and_loaded_with_the_pipeline(guider, tmp_path):
         assert not torch.equal(tokens(loaded), tokens(tiny_pipeline(guider=type(guider)())))  # its settings count
 
 
+def test_numbers_of_numpy_are_saved_as_those_of_python(tmp_path):
+    scale = (np.float32(4), np.float32(2))
+    guider = PaellaSemanticGuidance(scale, editing_prompt=["b"], edit_threshold=np.float32(0.5), edit_warmup_steps=np.int64(3))
+    guider.save_pretrained(tmp_path)
+    loaded = PaellaSemanticGuidance.from_pretrained(tmp_path)
+    assert loaded.guidance_scale == (4, 2) and loaded.config.edit_threshold == 0.5 and loaded.config.edit_warmup_steps == 3
+
+
 class NoUnconditional(GuidanceMixin):
     """A method that looks at the branches' logits and returns the conditional ones."""
 

@@ -12,6 +12,7 @@ from huggingface_hub.utils import validate_hf_hub_args
 from ...loaders.hub import PaellaHubMixin
 from ...models.attention import AttentionPerturbation
 from ...models.unet_paella import PaellaUNet
+from ...schedulers.scheduling_utils import as_python
 from ..plan import Step
 
 
@@ -112,7 +113,13 @@ class GuidanceMixin(PaellaHubMixin, ConfigMixin):
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
         """Write `guider_config.json` into a folder."""
+        self.register_to_config(**{name: _as_python(value) for name, value in self.config.items()})
         self.save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
+
+
+def _as_python(value):
+    """A setting, one or several, with Python's numbers in place of NumPy's, which JSON has not."""
+    return type(value)(map(as_python, value)) if isinstance(value, tuple | list) else as_python(value)
 
 
 def identity(num_branches: int) -> tuple[tuple[float, ...], ...]:
