@@ -54,6 +54,14 @@ def test_dtype(golden_a):
     assert half.dtype == torch.bfloat16
     assert half.down_blocks[3][1].num_batches_tracked.dtype == torch.int64
     assert VQModel.from_single_file(file, config).dtype == torch.float32
+    assert VQModel.from_single_file(file, config, torch_dtype=torch.bfloat16).dtype == torch.bfloat16
+
+
+def test_unknown_arguments_are_refused(golden_a):
+    with pytest.raises(TypeError, match=r"`from_single_file` takes no \['original_conf'\]"):
+        PaellaPrior.from_single_file(golden_a.folder / "prior.pt", original_conf=golden_a.config["prior"])
+    options = {"local_files_only": True, "cache_dir": None, "token": False}  # for files of the Hub
+    PaellaPrior.from_single_file(golden_a.folder / "prior.pt", golden_a.config["prior"], **options)
 
 
 def test_loaded_models_train(golden_a):

@@ -1,5 +1,6 @@
 """The published layout of Paella's checkpoints, in and out: a pickled flat state dict for each model."""
 
+import inspect
 import json
 import re
 import zipfile
@@ -11,7 +12,7 @@ from urllib.parse import unquote, urlsplit
 import safetensors.torch
 import torch
 from accelerate import init_empty_weights
-from huggingface_hub import split_torch_state_dict_into_shards
+from huggingface_hub import hf_hub_download, split_torch_state_dict_into_shards
 from huggingface_hub.constants import ENDPOINT
 
 from .atomic import atomic_update
@@ -50,12 +51,18 @@ class OriginalCheckpointMixin:
                 `weights_only=True`, memory-mapped.
             original_config (`dict`, *optional*):
                 The published constructor's keyword arguments, where they differ from the released model's.
-            dtype (`torch.dtype`, *optional*): Of the model's weights; float32 unless given.
+            dtype (`torch.dtype`, *optional*): Of the model's weights; float32 unless given. `torch_dtype` is the same.
             hub_kwargs: `cache_dir`, `token`, `local_files_only`, `revision`, … for `huggingface_hub.hf_hub_download`.
 
         Raises:
             ValueError: If the file is no state dict, or a key is missing, unexpected or of the wrong shape.
+            TypeError: If it is given any other argument.
         """
+        earlier_name = hub_kwargs.pop("torch_dtype", None)
+        dtype = dtype or earlier_name
+        unknown = sorted(hub_kwargs.keys() - inspect.signature(hf_hub_download).parameters.keys())
+        if unknown:
+            raise TypeError(f"`from_single_file` takes no {unknown}: leave them out.")
         path = _resolve(path_or_hub_url, hub_kwargs)
         model, state_dict = cls._empty_and_state_dict(path, original_config)
         dtype = dtype or torch.float32
