@@ -85,9 +85,8 @@ def test_dtype_device_and_parts_of_ones_own(tmp_path):
 
 def test_float16_is_that_of_other_pipelines(saved_pipeline):
     """transformers keeps some of T5 in float32."""
-    low, full = (
-        PaellaPipeline.from_pretrained(saved_pipeline, dtype=torch.float16, **kwargs) for kwargs in ({"low_memory": True}, {})
-    )
+    low = PaellaPipeline.from_pretrained(saved_pipeline, dtype=torch.float16, low_memory=True)
+    full = PaellaPipeline.from_pretrained(saved_pipeline, dtype=torch.float16)
     for name, model in models(full).items():
         dtypes = {key: tensor.dtype for key, tensor in getattr(low, name).state_dict().items()}
         assert dtypes == {key: tensor.dtype for key, tensor in model.state_dict().items()}, name

@@ -5,6 +5,7 @@ import json
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from conftest import tiny_pipeline
@@ -340,8 +341,8 @@ def test_saved_and_loaded_with_the_pipeline(guider, tmp_path):
 
 
 def test_numbers_of_numpy_are_saved_as_those_of_python(tmp_path):
-    scale = (np.float32(4), np.float32(2))
-    guider = PaellaSemanticGuidance(scale, editing_prompt=["b"], edit_threshold=np.float32(0.5), edit_warmup_steps=np.int64(3))
+    settings = {"edit_threshold": np.float32(0.5), "edit_warmup_steps": np.int64(3)}
+    guider = PaellaSemanticGuidance((np.float32(4), np.float32(2)), editing_prompt=["b"], **settings)
     guider.save_pretrained(tmp_path)
     loaded = PaellaSemanticGuidance.from_pretrained(tmp_path)
     assert loaded.guidance_scale == (4, 2) and loaded.config.edit_threshold == 0.5 and loaded.config.edit_warmup_steps == 3
