@@ -242,6 +242,19 @@ def test_conditioning_is_read_and_replaced():
     assert not torch.equal(swapped, expected)
 
 
+def test_cached_features_are_of_the_new_conditioning():
+    """DeepCache: the levels below the first are computed anew where a callback replaces a prompt."""
+    pipe = tiny_pipeline(prior=None, prior_scheduler=None)
+    cached = []
+    pipe.unet.register_forward_pre_hook(
+        lambda module, args, kwargs: cached.append(bool(kwargs["deep_features"])), with_kwargs=True
+    )
+    other = dict(zip(("prompt_embeds", "negative_prompt_embeds"), pipe.encode_prompt("bcd")))
+    swap = lambda pipe, step, *rest: other if step == 1 else None
+    pipe("a", num_inference_steps=4, deep_feature_interval=4, output_type="latent", callback_on_step_end=swap)
+    assert cached == [False, True, False, True]
+
+
 @pytest.mark.parametrize(
     ("returned", "message"),
     [

@@ -45,12 +45,13 @@ class Denoiser:
         self.unet, self.guidance, self.guidance_scale, self.regions = unet, guidance, guidance_scale, regions
         self.deep_feature_interval, self.batch_size = deep_feature_interval, batch_size
         self.unet_kwargs = {"cross_attention_kwargs": cross_attention_kwargs}
-        self._deep_features, self._cached_branches, self._context_branches = {}, (), ()
+        self._deep_features = {}
         self.set_conditioning(conditioning)
 
     def set_conditioning(self, conditioning: Mapping):
         """Take other conditioning from now on."""
         self.conditioning, self._encoded = dict(conditioning), {}
+        self._cached_branches = self._context_branches = ()  # what caches keep is of what was told before
 
     def __call__(self, tokens: torch.Tensor, step) -> torch.Tensor:
         """Guided logits `(batch_size, num_tokens, height, width)` for the clean token at every position of `tokens`."""
