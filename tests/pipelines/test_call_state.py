@@ -242,6 +242,42 @@ def test_conditioning_is_read_and_replaced():
     assert not torch.equal(swapped, expected)
 
 
+@pytest.mark.parametrize("name", ["prompt_embeds", "negative_prompt_embeds", "clip_text_embeds"])
+def test_conditioning_may_be_changed_in_place(name):
+    pipe = tiny_pipeline(prior=None, prior_scheduler=None)
+    call = {"num_inference_steps": 3, "output_type": "latent", "callback_on_step_end_tensor_inputs": [name]}
+
+    def change(replace):
+        def callback(pipe, step, timestep, tensors):
+            return {name: tensors[name] * 3} if replace else (tensors[name].mul_(3), None)[1]
+
+        return callback
+
+    replaced, in_place = (
+        pipe("a", generator=seeded(), callback_on_step_end=change(replace), **call).images for replace in (True, False)
+    )
+    assert torch.equal(replaced, in_place)
+    assert not torch.equal(replaced, pipe("a", generator=seeded(), **call).images)
+
+
+def test_text_and_its_mask_are_replaced_together():
+    """By text of another length."""
+    pipe = tiny_pipeline(prior=None, prior_scheduler=None)
+    text, negative, mask, negative_mask, *_ = pipe.encode_prompt(["a", "bcd"])
+    other, _, other_mask, *_ = pipe.encode_prompt(["defgh", "b"])
+    assert mask is not None and other_mask.shape != mask.shape
+
+    def draw(returned):
+        call = {"prompt_embeds": text, "prompt_attention_mask": mask, "negative_prompt_embeds": negative}
+        call |= {"negative_prompt_attention_mask": negative_mask, "generator": seeded(), "output_type": "latent"}
+        return pipe(num_inference_steps=3, callback_on_step_end=lambda *args: returned, **call).images
+
+    assert not torch.equal(draw({"prompt_embeds": other, "prompt_attention_mask": other_mask}), draw(None))
+    message = "`prompt_embeds` of length 6 with `prompt_attention_mask` of length 4: return both, of one length"
+    with pytest.raises(ValueError, match=message):
+        draw({"prompt_embeds": other})
+
+
 def test_cached_features_are_of_the_new_conditioning():
     """DeepCache: the levels below the first are computed anew where a callback replaces a prompt."""
     pipe = tiny_pipeline(prior=None, prior_scheduler=None)

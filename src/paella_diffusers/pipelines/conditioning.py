@@ -131,6 +131,11 @@ class Conditioning:
         parts.append(F.pad(clip[:, own_text:], (0, self.clip_seq_len * (num_images - self.num_images))))
         return torch.cat(parts, dim=1)
 
+    @property
+    def clip_length(self) -> int:
+        """Conditioning tokens behind the text's."""
+        return self.clip_seq_len * ((self.clip_text_embeds is not None) + self.num_images)
+
     def _padded_images(self, num_images: int) -> torch.Tensor | None:
         images = self.clip_image_embeds
         return None if images is None else F.pad(images, (0, 0, 0, num_images - images.shape[1]))
