@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from paella_diffusers import PaellaScheduler, PaellaUNet
+from paella_diffusers import PaellaScheduler, PaellaSemanticGuidance, PaellaUNet
 from paella_diffusers.loaders.config_check import check_config
 
 
@@ -14,6 +14,21 @@ from paella_diffusers.loaders.config_check import check_config
 )
 def test_what_fits_is_taken(config):
     check_config(PaellaUNet, config)
+
+
+@pytest.mark.parametrize(
+    ("cls", "config", "message"),
+    [
+        (PaellaSemanticGuidance, {"editing_prompt": "x" * 1001}, "`editing_prompt` must have at most 1000 characters, got 1001"),
+        (PaellaSemanticGuidance, {"editing_prompt": ["x"] * 1001}, "editing_prompt=.*, more than 1000 entries"),
+        (PaellaSemanticGuidance, {"editing_prompt": "x", "edit_warmup_steps": 2**24 + 1}, "edit_warmup_steps=16777217, more"),
+        (PaellaScheduler, {"renoise_steps": 2**24 + 1}, "renoise_steps=16777217, more than 16777216"),
+        (PaellaScheduler, {"quantized_steps": 2**24 + 1}, "quantized_steps=16777217, more than 16777216"),
+    ],
+)
+def test_what_could_not_be_loaded_is_not_made(cls, config, message):
+    with pytest.raises(ValueError, match=message):
+        cls(**config)
 
 
 @pytest.mark.parametrize(

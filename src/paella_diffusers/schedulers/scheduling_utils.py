@@ -8,6 +8,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import BaseOutput
 
 from ..checks import check_choice, check_integer, check_number, check_ramp, is_number
+from ..loaders.config_check import check_sizes
 from ..loaders.hub import PaellaHubMixin
 from .categorical import add_uniform_noise, check_generators, leave_one_out_shift
 
@@ -109,6 +110,7 @@ class PaellaSchedulerBase(PaellaHubMixin, SchedulerMixin, ConfigMixin):
         check_number("t_end", self.config.t_end, at_least=0, below=self.config.t_start)
         check_temperature(self.config.temperature)
         check_integer("num_vq_embeddings", self.config.num_vq_embeddings, 1, 2**31 - 1)
+        check_sizes(type(self).__name__, dict(self.config))  # as when it is loaded
 
     def _check_step(
         self,

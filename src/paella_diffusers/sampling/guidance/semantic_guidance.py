@@ -6,6 +6,7 @@ import torch
 from diffusers.configuration_utils import register_to_config
 
 from ...checks import check_boolean, check_integer, check_number, check_unicode
+from ...loaders.config_check import MAX_LENGTH, check_sizes
 from ..plan import Step
 from .base import CONDITIONAL, UNCONDITIONAL, Branch, GuidanceMixin, identity
 from .classifier_free_guidance import PaellaClassifierFreeGuidance, plausible
@@ -73,6 +74,8 @@ class PaellaSemanticGuidance(PaellaClassifierFreeGuidance):
             raise ValueError(f"`editing_prompt` must be a text or a list of them, none empty, got {editing_prompt!r}.")
         for prompt in prompts:
             check_unicode("editing_prompt", prompt)
+            if len(prompt) > MAX_LENGTH:
+                raise ValueError(f"`editing_prompt` must have at most {MAX_LENGTH} characters, got {len(prompt)}: shorten it.")
         columns = {
             "reverse": _each("reverse_editing_direction", reverse_editing_direction, prompts, check_boolean),
             "scale": _each("edit_guidance_scale", edit_guidance_scale, prompts, check_number),
@@ -87,6 +90,7 @@ class PaellaSemanticGuidance(PaellaClassifierFreeGuidance):
             columns["weight"] = _each("edit_weights", edit_weights, prompts, check_number, at_least=0)
         check_number("edit_momentum_scale", edit_momentum_scale, at_least=0)
         check_number("edit_mom_beta", edit_mom_beta, at_least=0, below=1)
+        check_sizes(type(self).__name__, dict(self.config))  # as when it is loaded
         self._momentum = 0.0
         self._edits = {}  # by the branches' names; what has no weight takes no part
         for index, prompt in enumerate(prompts):
