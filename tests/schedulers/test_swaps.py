@@ -239,6 +239,15 @@ def test_too_many_steps_for_a_flat_descent():
         scheduler.set_timesteps(100)
 
 
+@pytest.mark.parametrize("scheduler", OURS)
+def test_a_start_below_the_end_is_named(scheduler):
+    ours = scheduler(t_end=0.3)
+    for t_start in (0.3, 0.2):
+        with pytest.raises(ValueError, match=f"`t_start`={t_start} .* must be above the configured `t_end`=0.3"):
+            ours.set_timesteps(4, t_start=t_start)
+    ours.set_timesteps(1, t_start=0.2)
+
+
 def test_correctors_work_where_tokens_are_generated(pipe):
     """Sweeps pick the least certain positions: known ones are certain."""
     image, mask = torch.randint(32, (1, 8, 8), generator=seeded(3)), torch.zeros(1, 8, 8)

@@ -77,6 +77,11 @@ class PaellaSchedulerBase(PaellaHubMixin, SchedulerMixin, ConfigMixin):
         if timesteps is None:
             t_start = self.config.t_start if t_start is None else t_start
             check_number("t_start", t_start, above=0, at_most=1)
+            if t_start <= self.config.t_end and steps > 1:
+                raise ValueError(
+                    f"`t_start`={t_start} (a pipeline's `strength`) must be above the configured `t_end`={self.config.t_end} "
+                    "for several steps: raise it, or set a lower `t_end`."
+                )
             levels = self._descent(int(steps), float(t_start), min(self.config.t_end, float(t_start)))
         else:
             levels = check_timesteps(timesteps, num_inference_steps)
