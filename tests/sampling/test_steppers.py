@@ -134,6 +134,12 @@ def test_a_generator_of_another_device_seeds_one_of_the_logits():
     assert torch.equal(drawn(GeneratorElsewhere().manual_seed(0)), drawn(seeded(seed)))
 
 
+def test_a_strength_that_takes_too_long_a_run_is_refused():
+    stepper = DiscreteStepper(DiscreteDDIMScheduler())
+    with pytest.raises(ValueError, match="`strength`=1e-09 in 12 steps takes the last of 12000000000 .*: raise `strength`"):
+        stepper.plan(12, strength=1e-9)
+
+
 class PlainScheduler(MostLikelyScheduler):
     """One whose `step` has no options."""
 

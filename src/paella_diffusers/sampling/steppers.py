@@ -13,6 +13,9 @@ from ..schedulers.scheduling_utils import PaellaSchedulerBase, RenoisingSchedule
 from .plan import Plan, Step, linear_ramp
 
 
+MAX_TOTAL_STEPS = 1_000_000  # of a longer run whose last steps are taken; they fit into memory
+
+
 def make_stepper(scheduler) -> "PaellaStepper | DiscreteStepper":
     """
     The stepper for a scheduler.
@@ -141,6 +144,11 @@ class DiscreteStepper:
         total = num_steps
         if "t_start" in overrides:  # not taken: the last steps of a longer run
             total = max(num_steps + 1, round(num_steps / strength))
+            if total > MAX_TOTAL_STEPS:
+                raise ValueError(
+                    f"`strength`={strength} in {num_steps} steps takes the last of {total} with a "
+                    f"{type(self.scheduler).__name__}, which plans at most {MAX_TOTAL_STEPS}: raise `strength`."
+                )
         self.scheduler.set_timesteps(total, device=device, **taken)
         if total > num_steps and hasattr(self.scheduler, "set_begin_index"):
             self.scheduler.set_begin_index(total - num_steps)
