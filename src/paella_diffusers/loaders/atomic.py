@@ -360,7 +360,7 @@ def _is_abandoned(path: Path) -> bool:
         return False
     pid = int(_OWNED.fullmatch(path.name)["pid"])
     if pid == os.getpid():  # perhaps of an earlier process of this number, as in containers that start anew
-        return path.name not in {os.path.basename(live) for live in _live}
+        return path.name not in {os.path.basename(live) for live in list(_live)}  # threads add to it
     if os.name == "nt":
         return False
     try:
