@@ -35,3 +35,8 @@ def test_save_and_load(tmp_path):
     prior.save_pretrained(tmp_path)
     sample, text = torch.randn(2, 6), torch.randn(2, 6)
     assert torch.equal(PaellaPrior.from_pretrained(tmp_path)(sample, 0.5, text).sample, prior(sample, 0.5, text).sample)
+
+
+def test_too_small_a_time_embedding_is_refused():
+    with pytest.raises(ValueError, match="`time_embed_dim` must be at least 4, got 2"):
+        PaellaPrior(embedding_dim=8, hidden_dim=8, time_embed_dim=2, num_layers=1)

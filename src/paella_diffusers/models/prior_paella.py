@@ -65,6 +65,8 @@ class PaellaPrior(PaellaHubMixin, AtomicSaveMixin, ModelMixin, ConfigMixin, Pael
     @register_to_config
     def __init__(self, embedding_dim: int = 1024, hidden_dim: int = 1280, time_embed_dim: int = 64, num_layers: int = 48):
         super().__init__()
+        if time_embed_dim < 4:
+            raise ValueError(f"`time_embed_dim` must be at least 4, got {time_embed_dim}.")
         self.proj_in = nn.Linear(embedding_dim, hidden_dim)
         self.blocks = nn.ModuleList(PaellaPriorBlock(hidden_dim, embedding_dim + time_embed_dim) for _ in range(num_layers))
         self.proj_out = nn.Linear(hidden_dim, embedding_dim)
