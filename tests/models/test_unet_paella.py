@@ -424,6 +424,15 @@ def test_response_norm_of_large_numbers_in_float16():
     assert torch.equal(GlobalResponseNorm(2).half()(hidden_states), hidden_states)
 
 
+def test_deep_features_without_blocks_above_them():
+    """Nothing but them is left: the logits are those of the call that filled them."""
+    unet, call, features = tiny_unet(layers_per_block=(0, 2)), inputs(), []
+    with torch.no_grad():
+        filled = unet(**call, deep_features=features).sample
+        again = unet(**call, deep_features=features).sample
+    assert len(features) == 1 and torch.equal(again, filled)
+
+
 def test_several_mixtures_of_branches():
     """Each is a weighted sum of the branches' logits."""
     unet, call = tiny_unet(), inputs(batch_size=4)
