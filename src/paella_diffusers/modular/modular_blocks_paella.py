@@ -25,12 +25,13 @@ from transformers import (
     T5EncoderModel,
 )
 
+from ..checks import check_choice
 from ..models.prior_paella import PaellaPrior
 from ..models.unet_paella import PaellaUNet
 from ..models.vq_model import PaellaVQModel
 from ..pipelines.conditioning import PromptEmbeds
 from ..pipelines.encoding import num_image_rows
-from ..pipelines.inputs import CallInputs, EditingInputs, ImageConditionInputs, PromptInputs, SamplingInputs
+from ..pipelines.inputs import OUTPUT_TYPES, CallInputs, EditingInputs, ImageConditionInputs, PromptInputs, SamplingInputs
 from ..pipelines.source_image import SourceImage
 from ..sampling.guidance.classifier_free_guidance import PaellaClassifierFreeGuidance
 from ..schedulers.scheduling_paella import PaellaScheduler
@@ -220,6 +221,7 @@ class PaellaDecodeStep(PaellaBlock):
         return [OutputParam("images", type_hint=list[PIL.Image.Image])]
 
     def run(self, pipe: "PaellaPipeline", block_state: BlockState) -> None:
+        check_choice("output_type", block_state.output_type, OUTPUT_TYPES)
         block_state.images = pipe.decode(block_state.latents, block_state.output_type, block_state.source)
 
 

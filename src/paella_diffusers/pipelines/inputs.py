@@ -32,6 +32,7 @@ from .image_reading import to_rgb
 
 MAX_STEPS = 10_000
 MAX_IMAGES_PER_PROMPT = 2**20
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 MAX_LENGTH = 2**24  # of prompts, in bytes
 MODEL_DEFAULT: Any = ...  # a guidance scale that was left out: the model's own
 
@@ -343,7 +344,7 @@ class OutputInputs:
 
     def check(self, pipe):
         """Refuse what is unknown."""
-        check_choice("output_type", self.output_type, ("pil", "np", "pt", "latent"))
+        check_choice("output_type", self.output_type, OUTPUT_TYPES)
         check_boolean("return_dict", self.return_dict)
         if isinstance(self.callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
             self.callback_on_step_end_tensor_inputs = self.callback_on_step_end.tensor_inputs
