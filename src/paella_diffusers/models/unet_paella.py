@@ -503,7 +503,7 @@ class PaellaUNet(
         if deep_features:
             above = self.config.layers_per_block[0]
             down_blocks, up_blocks = down_blocks[:above], up_blocks[len(up_blocks) - above :]
-            keys_values = keys_values[:above] + keys_values[len(keys_values) - above :] if keys_values else []
+            keys_values = keys_values[:above] + keys_values[len(keys_values) - above :]
         keys_values = iter(keys_values)
         conditioning = (temb, conditioning.sequence, conditioning.attention_mask, conditioning.weights)
         skips = []

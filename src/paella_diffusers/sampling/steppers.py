@@ -12,8 +12,7 @@ from ..schedulers.categorical import add_uniform_noise, check_finite, check_logi
 from ..schedulers.scheduling_utils import PaellaSchedulerBase, RenoisingSchedulerBase
 from .plan import Plan, Step, linear_ramp
 
-
-MAX_TOTAL_STEPS = 1_000_000  # of a longer run whose last steps are taken; they fit into memory
+MAX_TOTAL_STEPS = 1_000_000  # of a longer run whose last steps are taken: they fit into memory
 
 
 def make_stepper(scheduler) -> "PaellaStepper | DiscreteStepper":

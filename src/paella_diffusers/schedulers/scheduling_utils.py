@@ -66,7 +66,8 @@ class PaellaSchedulerBase(PaellaHubMixin, SchedulerMixin, ConfigMixin):
                 The noise level of each step, descending, in (0, 1]. They replace the configured descent.
             temperature (`float` or `tuple[float, float]`, *optional*): Replaces the configured one in this run.
             t_start (`float`, *optional*):
-                Replaces the configured one in this run. A configured `t_end` above it is lowered to it.
+                Replaces the configured one in this run. A configured `t_end` above it is lowered to it,
+                for a single step.
 
         Raises:
             ValueError: If a value is not a number in its range, or `timesteps` do not descend.
@@ -79,8 +80,8 @@ class PaellaSchedulerBase(PaellaHubMixin, SchedulerMixin, ConfigMixin):
             check_number("t_start", t_start, above=0, at_most=1)
             if t_start <= self.config.t_end and steps > 1:
                 raise ValueError(
-                    f"`t_start`={t_start} (a pipeline's `strength`) must be above the configured `t_end`={self.config.t_end} "
-                    "for several steps: raise it, or set a lower `t_end`."
+                    f"`t_start`={t_start} (a pipeline's `strength`) must be above the configured `t_end`="
+                    f"{self.config.t_end} for several steps: raise it, or set a lower `t_end`."
                 )
             levels = self._descent(int(steps), float(t_start), min(self.config.t_end, float(t_start)))
         else:
