@@ -184,6 +184,15 @@ def test_nothing_stays_noise_at_the_end(pipe):
     assert not torch.equal(last[0]["latents"], last[0]["pred_original_sample"])
 
 
+def test_a_temperature_without_effect_is_refused(pipe):
+    """Also where the scheduler that was swapped left one in the configuration."""
+    for scheduler in (EntropyBoundScheduler(), EntropyBoundScheduler.from_config(PaellaScheduler().config)):
+        task = PaellaPipeline.from_pipe(pipe, scheduler=scheduler)
+        with pytest.raises(ValueError, match="EntropyBoundScheduler takes no `temperature`"):
+            draw(task, num_inference_steps=2, temperature=1.0)
+        draw(task, num_inference_steps=2)
+
+
 def test_the_temperature_goes_along_in_a_swap(pipe, monkeypatch):
     """DiscreteDDIMScheduler has none in its configuration, but takes one in each step."""
     swapped = DiscreteDDIMScheduler.from_config(PaellaScheduler(temperature=(1.0, 0.4)).config)

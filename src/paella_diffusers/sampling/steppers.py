@@ -112,8 +112,10 @@ class DiscreteStepper:
         self.accepted = {name for name in options if takes_all or name in parameters}
         self.uses_codebook = "codebook" in self.accepted
         self.codebook = None
-        # its own, or left there by the scheduler that it was swapped for
+        # its own, or left there by the scheduler that it was swapped for, which counts where `step` takes one
         self.has_temperature = "temperature" in scheduler.config
+        own = inspect.signature(type(scheduler).__init__).parameters
+        self.takes_temperature = "temperature" in self.accepted or "temperature" in own
         self.default_temperature = parameters["temperature"].default if "temperature" in parameters else 1.0
         self.order, self.repeats_steps = 1, not hasattr(scheduler, "step_index")  # those with one count their steps
         self.by_image = []  # steppers of single images, each with its own generator
@@ -131,9 +133,9 @@ class DiscreteStepper:
         if "renoise_steps" in overrides:
             raise refused_override(self.scheduler, "renoise_steps")
         ramp = overrides.get("temperature")
-        if ramp is not None and "temperature" not in self.accepted and not self.has_temperature:
+        if ramp is not None and not self.takes_temperature:
             raise refused_override(self.scheduler, "temperature")
-        if ramp is None and self.has_temperature:
+        if ramp is None and self.has_temperature and self.takes_temperature:
             own = self.scheduler.config["temperature"]
             ramp = own if "temperature" in self.accepted or isinstance(own, tuple | list) else None
 
