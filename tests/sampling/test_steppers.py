@@ -10,6 +10,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import BaseOutput
 from schedulers.stand_in import DescendingDDIMScheduler
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from paella_diffusers import PaellaImg2ImgPipeline, PaellaInpaintPipeline, PaellaScheduler
 from paella_diffusers.sampling.steppers import DiscreteStepper, InversionStepper
@@ -138,6 +139,31 @@ def test_a_strength_that_takes_too_long_a_run_is_refused():
     stepper = DiscreteStepper(DiscreteDDIMScheduler())
     with pytest.raises(ValueError, match="`strength`=1e-09 in 12 steps takes the last of 12000000000 .*: raise `strength`"):
         stepper.plan(12, strength=1e-9)
+
+
+class NoLargeIntegers(TorchDispatchMode):
+    """No tensor of integers has as many as there are logits."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.numel() >= 32 * 16:
+            assert result.dtype != torch.int64, function
+        return result
+
+
+def test_what_is_known_takes_no_integer_for_each_logit():
+    logits, known = torch.randn(1, 32, 4, 4, generator=seeded(1)), torch.randint(32, (1, 4, 4), generator=seeded(2))
+    mask = torch.zeros(1, 4, 4, dtype=torch.bool)
+    mask[:, :2] = True
+    inversion = InversionStepper(PaellaScheduler(), 1.0, 0.1)
+    inversion.clean, inversion.source_denoiser = known, lambda tokens, step: logits
+    step = inversion.plan(2).steps[0]
+    with NoLargeIntegers():
+        prepared, _ = DiscreteStepper(DiscreteDDIMScheduler())._prepare(logits, known, mask, None)
+        assert torch.equal(inversion.step(logits, step, known, known, generator=seeded())[1], known)
+    rows = prepared.transpose(1, 2).view_as(logits)
+    assert torch.equal(rows[:, :, :2], logits[:, :, :2])
+    assert torch.equal(rows[:, :, 2:].softmax(1).argmax(1), known[:, 2:]) and rows[:, :, 2:].unique().tolist() == [0, 50]
 
 
 class PlainScheduler(MostLikelyScheduler):

@@ -5,7 +5,6 @@ import inspect
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from diffusers import AmusedScheduler, BlockRefinementScheduler
 
 from ..schedulers.categorical import add_uniform_noise, check_finite, check_logits
@@ -218,8 +217,8 @@ class DiscreteStepper:
         """
         check_logits(logits, dim=1)
         if mask is not None:
-            certain = F.one_hot(tokens, logits.shape[1]).movedim(-1, 1) * 50.0
-            logits = torch.where(mask[:, None], logits, certain.to(logits))
+            certain = torch.zeros_like(logits).scatter_(1, tokens[:, None], 50.0)
+            logits = torch.where(mask[:, None], logits, certain)
         if generator is not None and generator.device != logits.device:
             seed = int(torch.randint(2**62, (1,), generator=generator, device=generator.device))
             generator = torch.Generator(logits.device).manual_seed(seed)
@@ -270,7 +269,7 @@ class InversionStepper:
         """As [`PaellaStepper.step`]."""
         self.source = tokens if self.source is None else self.source
         target, source = map(self._log_probabilities, (logits, self.source_denoiser(self.source, step)))
-        certain = self._smoothed(F.one_hot(self.clean, logits.shape[1]))
+        certain = self._smoothed(torch.zeros_like(source).scatter_(-1, self.clean[..., None], 1.0))
         edited = (target + self.residual_scale * (certain - source)).argmax(-1)
         if step.is_last or step.index >= self.renoise_steps:
             self.source = self.clean
