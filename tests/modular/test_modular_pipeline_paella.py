@@ -160,7 +160,7 @@ def test_dtypes_and_silence(folder, monkeypatch, caplog):
         ({"prompt": None}, "Pass either `prompt` or `prompt_embeds`"),
         ({"num_inference_steps": 0}, "`num_inference_steps` must be an integer of at least 1, got 0"),
         ({"image": "picture.png"}, "`image`"),
-        ({"output_type": "jpeg", "num_inference_steps": 1}, "`output_type` must be one of 'pil', 'np', 'pt', 'latent', got"),
+        ({"output_type": "jpeg", "num_inference_steps": 1, "use_prior": False}, "`output_type` must be one of .pil., .np.,"),
         ({"height": 33}, "`height` and `width` must be multiples of"),
     ],
 )
