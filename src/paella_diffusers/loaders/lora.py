@@ -1,5 +1,6 @@
 """LoRA adapters of the U-Net, the text encoders and the prior, through diffusers' mixins and PEFT (the extra `lora`)."""
 
+import functools
 import json
 import math
 import os
@@ -14,7 +15,7 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.loaders.lora_base import LoraBaseMixin
-from diffusers.utils import convert_unet_state_dict_to_peft, is_peft_available
+from diffusers.utils import apply_lora_scale, convert_unet_state_dict_to_peft, is_peft_available
 from huggingface_hub import list_repo_files
 from safetensors import safe_open
 
@@ -292,6 +293,25 @@ class PaellaLoraLoaderMixin(LoraBaseMixin):
     def _forget_prompts(self):
         if self._prompt_cache is not None:
             self._prompt_cache.clear()  # PEFT sets weights through `.data`
+
+
+def scale_adapters(function: Callable) -> Callable:
+    """diffusers' `apply_lora_scale`, which after a call with the scale 0 would leave the layers' own scales at 1."""
+    scaled = apply_lora_scale("cross_attention_kwargs")(function)
+
+    @functools.wraps(function)
+    def wrapper(self, *args, **kwargs):
+        if (kwargs.get("cross_attention_kwargs") or {}).get("scale", 1.0) != 0:
+            return scaled(self, *args, **kwargs)
+        scales = [layer.scaling for layer in self.modules() if isinstance(getattr(layer, "scaling", None), dict)]
+        before = [dict(by_adapter) for by_adapter in scales]
+        try:
+            return scaled(self, *args, **kwargs)
+        finally:
+            for by_adapter, own in zip(scales, before):
+                by_adapter.update(own)
+
+    return wrapper
 
 
 def _adapter_file(source, use_safetensors: bool | None, weight_name, subfolder, revision, options: dict) -> str:

@@ -1,6 +1,5 @@
 """Paella's denoising U-Net: noisy tokens in, logits over all tokens at every position out."""
 
-import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -10,12 +9,12 @@ import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.attention import AttentionMixin
 from diffusers.models.modeling_utils import ModelMixin
-from diffusers.utils import BaseOutput, apply_lora_scale
+from diffusers.utils import BaseOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 
 from ..loaders.hub import PaellaHubMixin
-from ..loaders.lora import PaellaPeftAdapterMixin
+from ..loaders.lora import PaellaPeftAdapterMixin, scale_adapters
 from ..loaders.original_checkpoint import OriginalCheckpointMixin
 from ..loaders.saving import AtomicSaveMixin
 from .attention import AttentionPerturbation, LayerNorm, PaellaAttention, PaellaAttnBlock, tile_batch
@@ -59,25 +58,6 @@ def sinusoidal_embedding(timestep: torch.Tensor, dim: int) -> torch.Tensor:
     frequencies = torch.arange(half, device=timestep.device).float().mul(-math.log(10000) / (half - 1)).exp()
     angles = (timestep * 10000)[:, None] * frequencies
     return F.pad(torch.cat([angles.sin(), angles.cos()], dim=1), (0, dim % 2))
-
-
-def scale_adapters(function: Callable) -> Callable:
-    """diffusers' `apply_lora_scale`, which after a call with the scale 0 would leave the layers' own scales at 1."""
-    scaled = apply_lora_scale("cross_attention_kwargs")(function)
-
-    @functools.wraps(function)
-    def wrapper(self, *args, **kwargs):
-        if (kwargs.get("cross_attention_kwargs") or {}).get("scale", 1.0) != 0:
-            return scaled(self, *args, **kwargs)
-        scales = [layer.scaling for layer in self.modules() if isinstance(getattr(layer, "scaling", None), dict)]
-        before = [dict(by_adapter) for by_adapter in scales]
-        try:
-            return scaled(self, *args, **kwargs)
-        finally:
-            for by_adapter, own in zip(scales, before):
-                by_adapter.update(own)
-
-    return wrapper
 
 
 def mix(branches: tuple[torch.Tensor, ...], weights: tuple[float, ...]) -> torch.Tensor:
