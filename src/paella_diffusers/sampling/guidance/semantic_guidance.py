@@ -75,7 +75,9 @@ class PaellaSemanticGuidance(PaellaClassifierFreeGuidance):
         for prompt in prompts:
             check_unicode("editing_prompt", prompt)
             if len(prompt) > MAX_LENGTH:
-                raise ValueError(f"`editing_prompt` must have at most {MAX_LENGTH} characters, got {len(prompt)}.")
+                raise ValueError(
+                    f"`editing_prompt` must have at most {MAX_LENGTH} characters, got {len(prompt)}: shorten it."
+                )
         columns = {
             "reverse": _each("reverse_editing_direction", reverse_editing_direction, prompts, check_boolean),
             "scale": _each("edit_guidance_scale", edit_guidance_scale, prompts, check_number),
