@@ -105,6 +105,7 @@ def test_adapters_are_loaded_with_sequential_offloading(tmp_path):
     pipe.enable_sequential_cpu_offload(device="cpu")
     pipe.load_lora_weights(tmp_path)
     assert pipe.text_encoder.device.type == "meta"  # offloaded again
+    pipe.remove_all_hooks()
     torch.testing.assert_close(computed(pipe), expected)
 
 
