@@ -186,7 +186,8 @@ def test_nothing_stays_noise_at_the_end(pipe):
 
 def test_a_temperature_without_effect_is_refused(pipe):
     """Also where the scheduler that was swapped left one in the configuration."""
-    for scheduler in (EntropyBoundScheduler(), EntropyBoundScheduler.from_config(PaellaScheduler().config)):
+    swapped = EntropyBoundScheduler.from_config(PaellaScheduler(temperature=(0.9, 0.4)).config)
+    for scheduler in (EntropyBoundScheduler(), swapped):
         task = PaellaPipeline.from_pipe(pipe, scheduler=scheduler)
         with pytest.raises(ValueError, match="EntropyBoundScheduler takes no `temperature`"):
             draw(task, num_inference_steps=2, temperature=1.0)
