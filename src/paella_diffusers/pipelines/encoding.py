@@ -241,7 +241,7 @@ def _state(encoder: torch.nn.Module) -> Hashable:
     # Changes in place are counted by torch. Offloading puts new weights in the place of those on the meta device.
     weights = [weight for weight in encoder.parameters() if not weight.is_meta]
     versions = tuple((id(weight), 0 if weight.is_inference() else weight._version) for weight in weights)
-    layers = [layer for layer in encoder.modules() if hasattr(layer, "set_scale")]  # as PEFT has them
+    layers: list[Any] = [layer for layer in encoder.modules() if hasattr(layer, "set_scale")]  # as PEFT has them
     adapters = tuple(
         (
             layer.disable_adapters,

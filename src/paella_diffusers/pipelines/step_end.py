@@ -1,7 +1,7 @@
 """What follows each step of a pipeline's loop: progress, and the user's callback."""
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from tqdm import tqdm
@@ -55,7 +55,7 @@ class StepEnd:
                 )
             changed = {name: tensor for name, tensor in given.items() if _version(tensor) != versions[name]}  # in place
             changed |= {name: value for name, value in (returned or {}).items() if value is not given.get(name)}
-            latents = changed.pop("latents", tokens)
+            latents = cast(torch.Tensor, changed.pop("latents", tokens))
             check_tokens("latents", latents, tuple(tokens.shape), self.pipe.unet.config.num_vq_embeddings)
             self._replace_conditioning({name: changed[name] for name in changed if name in CONDITIONING_TENSORS})
             tokens = latents.to(tokens.device)

@@ -67,6 +67,8 @@ class Buckets:
 
     def _size_of(self, image: bytes | str | Path | None) -> tuple[int, int] | None:
         """The bucket of a picture, from its header; None if it has no readable one."""
+        if image is None:
+            return None
         try:
             with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as opened:
                 turned = opened.getexif().get(0x0112) in TRANSPOSED

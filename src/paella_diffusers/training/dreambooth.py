@@ -99,7 +99,7 @@ def load_instances(run: TrainingRun):
         draw_class_pictures(run)
         pictures = find_pictures(args.class_data_dir)
     prompts = (args.instance_prompt, pictures, args.class_prompt, args.prior_loss_weight)
-    run.stream.transform = Instances(run.stream.transform, *prompts)
+    run.stream.transform = Instances(cast(SampleTransform, run.stream.transform), *prompts)
 
 
 def find_pictures(folder: Path) -> list[Path]:
