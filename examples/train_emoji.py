@@ -39,7 +39,7 @@ def parse_args(args=None):
     parser.add_argument("--text-steps", type=int, default=1600)
     parser.add_argument("--image-steps", type=int, default=4500)
     parser.add_argument("--prior-steps", type=int, default=3000)
-    parser.add_argument("--unet-steps", type=int, default=6300)
+    parser.add_argument("--unet-steps", type=int, default=16_000)
     parser.add_argument("--batch-scale", type=float, default=1.0, help="factor on all batch sizes")
     parser.add_argument("--score-limit", type=int, help="measure with at most so many pictures of each kind")
     parser.add_argument("--compile", action="store_true", help="the U-Net, with torch.compile; needs g++")
