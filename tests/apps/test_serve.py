@@ -305,8 +305,8 @@ def test_requests_that_wait_are_drawn_together(client, pipe, server):
     def ask(index):
         answers[index] = client.images.generate(prompt="red heart", extra_body=OURS | {"seed": index})
 
-    calls = metric(server, 'paella_call_pictures_bucket{le="2.0"}'), metric(server, "paella_call_pictures_count")
-    with busy(pipe, server.batcher):
+    with busy(pipe, server.batcher):  # by now, earlier calls have been counted
+        calls = metric(server, 'paella_call_pictures_bucket{le="2.0"}'), metric(server, "paella_call_pictures_count")
         threads = [threading.Thread(target=ask, args=(index,)) for index in range(4)]
         [thread.start() for thread in threads]
         wait_until(lambda: server.batcher.num_waiting == 4)

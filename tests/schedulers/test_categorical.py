@@ -30,7 +30,8 @@ class GeneratorElsewhere(torch.Generator):
     device = torch.device("cuda")
 
 
-def test_elsewhere_than_on_a_cpu_torch_draws():
+def test_elsewhere_than_on_a_cpu_torch_draws(monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, device: tensor)  # there may be no such device here
     logits = torch.randn(2, 3, 7, generator=seeded(1))
     expected = torch.multinomial((logits / 0.5).softmax(-1).flatten(0, 1), 1, generator=seeded()).view(2, 3)
     assert torch.equal(sample_tokens(logits, 0.5, GeneratorElsewhere().manual_seed(0)), expected)

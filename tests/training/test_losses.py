@@ -66,7 +66,7 @@ def test_processes_have_the_noise_of_one():
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_cross_entropy_is_torchs(smoothing, dtype, tolerance, monkeypatch):
-    monkeypatch.setattr(SmoothedCrossEntropy, "ROWS", 7)  # in parts, the last of which is smaller
+    monkeypatch.setattr(SmoothedCrossEntropy, "PART", 7 * 50)  # in parts, the last of which is smaller
     rows, targets, weights = torch.randn(20, 50) * 4, torch.randint(50, (20,)), torch.rand(20)
     rows = rows.to(dtype).float()  # the same numbers
     expected = F.cross_entropy(rows.requires_grad_(), targets, label_smoothing=smoothing, reduction="none")
