@@ -26,11 +26,16 @@ def processor() -> CLIPImageProcessor:
     return CLIPImageProcessor(size={"shortest_edge": SIZE}, crop_size=SIZE)
 
 
+def normalise(images: torch.Tensor) -> torch.Tensor:
+    """Images in [0, 1] as CLIP takes them."""
+    mean, std = (torch.tensor(value).view(3, 1, 1) for value in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
+    return (images - mean) / std
+
+
 def embed(encoder: CLIPVisionModelWithProjection, images: torch.Tensor) -> torch.Tensor:
     """CLIP embeddings `(n, 256)`, float32, of images `(n, 3, 64, 64)` in [0, 1]."""
-    mean, std = (torch.tensor(value).view(3, 1, 1) for value in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
     with autocast():
-        return encoder((images - mean) / std).image_embeds.float()
+        return encoder(normalise(images)).image_embeds.float()
 
 
 @torch.no_grad()
@@ -60,8 +65,7 @@ def whiten_patches(encoder: CLIPVisionModelWithProjection, images: torch.Tensor)
     each picture's class token the same constant.
     """
     parts, config = encoder.vision_model.embeddings, encoder.config
-    mean, std = (torch.tensor(value).view(3, 1, 1) for value in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
-    patches = F.unfold((images - mean) / std, config.patch_size, stride=config.patch_size).movedim(1, 2).flatten(0, 1)
+    patches = F.unfold(normalise(images), config.patch_size, stride=config.patch_size).movedim(1, 2).flatten(0, 1)
     patches = patches - patches.mean(0)
     values, vectors = torch.linalg.eigh(patches.T @ patches / len(patches))
     values, vectors = values[-config.hidden_size :], vectors[:, -config.hidden_size :]

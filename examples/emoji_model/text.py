@@ -102,12 +102,12 @@ class TextEncoders(nn.Module):
         return [*self.similarities(self.clip_embeds(captions)), *self.similarities(byt5)]
 
 
-def looks(icons: Icons, cells: torch.BoolTensor, pool: int = 4) -> torch.Tensor:
+def looks(icons: Icons, cells: torch.BoolTensor) -> torch.Tensor:
     """
     A vector of unit length for each object, `(num_objects, 224)`: the whitened principal components of its small pictures
     in all styles that are trained on, and some noise to tell twins apart.
     """
-    small = F.avg_pool2d(icons.pixels.flatten(0, 1).float() / 255, pool).unflatten(0, icons.pixels.shape[:2]).flatten(2)
+    small = F.avg_pool2d(icons.pixels.flatten(0, 1).float() / 255, 4).unflatten(0, icons.pixels.shape[:2]).flatten(2)
     weights = cells[..., None].float()
     small = (small - (small * weights).sum(1, keepdim=True) / weights.sum(1, keepdim=True)) * weights
     u, s, _ = torch.linalg.svd(torch.cat(list(small), dim=1), full_matrices=False)
