@@ -1,6 +1,7 @@
 """The training loop of all stages: it resumes from its last checkpoint, and ends as if it had never stopped."""
 
 import contextlib
+import functools
 import math
 import random
 import time
@@ -23,11 +24,19 @@ def log(work_dir: Path, message: str):
         file.write(line + "\n")
 
 
+@functools.cache
 def has_fast_bfloat16() -> bool:
-    """Whether this processor multiplies bfloat16 matrices, in tiles (AMX) or vectors; without, float32 is faster."""
-    cpuinfo = Path("/proc/cpuinfo")
-    flags = cpuinfo.read_text().split() if cpuinfo.exists() else []
-    return "amx_bf16" in flags or "avx512_bf16" in flags
+    """Whether this processor multiplies bfloat16 matrices faster than float32 ones: measured, as its flags do not tell."""
+
+    def seconds(dtype: torch.dtype) -> float:
+        matrix, times = torch.ones(1024, 1024, dtype=dtype), []
+        for _ in range(5):
+            begun = time.perf_counter()
+            matrix @ matrix
+            times.append(time.perf_counter() - begun)
+        return min(times)
+
+    return 1.2 * seconds(torch.bfloat16) < seconds(torch.float32)
 
 
 def autocast():
