@@ -55,7 +55,7 @@ def train_parts(args, icons: data.Icons, words: Captions, cells: torch.BoolTenso
     embeds = image.image_embeds(icons, image_encoder)
     prior = image.train_prior(words, encoders, embeds, cells, args.prior_steps, work_dir, size(128))
     conditioner = unet.Conditioner(words, encoders, embeds, cells)
-    model = unet.train(icons, vq_model, conditioner, cells, args.unet_steps, work_dir, size(64), args.compile)
+    model = unet.train(icons, vq_model, conditioner, cells, args.unet_steps, work_dir, size(48), args.compile)
     return PaellaPipeline(
         vq_model,
         model,

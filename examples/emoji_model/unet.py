@@ -18,8 +18,8 @@ from .fit import adamw, autocast, fit, seed
 from .text import CLIP_DIM, TextEncoders, draw_cells
 
 TOKENS = SIZE // 4  # a side
-TEXT_LENGTH = 16  # ByT5 states that a row is trained with
-CLIP_LENGTH = 4  # conditioning tokens of a CLIP embedding
+TEXT_LENGTH = 6  # ByT5 states that a row is trained with
+CLIP_LENGTH = 2  # conditioning tokens of a CLIP embedding
 STYLE_SHARES = (0.4, 0.3, 0.3)
 CANVAS_SHARE = 0.15  # of the steps
 # height, width, icons
@@ -36,12 +36,13 @@ def make_unet(codes: int) -> PaellaUNet:
         sample_size=TOKENS,
         num_vq_embeddings=codes,
         token_embed_dim=128,
+        patch_size=4,  # so every position is near an edge, and knows by it where it is when all tokens are noise
         text_embed_dim=128,
         clip_embed_dim=CLIP_DIM,
         clip_seq_len=CLIP_LENGTH,
-        cross_attention_dim=256,
-        block_out_channels=(256, 352),
-        layers_per_block=(1, 2),
+        cross_attention_dim=192,
+        block_out_channels=(320, 416),
+        layers_per_block=(1, 1),
         block_types=("CTA", "CTA"),
         num_attention_heads=(4, 4),
         dropout=0.0,
@@ -55,50 +56,77 @@ def encode(vqgan: VQModel, images: torch.Tensor) -> torch.Tensor:
 
 
 class Conditioner:
-    """Draws captions and image embeddings for rows, and makes of them what the U-Net takes."""
+    """
+    Draws captions and image embeddings for rows, and makes of them what the U-Net takes. Captions of one object are drawn
+    and encoded once, `count` of each object in each style and without one: else they would take a quarter of each step.
+    """
 
-    def __init__(self, captions: Captions, encoders: TextEncoders, embeds: torch.Tensor, cells: torch.BoolTensor):
-        self.captions, self.encoders, self.embeds, self.cells = captions, encoders, embeds, cells
+    def __init__(
+        self, captions: Captions, encoders: TextEncoders, embeds: torch.Tensor, cells: torch.BoolTensor, count: int = 12
+    ):
+        self.captions, self.encoders, self.embeds, self.cells, self.count = captions, encoders, embeds, cells, count
+        seed("captions")
+        rng, objects = random.Random("captions"), range(len(captions.names))
+        styles = [(style, None) for style in range(len(STYLES))] + [(0, False)]
+        texts = [self.draw([row], *style, rng) for style in styles for row in objects for _ in range(count)]
+        parts = zip(*(self.encode(texts[i : i + 256]) for i in range(0, len(texts), 256)))
+        self.encoded = [torch.cat(part).unflatten(0, (len(styles), len(objects), count)) for part in parts]
+        self.empty = self.encode([""])
+
+    def draw(self, row: list[int], style: int, styled: bool | None, rng: random.Random) -> str:
+        """Names and sentences are as frequent."""
+        return self.captions.draw(row, style, rng, name_share=0.5, styled=styled)
 
     @torch.no_grad()
-    def __call__(self, styles: list[int], rows: list[list[int]], rng: random.Random) -> dict[str, torch.Tensor]:
-        """
-        For pictures of one or several objects each. Names and sentences are as frequent; a row with a picture may leave the
-        style to it.
-        """
-        kinds = rng.choices(list(KINDS), KINDS.values(), k=len(rows))
-        kinds = [kind if len(row) == 1 or kind not in WITH_IMAGE else "both" for kind, row in zip(kinds, rows)]
-        texts, images = [], torch.zeros(len(rows), CLIP_DIM)
-        for i, (style, row, kind) in enumerate(zip(styles, rows, kinds)):
-            styled = False if kind == "transfer" or (kind == "all" and rng.random() < 0.5) else None
-            texts.append(self.captions.draw(row, style, rng, name_share=0.5, styled=styled))
-            if kind in WITH_IMAGE:
-                others = self.cells[style].nonzero().flatten()
-                index = others[rng.randrange(len(others))] if kind == "transfer" else row[0]
-                images[i] = self.embeds[style, index]
-        images += 0.2 * torch.rand(len(rows), 1) * torch.randn_like(images)  # those of the prior are not exact, either
-
+    def encode(self, texts: list[str]) -> list[torch.Tensor]:
+        """`TEXT_LENGTH` ByT5 states of each text, float16; their mask; CLIP text embeddings."""
         with autocast():
-            states, mask = self.encoders.byt5_states([t if k in WITH_BYT5 else "" for t, k in zip(texts, kinds)])
-            clip = self.encoders.clip_embeds([t if k in WITH_CLIP else "" for t, k in zip(texts, kinds)])
+            states, mask = self.encoders.byt5_states(texts)
+            clip = self.encoders.clip_embeds(texts)
         # some bytes picked at random are cheaper, and as good, since every byte knows the whole caption
         pick = (torch.rand(mask.shape) - mask).argsort(1)[:, :TEXT_LENGTH]
         states, mask = states.gather(1, pick[..., None].expand(-1, -1, states.shape[2])), mask.gather(1, pick)
         missing = TEXT_LENGTH - pick.shape[1]
-        with_clip = torch.tensor([kind in WITH_CLIP or rng.random() < 0.6 for kind in kinds])  # else no "" in its place
-        with_image = torch.tensor([kind in WITH_IMAGE for kind in kinds])
+        return [F.pad(states, (0, 0, 0, missing)).half(), F.pad(mask, (0, missing)).bool(), clip.float()]
+
+    def __call__(self, styles: list[int], rows: list[list[int]], rng: random.Random) -> dict[str, torch.Tensor]:
+        """For pictures of one object each, or of several each. A row with a picture may leave the style to it."""
+        single = len(rows[0]) == 1
+        kinds = rng.choices(list(KINDS), KINDS.values(), k=len(rows))
+        kinds = kinds if single else ["both" if kind in WITH_IMAGE else kind for kind in kinds]
+        images, first = torch.zeros(len(rows), CLIP_DIM), [row[0] for row in rows]
+        for i, (style, kind) in enumerate(zip(styles, kinds)):
+            if kind in WITH_IMAGE:
+                others = self.cells[style].nonzero().flatten()
+                index = others[rng.randrange(len(others))] if kind == "transfer" else first[i]
+                images[i] = self.embeds[style, index]
+        images += 0.2 * torch.rand(len(rows), 1) * torch.randn_like(images)  # those of the prior are not exact, either
+        if single:
+            unstyled = [kind == "transfer" or (kind == "all" and rng.random() < 0.5) for kind in kinds]
+            sets = [len(STYLES) if without else style for style, without in zip(styles, unstyled)]
+            states, mask, clip = (part[sets, first, torch.randint(self.count, (len(rows),))] for part in self.encoded)
+        else:
+            states, mask, clip = self.encode([self.draw(row, style, None, rng) for row, style in zip(rows, styles)])
+        with_byt5, with_clip, with_image = (
+            torch.tensor([kind in those for kind in kinds]) for those in (WITH_BYT5, WITH_CLIP, WITH_IMAGE)
+        )
+        states, mask, clip = (
+            torch.where(present.view(-1, *[1] * (part.ndim - 1)), part, empty)
+            for present, part, empty in zip((with_byt5, with_byt5, with_clip), (states, mask, clip), self.empty)
+        )
+        with_clip |= torch.rand(len(rows)) < 0.6  # else no "" in its place
         clip_masks = [present[:, None].expand(-1, CLIP_LENGTH) for present in (with_clip, with_image)]
         return {
-            "encoder_hidden_states": F.pad(states, (0, 0, 0, missing)).float(),
-            "clip_text_embeds": clip.float(),
+            "encoder_hidden_states": states.float(),
+            "clip_text_embeds": clip,
             "clip_image_embeds": images,
-            "encoder_attention_mask": torch.cat([F.pad(mask, (0, missing)).bool(), *clip_masks], dim=1),
+            "encoder_attention_mask": torch.cat([mask, *clip_masks], dim=1),
         }
 
 
 def draw_timesteps(count: int) -> torch.Tensor:
-    """Noise levels in [0.001, 1], half of them above 0.8, where everything depends on the prompt."""
-    high = torch.rand(count) < 0.5
+    """Noise levels in [0.001, 1], most of them above 0.8, where everything depends on the prompt."""
+    high = torch.rand(count) < 0.7
     return torch.where(high, 0.8 + 0.2 * torch.rand(count), 0.001 + 0.799 * torch.rand(count))
 
 
@@ -145,7 +173,7 @@ def draw_canvas(
 
 def train(
     icons: Icons, vqgan: VQModel, conditioner: Conditioner, cells: torch.BoolTensor, steps: int, work_dir: Path,
-    batch_size: int = 64, compiled: bool = False,
+    batch_size: int = 48, compiled: bool = False,
 ) -> PaellaUNet:  # fmt: skip
     seed("unet")
     unet = make_unet(vqgan.config.num_vq_embeddings)

@@ -13,7 +13,7 @@ from .fit import adamw, autocast, fit, seed
 from .text import draw_cells
 
 CODES = 1024
-FLAT_SHARES = (0.75, 0.18, 0.07)
+SHARES, FLAT_SHARES = (0.5, 0.3, 0.2), (0.75, 0.18, 0.07)  # of the styles
 
 
 def latents_of(vqgan: VQModel, images: torch.Tensor) -> torch.Tensor:
@@ -75,8 +75,8 @@ def train(icons: Icons, cells: torch.BoolTensor, steps: int, work_dir: Path, bat
         return F.mse_loss(output.sample.float(), images) + commit
 
     def loss(step: int, rng: random.Random) -> torch.Tensor:
-        rows = torch.randint(len(pixels), (batch_size,))
-        return reconstruction_loss(pixels[rows].float() / 255, quantize=step >= free_steps)
+        images = icons.pixels[draw_cells(cells, batch_size, SHARES)].float() / 255
+        return reconstruction_loss(images, quantize=step >= free_steps)
 
     def flat_loss(step: int, rng: random.Random) -> torch.Tensor:
         return reconstruction_loss(icons.pixels[draw_cells(cells, batch_size, FLAT_SHARES)].float() / 255)
