@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from paella_diffusers import PaellaPipeline
 from paella_diffusers.loaders.atomic import atomic_file
+from paella_diffusers.training.arguments import HelpFormatter
 from paella_diffusers.training.conditioning import Encoder
 from paella_diffusers.training.data import SampleTransform, add_filters, collate, load_stream, quality_filter
 from paella_diffusers.training.stored import COMPUTED, store
@@ -35,22 +36,22 @@ logger = logging.get_logger(__name__)
 
 
 def parse_args(args=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add = parser.add_argument
     add("--data", required=True, help="as for train_paella.py: a folder of images, shards, or a dataset of the Hub")
     add("--pretrained", required=True, help="a Paella: a folder or Hub id")
     add("--output-dir", type=Path, required=True)
-    add("--parts", nargs="+", choices=COMPUTED, default=list(COMPUTED), help="what to compute (default: all)")
+    add("--parts", nargs="+", choices=COMPUTED, default=list(COMPUTED), help="what to compute")
     add("--float8", action="store_true", help="store `prompt_embeds` in float8 with a scale for each token: half the size")
-    add("--resolution", type=int, default=256, help="pixels a side (default: %(default)s)")
-    add("--batch-size", type=int, default=16, help="images encoded at a time (default: %(default)s)")
-    add("--shard-size", type=int, default=1000, help="samples in a shard, or up to a batch more (default: %(default)s)")
-    add("--epochs", type=int, default=1, help="passes over the data, each with other crops and captions (default: 1)")
-    add("--num-workers", type=int, default=2, help="processes that read data (default: %(default)s)")
-    add("--image-column", default="image", help="the column with the images (default: %(default)s)")
-    add("--text-column", default="text", help="the column with a caption, or a list of them (default: %(default)s)")
+    add("--resolution", type=int, default=256, help="pixels a side")
+    add("--batch-size", type=int, default=16, help="images encoded at a time")
+    add("--shard-size", type=int, default=1000, help="samples in a shard, or up to a batch more")
+    add("--epochs", type=int, default=1, help="passes over the data, each with other crops and captions")
+    add("--num-workers", type=int, default=2, help="processes that read data")
+    add("--image-column", default="image", help="the column with the images")
+    add("--text-column", default="text", help="the column with a caption, or a list of them")
     add_filters(add)
-    add("--seed", type=int, default=0, help="of the crops and of the captions' choice (default: 0)")
+    add("--seed", type=int, default=0, help="of the crops and of the captions' choice")
     return parser.parse_args(args)
 
 

@@ -134,6 +134,14 @@ def test_all_scripts_have_them(script):
     assert args.ema_decay == (0.999 if script is train_prior else 0.9999)
 
 
+def test_the_help_gives_defaults(capsys):
+    with pytest.raises(SystemExit):
+        train_paella.parse_args(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "the highest of the schedule (default: 0.0001)" in text
+    assert not any(f"(default: {value})" in text for value in ("None", "False", "==SUPPRESS==", "{}"))
+
+
 def test_data_are_given_once_and_what_is_unknown_is_refused(capsys):
     for options, message in [
         (["--train_data_dir", "a"], "argument --train-data-dir/--instance-data-dir: not allowed with argument --data"),

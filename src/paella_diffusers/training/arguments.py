@@ -54,11 +54,20 @@ class Refuse(argparse.Action):
         parser.error(f"{option_string} does not apply here: {self.reason}.")
 
 
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Adds to the help of an argument its default, if there is one to give."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.help is None or action.nargs == 0 or action.default in (None, argparse.SUPPRESS, [], (), {}):
+            return action.help
+        return f"{action.help} (default: %(default)s)"
+
+
 class TrainingParser(argparse.ArgumentParser):
     """A parser for which `--batch_size` is `--batch-size`. It also remembers the command, for the model card."""
 
     def __init__(self, *args, **kwargs):
-        super().__init__(*args, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+        super().__init__(*args, allow_abbrev=False, formatter_class=HelpFormatter, **kwargs)
 
     def parse_known_args(self, args=None, namespace=None):
         args = sys.argv[1:] if args is None else list(args)
@@ -130,16 +139,16 @@ def _add_optimisation(parser, default_steps):
     add("--gradient-accumulation-steps", type=int, default=1, help="passes in a step")
     add("--max-steps", "--max-train-steps", type=int, help=f"optimizer steps, {default_steps} unless given")
     add("--num-train-epochs", type=int, help="passes over the data; not with shards, whose samples are not counted")
-    add("--learning-rate", type=float, default=1e-4)
+    add("--learning-rate", type=float, default=1e-4, help="the highest of the schedule")
     add("--scale-lr", action="store_true", help="multiply the learning rate by the number of images in a step")
     add("--lr-scheduler", choices=SCHEDULES, default="constant_with_warmup", help="as in diffusers")
-    add("--warmup-steps", "--lr-warmup-steps", type=int, default=10_000)
+    add("--warmup-steps", "--lr-warmup-steps", type=int, default=10_000, help="steps until the learning rate is reached")
     add("--lr-num-cycles", type=int, default=1, help="of the schedule cosine_with_restarts")
     add("--lr-power", type=float, default=1.0, help="of the schedule polynomial")
-    add("--weight-decay", "--adam-weight-decay", type=float, default=0.01)
-    add("--adam-beta1", type=float, default=0.9)
-    add("--adam-beta2", type=float, default=0.999)
-    add("--adam-epsilon", type=float, default=1e-8)
+    add("--weight-decay", "--adam-weight-decay", type=float, default=0.01, help="of the optimizer")
+    add("--adam-beta1", type=float, default=0.9, help="decay of its mean of gradients")
+    add("--adam-beta2", type=float, default=0.999, help="decay of its mean of squared gradients")
+    add("--adam-epsilon", type=float, default=1e-8, help="added to their root")
     add(
         "--optimizer",
         type=str.lower,
@@ -156,7 +165,7 @@ def _add_optimisation(parser, default_steps):
     add("--allow-tf32", action="store_true", help="TensorFloat-32 matrix products on NVIDIA GPUs")
     add("--gradient-checkpointing", action="store_true", help="recompute activations: less memory, more time")
     add("--compile", action="store_true", help="torch.compile the model's repeated blocks")
-    add("--seed", type=int, default=0)
+    add("--seed", type=int, default=0, help="of all random numbers")
 
 
 def _add_output(parser):

@@ -75,7 +75,7 @@ def add_unet_arguments(parser: argparse.ArgumentParser):
     add_pretrained(parser, "a Paella: a folder or Hub id")
     add = parser.add_argument_group("Paella").add_argument
     add("--aspect-ratio-buckets", action="store_true", help="crop to the nearest of several sizes, one size a batch")
-    add("--label-smoothing", type=float, default=0.1)
+    add("--label-smoothing", type=float, default=0.1, help="of the cross-entropy")
     add("--clean-weight", type=float, default=0.3, help="loss weight of tokens without noise, at t = 0")
     add("--text-dropout", type=float, default=0.05, help="share of batches without the ByT5 prompt")
     add("--clip-text-dropout", type=float, default=0.9, help="share of batches without the CLIP text")
