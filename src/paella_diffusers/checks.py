@@ -6,9 +6,10 @@ import inspect
 import math
 from collections.abc import Callable, Iterable
 from numbers import Integral, Real
+from typing import Any
 
 
-def is_number(value) -> bool:
+def is_number(value: object) -> bool:
     """Whether it is a finite real number, of Python or NumPy, and no boolean. Integers that no float holds are none."""
     try:
         return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
@@ -16,18 +17,18 @@ def is_number(value) -> bool:
         return False
 
 
-def is_integer(value) -> bool:
+def is_integer(value: object) -> bool:
     """Whether it is an integer, of Python or NumPy, and no boolean."""
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
-def is_boolean(value) -> bool:
+def is_boolean(value: object) -> bool:
     """Whether it is a boolean, of Python or NumPy, which this module does not import."""
     kind = type(value)
     return isinstance(value, bool) or (kind.__module__ == "numpy" and kind.__name__ in ("bool", "bool_"))
 
 
-def check_unicode(name: str, text: str):
+def check_unicode(name: str, text: str) -> None:
     """Refuse a text that cannot be encoded."""
     try:
         text.encode()
@@ -35,7 +36,7 @@ def check_unicode(name: str, text: str):
         raise ValueError(f"`{name}` must be Unicode text, but {text!r} has a lone surrogate: {error.reason}.") from error
 
 
-def check_boolean(name: str, value):
+def check_boolean(name: str, value: object) -> None:
     """Refuse what is no boolean: "no" would count as True."""
     if not is_boolean(value):
         raise ValueError(f"`{name}` must be True or False, got {value!r}.")
@@ -43,13 +44,13 @@ def check_boolean(name: str, value):
 
 def check_number(
     name: str,
-    value,
+    value: Any,
     above: float = -math.inf,
     at_least: float = -math.inf,
     below: float = math.inf,
     at_most: float = math.inf,
     remedy: str = "",
-):
+) -> None:
     """
     Refuse what is no finite number within the bounds.
 
@@ -66,7 +67,7 @@ def check_number(
         raise ValueError(f"`{name}` must be {bounds}, got {value!r}.{remedy and ' '}{remedy}")
 
 
-def check_ramp(name: str, value, remedy: str = "", **bounds):
+def check_ramp(name: str, value: object, remedy: str = "", **bounds: float) -> None:
     """Refuse what is neither one finite number within the bounds nor two of them, (first, last)."""
     if isinstance(value, tuple | list):
         if len(value) != 2:
@@ -77,14 +78,14 @@ def check_ramp(name: str, value, remedy: str = "", **bounds):
         check_number(name, value, remedy=remedy, **bounds)
 
 
-def check_integer(name: str, value, at_least: int, at_most: float = math.inf, remedy: str = ""):
+def check_integer(name: str, value: Any, at_least: int, at_most: float = math.inf, remedy: str = "") -> None:
     """Refuse what is no integer within the bounds; errors as `check_number`."""
     if not (is_integer(value) and at_least <= value <= at_most):
         bound = f"at most {at_most}" if is_integer(value) and value > at_most else f"at least {at_least}"
         raise ValueError(f"`{name}` must be an integer of {bound}, got {value!r}.{remedy and ' '}{remedy}")
 
 
-def check_choice(name: str, value, choices: Iterable[str]):
+def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
     """Refuse what is none of the choices."""
     if not isinstance(value, str) or value not in choices:
         raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}, got {value!r}.")
@@ -101,7 +102,7 @@ def suggest_arguments(function: Callable) -> Callable:
     return wrapper
 
 
-def check_arguments(function: Callable, names: Iterable[str]):
+def check_arguments(function: Callable, names: Iterable[str]) -> None:
     """Refuse arguments that a function does not take, and name the nearest that it does."""
     known = list(inspect.signature(function).parameters)
     for name in names:

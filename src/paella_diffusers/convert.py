@@ -26,8 +26,8 @@ def convert_to_diffusers(
     output_dir: str | Path,
     dtype: torch.dtype = torch.float32,
     leave_out: tuple[str, ...] = (),
-    **kwargs,
-):
+    **kwargs: Any,
+) -> None:
     """
     Convert a repository in the published layout, such as `dome272/Paella`, to a folder in diffusers' layout.
 
@@ -68,7 +68,9 @@ def convert_to_diffusers(
         (folder / "model_index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
-def convert_to_original(source: str | Path, output_dir: str | Path, dtype: torch.dtype = torch.float32, **kwargs):
+def convert_to_original(
+    source: str | Path, output_dir: str | Path, dtype: torch.dtype = torch.float32, **kwargs: Any
+) -> None:
     """
     Convert a pipeline's models in diffusers' layout to published checkpoints, which the published code loads strictly, with
     its constructors' arguments in `config.json`. Arguments and errors as for [`convert_to_diffusers`].

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -20,7 +21,7 @@ BACKEND = "inductor"  # torch's compiler
 MANY = 2**20  # compilations: beyond torch's limit of 8, calls would be eager without a word
 
 
-def optimize(unet: PaellaUNet, enable: bool = True):
+def optimize(unet: PaellaUNet, enable: bool = True) -> None:
     """
     Compile a U-Net's calls by pipelines from now on, or, with `enable=False`, no longer. See [`~PaellaPipeline.optimize`].
 
@@ -63,14 +64,17 @@ class CompiledCalls:
 
     def __init__(self, unet: PaellaUNet):
         self.unet = unet
-        self.earlier = unet._compiled_call_impl
+        self.earlier: Callable[..., Any] | None = unet._compiled_call_impl
         options: dict[str, Any] = {"recompile_limit": MANY, "isolate_recompiles": True}  # torch's stubs lack the second
-        self.compiled = torch.compile(unet._call_impl, backend=BACKEND, fullgraph=True, dynamic=False, **options)
-        self.known, self.said = set(), set()
-        self.failed = False
-        self.compiling = threading.Lock()
+        self.compiled: Callable[..., Any] = torch.compile(
+            unet._call_impl, backend=BACKEND, fullgraph=True, dynamic=False, **options
+        )
+        self.known: set[tuple[Any, ...]] = set()
+        self.said: set[str] = set()
+        self.failed: bool = False
+        self.compiling: threading.Lock = threading.Lock()
 
-    def __call__(self, *args, **kwargs):
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.failed or self._is_eager(**kwargs):
             return self.unet._call_impl(*args, **kwargs)
         prepared, compiled_kwargs = self._prepare(*args, **kwargs)

@@ -9,6 +9,7 @@ import importlib.util
 import logging
 import sys
 from collections.abc import Callable, Iterable
+from typing import Any
 
 from .about import DIFFUSERS
 
@@ -55,7 +56,7 @@ logger = logging.getLogger(__name__)
 _warned = False
 
 
-def install():
+def install() -> None:
     """
     Let diffusers find our pipelines and components by name, `paella_diffusers` as the library of a `model_index.json`, our
     models in the automatic and the modular pipelines, and our schedulers among those that swap with its discrete ones; now,
@@ -70,7 +71,7 @@ def install():
         _after_import(module, lambda module, name=name: _add_compatibles(getattr(module, name)))
 
 
-def library_names(components: dict) -> dict[str, tuple[str, str]]:
+def library_names(components: dict[str, Any]) -> dict[str, tuple[str, str]]:
     """
     What `model_index.json` should say of components where diffusers would record a module path that it then refuses to load
     from the Hub: our public classes are of the library `paella_diffusers`, and transformers' PIL image processor goes by

@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from ..about import __version__
 from ..checks import check_choice, check_integer
+from ..pipelines.pipeline_base import PaellaPipelineBase
 from . import BATCH_LAYOUTS, BATCH_OUTPUTS
 from .batch_input import BAD, BatchInput, ShardReader
 from .batch_output import JOB, Store, encode, to_json
@@ -61,7 +62,7 @@ class Job:
     max_errors: int | None = None
     made_with: dict[str, Any] = field(default_factory=dict)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_choice("layout", self.layout, BATCH_LAYOUTS)
         check_choice("output", self.output, BATCH_OUTPUTS)
         for name in ("shard_size", "batch_size", "threads"):
@@ -238,9 +239,11 @@ class Worker:
 
     def __init__(self, job: Job, load: Callable):
         torch.set_num_threads(job.threads)  # before the first kernel; the number may change a picture's last bits
-        self.job, self.pipe = job, load()
-        self.store, self.reader = Store(job.out), ShardReader(job.rows, job.shard_size)
-        self.made_with = job.made_with | job.versions | self._components()
+        self.job = job
+        self.pipe: PaellaPipelineBase = load()
+        self.store: Store = Store(job.out)
+        self.reader: ShardReader = ShardReader(job.rows, job.shard_size)
+        self.made_with: dict[str, Any] = job.made_with | job.versions | self._components()
 
     def __call__(self, index: int, on_rows: Callable | None = None) -> int:
         """Draw a shard and write it, unless another process did meanwhile; its index."""
@@ -249,7 +252,7 @@ class Worker:
             self.store.write_shard(index, files, errors, self.job.layout)
         return index
 
-    def draw(self, index: int, on_rows: Callable) -> tuple[dict[str, bytes], list[dict]]:
+    def draw(self, index: int, on_rows: Callable) -> tuple[dict[str, bytes], list[dict[str, Any]]]:
         """A shard's files, and the errors of its refused rows, both in the order of the rows."""
         groups: dict[Any, list[tuple[int, Row]]] = {}
         files: dict[int, dict[str, bytes]] = {}

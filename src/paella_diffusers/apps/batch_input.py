@@ -124,7 +124,8 @@ class ShardReader:
     """The raw rows of shards: cheapest in ascending order, as it reads on, and begins anew for one that lies behind."""
 
     def __init__(self, source: BatchInput, shard_size: int):
-        self.source, self.shard_size = source, shard_size
+        self.source = source
+        self.shard_size = shard_size
         self._records, self._next = iter(()), None
 
     def __getitem__(self, index: int) -> list[bytes | dict[str, Any]]:

@@ -7,7 +7,7 @@ import re
 import tarfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import fsspec
 import numpy as np
@@ -18,7 +18,11 @@ from ..loaders.atomic import atomic_file, atomic_folder
 if TYPE_CHECKING:
     from .rows import Drawn
 
-PICTURES = {"png": {}, "jpg": {"format": "JPEG", "quality": 95}, "webp": {"quality": 95}}  # with options of Pillow
+PICTURES: dict[str, dict[str, Any]] = {  # with options of Pillow
+    "png": {},
+    "jpg": {"format": "JPEG", "quality": 95},
+    "webp": {"quality": 95},
+}
 JOB = "job.json"
 DONE = re.compile(r"(\d{6,})\.json")  # the last file that a shard gets
 ERRORS = ".errors.jsonl"
@@ -34,7 +38,7 @@ class Store:
 
     def __init__(self, address: str):
         self.fs, self.folder = fsspec.core.url_to_fs(address)
-        self.is_local = isinstance(self.fs, LocalFileSystem)
+        self.is_local: bool = isinstance(self.fs, LocalFileSystem)
         self._errors: dict[str, int] = {}
 
     def names(self) -> set[str]:
@@ -63,7 +67,7 @@ class Store:
     def read(self, name: str) -> bytes:
         return self.fs.cat_file(f"{self.folder}/{name}")
 
-    def write(self, name: str, content: bytes):
+    def write(self, name: str, content: bytes) -> None:
         if self.is_local:
             path = Path(self.folder, name)
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -72,7 +76,7 @@ class Store:
         else:
             self._write_in_transaction({name: content})
 
-    def write_folder(self, name: str, files: Mapping[str, bytes]):
+    def write_folder(self, name: str, files: Mapping[str, bytes]) -> None:
         """A new folder with files; one that is there already has the same ones."""
         if not self.is_local:
             self._write_in_transaction({f"{name}/{file}": content for file, content in files.items()})
@@ -94,7 +98,7 @@ class Store:
                 with self.fs.open(f"{self.folder}/{name}", "wb") as file:
                     file.write(content)
 
-    def write_shard(self, index: int, files: Mapping[str, bytes], errors: list[dict], layout: str):
+    def write_shard(self, index: int, files: Mapping[str, bytes], errors: list[dict[str, Any]], layout: str) -> None:
         """Write a shard's files, then the errors of its rows, and last the file that says that it is done."""
         name = f"{index:06d}"
         if layout == "files":
@@ -127,7 +131,7 @@ def tar(files: Mapping[str, bytes]) -> bytes:
     return content.getvalue()
 
 
-def to_json(value) -> bytes:
+def to_json(value: Any) -> bytes:
     """In a line; what JSON has not is written as a text."""
     return json.dumps(value, ensure_ascii=False, default=str).encode("utf-8", "backslashreplace")
 

@@ -1,6 +1,7 @@
 """Drawing a job's shards in a Ray cluster, by Ray Data: actors hold the pipeline, and Ray replaces those that die."""
 
 from collections.abc import Callable, Generator
+from typing import Any
 
 import ray
 from ray.data import ActorPoolStrategy
@@ -12,9 +13,9 @@ class ShardActor:
     """What `map_batches` calls: a worker as every engine has it."""
 
     def __init__(self, job: Job, load: Callable):
-        self.worker = Worker(job, load)
+        self.worker: Worker = Worker(job, load)
 
-    def __call__(self, batch: dict) -> dict:
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         for index in batch["shard"]:
             self.worker(int(index))
         return batch

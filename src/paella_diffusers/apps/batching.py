@@ -8,6 +8,7 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import Future, InvalidStateError
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from PIL import Image
@@ -72,7 +73,10 @@ class Batcher:
     def __init__(
         self, batch_size: int, max_waiting: int, exact: bool = False, on_call: Callable[[int, float], None] | None = None
     ):
-        self.batch_size, self.max_waiting, self.exact, self.on_call = batch_size, max_waiting, exact, on_call
+        self.batch_size = batch_size
+        self.max_waiting = max_waiting
+        self.exact = exact
+        self.on_call = on_call
         self._waiting: list[Job] = []
         self._reserved = 0  # requests whose body is being read
         self._last_arrival = 0.0
@@ -108,7 +112,7 @@ class Batcher:
             with self._changed:
                 self._reserved -= 1
 
-    def submit(self, jobs: Sequence[Job]):
+    def submit(self, jobs: Sequence[Job]) -> None:
         """
         Put jobs into the queue, all or none.
 
@@ -125,7 +129,7 @@ class Batcher:
             self._last_arrival = time.monotonic()
             self._changed.notify()
 
-    def close(self):
+    def close(self) -> None:
         """Draw what waits, then end the thread; returns when it has ended."""
         with self._changed:
             self._closed = True
@@ -212,13 +216,16 @@ class StepEnd:
     def __init__(self, jobs: list[Job]):
         self.jobs = jobs
 
-    def __call__(self, pipe, step: int, timestep, tensors: dict[str, torch.Tensor]) -> dict:
+    def __call__(
+        self, pipe: PaellaPipelineBase, step: int, timestep: torch.Tensor, tensors: dict[str, torch.Tensor]
+    ) -> dict[str, Any]:
         wanted = [index for index, job in enumerate(self.jobs) if not job.result.cancelled()]
         if not wanted:
             pipe._interrupt = True
         wanted = [index for index in wanted if step in self.jobs[index].preview_steps]
         if wanted:
-            for index, image in zip(wanted, pipe.decode(tensors["pred_original_sample"][wanted])):
+            images: Any = pipe.decode(tensors["pred_original_sample"][wanted])
+            for index, image in zip(wanted, images):
                 self.jobs[index].on_preview(image)
         return {}
 

@@ -21,35 +21,38 @@ class Metrics:
     media_type = CONTENT_TYPE_LATEST
 
     def __init__(self):
-        self.registry = registry = CollectorRegistry()
-        self.requests = Counter("paella_requests", "Requests answered.", ["path", "status"], registry=registry)
-        self.request_seconds = Histogram(
+        self.registry: CollectorRegistry = CollectorRegistry()
+        registry = self.registry
+        self.requests: Counter = Counter("paella_requests", "Requests answered.", ["path", "status"], registry=registry)
+        self.request_seconds: Histogram = Histogram(
             "paella_request_seconds",
             "From a request to the end of its answer.",
             ["path"],
             buckets=SECONDS,
             registry=registry,
         )
-        self.pictures = Counter("paella_pictures", "Pictures drawn.", registry=registry)
-        self.call_pictures = Histogram(
+        self.pictures: Counter = Counter("paella_pictures", "Pictures drawn.", registry=registry)
+        self.call_pictures: Histogram = Histogram(
             "paella_call_pictures",
             "Pictures in a call of the pipeline.",
             buckets=(1, 2, 4, 8, 16, 32, 64),
             registry=registry,
         )
-        self.call_seconds = Histogram("paella_call_seconds", "A call of the pipeline.", buckets=SECONDS, registry=registry)
-        self.waiting = Gauge("paella_waiting_pictures", "Pictures that wait.", registry=registry)
+        self.call_seconds: Histogram = Histogram(
+            "paella_call_seconds", "A call of the pipeline.", buckets=SECONDS, registry=registry
+        )
+        self.waiting: Gauge = Gauge("paella_waiting_pictures", "Pictures that wait.", registry=registry)
 
-    def watch_queue(self, batcher: Batcher):
+    def watch_queue(self, batcher: Batcher) -> None:
         self.waiting.set_function(lambda: batcher.num_waiting)
 
-    def observe_call(self, num_pictures: int, seconds: float):
+    def observe_call(self, num_pictures: int, seconds: float) -> None:
         """After a call of the pipeline."""
         self.pictures.inc(num_pictures)
         self.call_pictures.observe(num_pictures)
         self.call_seconds.observe(seconds)
 
-    def observe_request(self, path: str, status: int, seconds: float):
+    def observe_request(self, path: str, status: int, seconds: float) -> None:
         """After a request; unknown paths are one, so that clients cannot make up ever more."""
         path = path if path in PATHS else "other"
         self.requests.labels(path, status).inc()

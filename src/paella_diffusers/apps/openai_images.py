@@ -41,9 +41,10 @@ class APIError(Exception):
         headers: Mapping[str, str] | None = None,
     ):
         super().__init__(message)
-        self.status, self.headers = status, headers
+        self.status = status
+        self.headers = headers
         kind = "server_error" if status >= 500 or status == 429 else "invalid_request_error"
-        self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
+        self.body: dict[str, Any] = {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class Limits:
 class ImageRequest(BaseModel):
     """What every request may have: OpenAI's parameters, ours, and those of OpenAI's that change nothing here."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
     model: str | None = None
     prompt: str = Field("", max_length=MAX_PROMPT)
@@ -150,14 +151,14 @@ class EditRequest(GenerationRequest):
     strength: float | None = Field(None, gt=0, le=1)
     input_fidelity: str | None = None
 
-    def of_task(self, pipe, pictures):
+    def of_task(self, pipe: PaellaPipelineBase, pictures: Mapping[str, Image.Image]) -> dict[str, Any]:
         return dict(pictures) | ({} if self.strength is None else {"strength": self.strength})
 
 
 class VariationRequest(ImageRequest):
     """`POST /v1/images/variations`."""
 
-    def of_task(self, pipe, pictures):
+    def of_task(self, pipe: PaellaPipelineBase, pictures: Mapping[str, Image.Image]) -> dict[str, Any]:
         return super().of_task(pipe, pictures) | {"condition_image": [pictures["image"]]}
 
 

@@ -51,7 +51,7 @@ class Row:
     seed: int
     arguments: Mapping[str, Any] = field(default_factory=dict)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("prompt", "negative_prompt"):
             text = self.prompt if name == "prompt" else self.arguments.get(name, "")
             if not isinstance(text, str):

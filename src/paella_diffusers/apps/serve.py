@@ -25,6 +25,7 @@ from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect
+from starlette.types import Receive, Scope, Send
 
 from ..pipelines.pipeline_base import PaellaPipelineBase
 from . import openai_images as openai
@@ -36,7 +37,11 @@ from .rows import pipeline_class
 logger = logging.getLogger(__name__)
 
 LOCAL_NAMES = ["localhost", "127.0.0.1", "[::1]"]
-KINDS = {"generations": GenerationRequest, "edits": EditRequest, "variations": VariationRequest}
+KINDS: dict[str, type[ImageRequest]] = {
+    "generations": GenerationRequest,
+    "edits": EditRequest,
+    "variations": VariationRequest,
+}
 
 
 @dataclass(frozen=True)
@@ -125,7 +130,7 @@ def create_app(pipe: PaellaPipelineBase, settings: Settings) -> FastAPI:
     return app
 
 
-def run(pipe: PaellaPipelineBase, settings: Settings, listener: socket.socket):
+def run(pipe: PaellaPipelineBase, settings: Settings, listener: socket.socket) -> None:
     """Serve on a bound socket until SIGINT or SIGTERM. Requests that have arrived are answered then, others refused."""
     log = copy.deepcopy(uvicorn.config.LOGGING_CONFIG)
     log["formatters"]["default"]["fmt"] = "%(asctime)s %(levelprefix)s %(message)s"
@@ -146,8 +151,10 @@ class Images:
     """The three addresses that draw."""
 
     def __init__(self, pipe: PaellaPipelineBase, settings: Settings, batcher: Batcher):
-        self.pipe, self.limits, self.batcher = pipe, settings.limits, batcher
-        self.about_model = {
+        self.pipe = pipe
+        self.batcher = batcher
+        self.limits: Limits = settings.limits
+        self.about_model: dict[str, Any] = {
             "id": settings.model,
             "object": "model",
             "created": int(time.time()),
@@ -196,7 +203,7 @@ class Images:
             self._pipelines[kind, scheduler].set_progress_bar_config(disable=True)
         return self._pipelines[kind, scheduler]
 
-    def check_model(self, name: str | None):
+    def check_model(self, name: str | None) -> None:
         """Refuse another model's name."""
         if name not in (None, self.about_model["id"]):
             message = f"The model '{name:.80}' does not exist: this server has '{self.about_model['id']}'."
@@ -207,15 +214,18 @@ class EventStream(StreamingResponse):
     """A picture and its previews as server-sent events. A client that leaves, at any moment, takes its job with it."""
 
     def __init__(self, batcher: Batcher, wanted: GenerationRequest, job: Job, deadline: float):
-        self.wanted, self.job, self.deadline = wanted, job, deadline
-        loop, self.queue = asyncio.get_running_loop(), asyncio.Queue()
+        self.wanted = wanted
+        self.job = job
+        self.deadline = deadline
+        self.queue: asyncio.Queue[Any] = asyncio.Queue()
+        loop = asyncio.get_running_loop()
         job.preview_steps = preview_steps(wanted.steps or job.pipe.default_num_inference_steps, wanted.partial_images)
         job.on_preview = partial(loop.call_soon_threadsafe, self.queue.put_nowait)
         job.result.add_done_callback(partial(loop.call_soon_threadsafe, self.queue.put_nowait))
         batcher.submit([job])
         super().__init__(self.events(), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
 
-    async def __call__(self, scope, receive, send):
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await super().__call__(scope, receive, send)
         finally:
@@ -246,7 +256,9 @@ def _event(content: Mapping[str, Any]) -> str:
 # --------------------------------------------------------------------------------------------------------------- requests
 
 
-async def read_body(request: Request, kind: type[ImageRequest], limits: Limits) -> tuple[dict, list[tuple[str, bytes]]]:
+async def read_body(
+    request: Request, kind: type[ImageRequest], limits: Limits
+) -> tuple[dict[str, Any], list[tuple[str, bytes]]]:
     """A request's values and files, of a bounded number of bytes; nothing of it is logged."""
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     expected = "application/json" if kind is GenerationRequest else "multipart/form-data"
@@ -358,9 +370,10 @@ class RequestLog:
     """ASGI middleware: a number for each request, in the log and in the answer; its address, status and time, no more."""
 
     def __init__(self, app: Callable[..., Awaitable[None]], metrics: Metrics):
-        self.app, self.metrics = app, metrics
+        self.app = app
+        self.metrics = metrics
 
-    async def __call__(self, scope, receive, send):
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return

@@ -4,12 +4,15 @@ import argparse
 import gc
 import math
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any, Self
 
 from tqdm import tqdm
 
 from .checks import check, count, sheet_size
 from .output import numbered, write, write_film, write_sheet
+
+if TYPE_CHECKING:
+    from ..pipelines.pipeline_base import PaellaPipelineBase
 
 PIPELINES = {  # of the other commands `PaellaPipeline`
     "edit": "PaellaImg2ImgPipeline",
@@ -32,7 +35,7 @@ ARGUMENTS = {  # of the pipelines' calls, by option
 }
 
 
-def draw(args: argparse.Namespace):
+def draw(args: argparse.Namespace) -> None:
     """Run a command that draws: what can be checked is checked before the model is loaded."""
     pictures = check(args)
     pipe = load(args)
@@ -57,7 +60,7 @@ def arguments(args: argparse.Namespace, pictures: dict[str, Any]) -> dict[str, A
     return call
 
 
-def draw_pictures(pipe, call: dict[str, Any], args: argparse.Namespace):
+def draw_pictures(pipe: "PaellaPipelineBase", call: dict[str, Any], args: argparse.Namespace) -> None:
     """Draw a few pictures at a time, and write each as soon as it is drawn; several also make a contact sheet."""
     import torch
 
@@ -77,7 +80,7 @@ def draw_pictures(pipe, call: dict[str, Any], args: argparse.Namespace):
         write_sheet(images, args.out, columns=sheet_size(args)[0])
 
 
-def draw_film(pipe, call: dict[str, Any], args: argparse.Namespace):
+def draw_film(pipe: "PaellaPipelineBase", call: dict[str, Any], args: argparse.Namespace) -> None:
     """Draw the frames of an interpolation at once, and write the film."""
     import torch
 
@@ -91,18 +94,19 @@ class Progress:
     """One bar over the steps of all calls of a pipeline: their callback."""
 
     def __init__(self, calls: int):
-        self.calls, self.bar = calls, None
+        self.calls = calls
+        self.bar: tqdm[Any] | None = None
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         return self
 
-    def __call__(self, pipe, step, timestep, tensors) -> dict:
+    def __call__(self, pipe: "PaellaPipelineBase", step: int, timestep: object, tensors: dict[str, Any]) -> dict[str, Any]:
         if self.bar is None:
             self.bar = tqdm(total=self.calls * pipe.num_timesteps, unit="step")
         self.bar.update()
         return {}
 
-    def __exit__(self, *error):
+    def __exit__(self, *error: object) -> None:
         if self.bar is not None:
             self.bar.close()
 
@@ -110,7 +114,7 @@ class Progress:
 # ---------------------------------------------------------------------------------------------------------------- loading
 
 
-def load(args: argparse.Namespace):
+def load(args: argparse.Namespace) -> "PaellaPipelineBase":
     """The pipeline of a command, on its device, with its scheduler and adapters."""
     gc.disable()  # imports and loading leave no garbage; searching for it takes a tenth of the time to the first picture
     try:

@@ -137,7 +137,7 @@ def atomic_update(
 # --------------------------------------------------------------------------------------------------------- their two halves
 
 
-def unfinished_path(path: str | os.PathLike) -> Path:
+def unfinished_path(path: str | os.PathLike[str]) -> Path:
     """A name beside `path` that no other call returns, and that `remove_abandoned(path)` knows; nothing is created."""
     path = Path(path)
     unfinished = path.with_name(f"{_prefix(path, 'unfinished')}{_owner()}-{secrets.token_hex(4)}{path.suffix}")
@@ -145,7 +145,7 @@ def unfinished_path(path: str | os.PathLike) -> Path:
     return unfinished
 
 
-def publish(unfinished: str | os.PathLike, path: str | os.PathLike):
+def publish(unfinished: str | os.PathLike[str], path: str | os.PathLike[str]) -> None:
     """
     Write an unfinished file or folder to the disk, then give it its name. It takes the place of a file or of an empty
     folder, but not of another folder.
@@ -161,7 +161,7 @@ def publish(unfinished: str | os.PathLike, path: str | os.PathLike):
     _sync(path.parent)
 
 
-def remove_abandoned(path: str | os.PathLike):
+def remove_abandoned(path: str | os.PathLike[str]) -> None:
     """Remove unfinished files and folders of `path` that a process of this host left behind when it died."""
     path = Path(path)
     if path.parent.is_dir():
@@ -173,12 +173,12 @@ def remove_abandoned(path: str | os.PathLike):
 # ------------------------------------------------------------------------------------------------- updates one by one
 
 
-def interrupted_update(folder: str | os.PathLike) -> bool:
+def interrupted_update(folder: str | os.PathLike[str]) -> bool:
     """Whether an `atomic_update` of the folder stopped halfway, so that `restore_folder` is needed."""
     return bool(_replaced(Path(folder)))
 
 
-def check_not_interrupted(folder: str | os.PathLike):
+def check_not_interrupted(folder: str | os.PathLike[str]) -> None:
     """Raise an `OSError` that says how to restore a folder, if an `atomic_update` of it stopped halfway."""
     if interrupted_update(folder):
         raise OSError(
@@ -188,7 +188,7 @@ def check_not_interrupted(folder: str | os.PathLike):
         )
 
 
-def restore_folder(folder: str | os.PathLike):
+def restore_folder(folder: str | os.PathLike[str]) -> None:
     """
     Restore the files that a folder had before an `atomic_update` that stopped halfway, on whatever host; without one, or if
     its process lives, do nothing.

@@ -20,7 +20,7 @@ LAYER_COUNTS = (
 )
 
 
-def check_config(cls: type, config: dict[str, Any]):
+def check_config(cls: type, config: dict[str, Any]) -> None:
     """
     Refuse configuration values that are not of the types that the class's `__init__` declares, or too large.
 
@@ -36,7 +36,7 @@ def check_config(cls: type, config: dict[str, Any]):
     check_sizes(cls.__name__, config)
 
 
-def check_sizes(class_name: str, config: Any, name: str = "", layers_only: bool = False):
+def check_sizes(class_name: str, config: Any, name: str = "", layers_only: bool = False) -> None:
     """
     Refuse numbers, lists and texts in a configuration, nested ones too, that no real model has.
 

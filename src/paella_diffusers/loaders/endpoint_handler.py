@@ -1,6 +1,9 @@
 """What Hugging Face Inference Endpoints run: `push_to_hub(..., endpoint=True)` copies this file, as `handler.py`."""
 
+from typing import Any
+
 import torch
+from PIL import Image
 
 from paella_diffusers import PaellaPipeline
 
@@ -12,9 +15,9 @@ class EndpointHandler:
 
     def __init__(self, path: str = ""):
         device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-        self.pipe = PaellaPipeline.from_pretrained(path).to(device)
+        self.pipe: PaellaPipeline = PaellaPipeline.from_pretrained(path).to(device)
 
-    def __call__(self, data: dict):
+    def __call__(self, data: dict[str, Any]) -> Image.Image:
         """The picture (`PIL.Image.Image`) for the prompt `data["inputs"]`, by `data["parameters"]`, some of `ARGUMENTS`."""
         arguments = dict(data.get("parameters") or {})
         if unknown := arguments.keys() - ARGUMENTS:

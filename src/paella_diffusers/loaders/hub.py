@@ -31,7 +31,7 @@ class PaellaHubMixin:
     """Configurations in and out, and `push_to_hub`, of pipelines, models, schedulers and guidance methods."""
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any) -> Self:
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Self:
         """As diffusers' `from_pretrained`, whose arguments it takes; errors say what to do."""
         folder = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
         if folder.is_dir() and not (folder / cls.config_name).is_file():
@@ -45,7 +45,9 @@ class PaellaHubMixin:
         return read_json(json_file)
 
     @classmethod
-    def extract_init_dict(cls, config_dict: dict, **kwargs: Any) -> tuple[dict, dict, dict]:
+    def extract_init_dict(
+        cls, config_dict: dict[str, Any], **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         """What `from_config` reads; values of other types than declared, and sizes that no model has, are refused."""
         name = config_dict.get("_class_name", "")
         if not isinstance(name, str | list):
@@ -54,7 +56,7 @@ class PaellaHubMixin:
         check_config(cls, init_dict)
         return init_dict, unused, hidden
 
-    def save_config(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
+    def save_config(self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> None:
         """As diffusers' `ConfigMixin.save_config`, but whole or not at all."""
         Path(save_directory).mkdir(parents=True, exist_ok=True)
         with atomic_file(Path(save_directory, self.config_name)) as unfinished:
@@ -126,7 +128,7 @@ class PaellaHubMixin:
         )
 
 
-def push_lora(pipeline, repo_id: str, adapter_name: str | None = None, **kwargs) -> str:
+def push_lora(pipeline: Any, repo_id: str, adapter_name: str | None = None, **kwargs: Any) -> str:
     """Upload an adapter of the pipeline; see `PaellaLoraLoaderMixin.push_lora_to_hub`."""
     from peft import get_peft_model_state_dict
 

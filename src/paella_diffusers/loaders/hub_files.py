@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import (
@@ -91,13 +92,13 @@ def _what_to_do(error: BaseException, repo_id: str, filename: str, revision: str
     return None
 
 
-def download(repo_id: str, filename: str, revision: str | None, options: dict) -> str:
+def download(repo_id: str, filename: str, revision: str | None, options: dict[str, Any]) -> str:
     """A file of a Hub repository, in the cache; raises as [`loading_errors`]."""
     with loading_errors(repo_id, filename, revision):
         return hf_hub_download(repo_id, filename, revision=revision, **options)
 
 
-def find_file(path: str | Path, filename: str, revision: str | None, options: dict) -> str:
+def find_file(path: str | Path, filename: str, revision: str | None, options: dict[str, Any]) -> str:
     """A file of a folder, or of a Hub repository, downloaded; raises as [`loading_errors`]."""
     if Path(path).is_dir():
         if not (Path(path) / filename).is_file():
@@ -106,7 +107,7 @@ def find_file(path: str | Path, filename: str, revision: str | None, options: di
     return download(str(path), filename, revision, options)
 
 
-def read_json(path: str | Path) -> dict:
+def read_json(path: str | Path) -> dict[str, Any]:
     """
     The contents of a JSON file.
 

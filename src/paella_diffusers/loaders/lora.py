@@ -36,7 +36,9 @@ class PaellaPeftAdapterMixin(PeftAdapterMixin):
     """Adapters of a model of ours, with a scale for each block of a U-Net."""
 
     def set_adapters(
-        self, adapter_names: str | list[str], weights: float | dict | list[float | dict | None] | None = None
+        self,
+        adapter_names: str | list[str],
+        weights: float | dict[str, Any] | list[Any] | None = None,
     ) -> None:
         """
         Make adapters active.
@@ -96,7 +98,9 @@ class PaellaLoraLoaderMixin(LoraBaseMixin):
     unet_name = "unet"
 
     @classmethod
-    def lora_state_dict(cls, pretrained_model_name_or_path_or_dict: str | os.PathLike | dict, **kwargs: Any) -> Any:
+    def lora_state_dict(
+        cls, pretrained_model_name_or_path_or_dict: str | os.PathLike[str] | dict[str, Any], **kwargs: Any
+    ) -> Any:
         """
         An adapter's weights, and, with `return_lora_metadata=True`, its configuration.
 
@@ -125,7 +129,7 @@ class PaellaLoraLoaderMixin(LoraBaseMixin):
 
     def load_lora_weights(
         self,
-        pretrained_model_name_or_path_or_dict: str | os.PathLike | dict[str, torch.Tensor],
+        pretrained_model_name_or_path_or_dict: str | os.PathLike[str] | dict[str, torch.Tensor],
         adapter_name: str | None = None,
         hotswap: bool = False,
         **kwargs: Any,
@@ -167,7 +171,7 @@ class PaellaLoraLoaderMixin(LoraBaseMixin):
             adapter_name = next(name for number in count() if (name := f"default_{number}") not in taken)
         with without_offloading(self):
             for name, (weights, config) in parts.items():
-                options = dict(adapter_name=adapter_name, low_cpu_mem_usage=low_cpu_mem_usage)
+                options: dict[str, Any] = dict(adapter_name=adapter_name, low_cpu_mem_usage=low_cpu_mem_usage)
                 if name in TEXT_ENCODERS:
                     self.load_lora_into_text_encoder(weights, getattr(self, name), config, **options)
                 else:
@@ -190,12 +194,12 @@ class PaellaLoraLoaderMixin(LoraBaseMixin):
         state_dict: dict[str, torch.Tensor],
         unet: PeftAdapterMixin,
         adapter_name: str | None = None,
-        metadata: dict | None = None,
+        metadata: dict[str, Any] | None = None,
         _pipeline: DiffusionPipeline | None = None,
         **kwargs: Any,
     ) -> None:
         """Attach an adapter, given as weights whose names begin with `unet.`, to `unet`."""
-        options = dict(adapter_name=adapter_name, metadata=metadata, _pipeline=_pipeline, **kwargs)
+        options: dict[str, Any] = dict(adapter_name=adapter_name, metadata=metadata, _pipeline=_pipeline, **kwargs)
         unet.load_lora_adapter(state_dict, prefix=cls.unet_name, network_alphas=None, **options)
 
     @classmethod
@@ -205,7 +209,7 @@ class PaellaLoraLoaderMixin(LoraBaseMixin):
 
     @classmethod
     def load_lora_into_text_encoder(
-        cls, state_dict: dict[str, torch.Tensor], text_encoder: Any, config: dict, **kwargs: Any
+        cls, state_dict: dict[str, torch.Tensor], text_encoder: Any, config: dict[str, Any], **kwargs: Any
     ) -> None:
         """Attach an adapter, given as weights by their names in a text encoder and PEFT's configuration."""
         from peft import LoraConfig
@@ -216,7 +220,7 @@ class PaellaLoraLoaderMixin(LoraBaseMixin):
     @classmethod
     def save_lora_weights(
         cls,
-        save_directory: str | os.PathLike,
+        save_directory: str | os.PathLike[str],
         unet_lora_layers: dict[str, torch.nn.Module | torch.Tensor] | None = None,
         text_encoder_lora_layers: dict[str, torch.nn.Module | torch.Tensor] | None = None,
         text_encoder_2_lora_layers: dict[str, torch.nn.Module | torch.Tensor] | None = None,
@@ -225,10 +229,10 @@ class PaellaLoraLoaderMixin(LoraBaseMixin):
         weight_name: str | None = None,
         save_function: Callable | None = None,
         safe_serialization: bool = True,
-        unet_lora_adapter_metadata: dict | None = None,
-        text_encoder_lora_adapter_metadata: dict | None = None,
-        text_encoder_2_lora_adapter_metadata: dict | None = None,
-        prior_lora_adapter_metadata: dict | None = None,
+        unet_lora_adapter_metadata: dict[str, Any] | None = None,
+        text_encoder_lora_adapter_metadata: dict[str, Any] | None = None,
+        text_encoder_2_lora_adapter_metadata: dict[str, Any] | None = None,
+        prior_lora_adapter_metadata: dict[str, Any] | None = None,
     ) -> None:
         """
         Write an adapter to `save_directory/pytorch_lora_weights.safetensors`, whole or not at all.

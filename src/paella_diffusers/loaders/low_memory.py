@@ -1,6 +1,7 @@
 """Models whose weights stay in their files, and are mapped into memory only while they are called."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import init_empty_weights
@@ -17,18 +18,20 @@ class WeightsOnDisk(ModelHook):
     """Loads a model's weights when it is called, and first releases those of the `others`; not for several threads."""
 
     def __init__(self, model: torch.nn.Module, weights: MappedWeights, others: list["WeightsOnDisk"]):
-        self.model, self.weights, self.others = model, weights, others
-        self.empty = model.state_dict()
-        self.execution_device = torch.device("cpu")
-        self.loaded = False
+        self.model = model
+        self.weights = weights
+        self.others = others
+        self.empty: dict[str, torch.Tensor] = model.state_dict()
+        self.execution_device: torch.device = torch.device("cpu")
+        self.loaded: bool = False
         others.append(self)
         add_hook_to_module(model, self)
 
-    def init_hook(self, module):
+    def init_hook(self, module: torch.nn.Module) -> torch.nn.Module:
         module.weights_on_disk = self
         return module
 
-    def pre_forward(self, module, *args, **kwargs):
+    def pre_forward(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         if not self.loaded:
             for other in self.others:
                 other.release()
@@ -40,7 +43,7 @@ class WeightsOnDisk(ModelHook):
                 buffer.data = buffer.data.to(device)
         return send_to_device(args, self.execution_device), send_to_device(kwargs, self.execution_device)
 
-    def release(self):
+    def release(self) -> None:
         """Free the memory of the weights until the next call."""
         if self.loaded:
             self._assign(self.empty)
@@ -51,7 +54,9 @@ class WeightsOnDisk(ModelHook):
         _tie(self.model)
 
 
-def leave_on_disk(folder: Path, classes: dict[str, type], dtype, variant: str | None = None) -> dict[str, torch.nn.Module]:
+def leave_on_disk(
+    folder: Path, classes: dict[str, type], dtype: torch.dtype | dict[str, torch.dtype], variant: str | None = None
+) -> dict[str, torch.nn.Module]:
     """
     Models without weights, which they get while they are called, one at a time.
 
@@ -85,7 +90,7 @@ def leave_on_disk(folder: Path, classes: dict[str, type], dtype, variant: str | 
     return models
 
 
-def weights_on_disk(pipeline) -> list[WeightsOnDisk]:
+def weights_on_disk(pipeline: Any) -> list[WeightsOnDisk]:
     """The hooks of a pipeline's models whose weights are left on disk."""
     hooks = [getattr(component, "weights_on_disk", None) for component in pipeline.components.values()]
     return [hook for hook in hooks if isinstance(hook, WeightsOnDisk)]

@@ -3,6 +3,7 @@
 import hashlib
 import re
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
@@ -40,13 +41,13 @@ MARK = "\n<!-- made by paella-diffusers ({}): once edited, this card is kept as 
 
 
 def model_card(
-    thing,
+    thing: Any,
     repo_id: str,
     base_model: str | None = None,
     license: str | None = None,
     tags: list[str] | None = None,
-    training: dict | None = None,
-    samples: list[dict] | None = None,
+    training: dict[str, Any] | None = None,
+    samples: list[dict[str, Any]] | None = None,
     is_lora: bool = False,
     inversion_token: str | None = None,
     call: str = '"a prompt"',
@@ -115,13 +116,13 @@ def is_unedited(card: str) -> bool:
     return bool(rest) and rest.strip() == (_digest(text) + MARK.split("{}")[1]).strip()
 
 
-def earlier_details(card: str | None) -> dict:
+def earlier_details(card: str | None) -> dict[str, Any]:
     """What the card said that does not follow from what is pushed."""
     data = ModelCard(card).data.to_dict() if card else {}
     return {name: data[name] for name in ("base_model", "license") if data.get(name)}
 
 
-def save_samples(samples: list[dict], folder: Path) -> list[dict]:
+def save_samples(samples: list[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
     saved = []
     for number, sample in enumerate(samples):
         (folder / "samples").mkdir(exist_ok=True)

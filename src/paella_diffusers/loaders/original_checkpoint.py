@@ -4,7 +4,7 @@ import inspect
 import json
 import re
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 from urllib.parse import unquote, urlsplit
@@ -36,7 +36,7 @@ class OriginalCheckpointMixin:
     def from_single_file(
         cls,
         path_or_hub_url: str | Path,
-        original_config: dict | None = None,
+        original_config: dict[str, Any] | None = None,
         dtype: torch.dtype | None = None,
         **hub_kwargs: Any,
     ) -> Self:
@@ -81,7 +81,7 @@ class OriginalCheckpointMixin:
         cls,
         path: str | Path,
         save_directory: str | Path,
-        original_config: dict | None = None,
+        original_config: dict[str, Any] | None = None,
         dtype: torch.dtype | None = None,
         max_shard_size: int | str = "512MB",
     ) -> None:
@@ -113,7 +113,7 @@ class OriginalCheckpointMixin:
             model = cls(**config)
         return model, _from_original(model, original, path)
 
-    def to_original_config(self) -> dict:
+    def to_original_config(self) -> dict[str, Any]:
         """The published constructor's keyword arguments."""
         names = CONFIG_NAMES[self._original_checkpoint]
         config = {original: self.config[ours] for original, ours in names.items()}
@@ -131,7 +131,9 @@ class OriginalCheckpointMixin:
         return to_original(self, self.state_dict())
 
 
-def to_original(model, state_dict: Mapping[str, torch.Tensor], dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
+def to_original(
+    model: OriginalCheckpointMixin, state_dict: Mapping[str, torch.Tensor], dtype: torch.dtype | None = None
+) -> dict[str, torch.Tensor]:
     """
     A state dict of `model`, which need not hold it, under the published names and shapes; views where possible.
     Floating-point tensors become `dtype`, if given.
@@ -323,4 +325,8 @@ def _prior_prefixes(config) -> Iterator[tuple[str, str]]:
     yield "proj_out.", f"blocks.{config.num_layers + 1}."
 
 
-PREFIXES = {"paella_v3.pt": _unet_prefixes, "vqgan_f4.pt": _vqgan_prefixes, "prior_v1.pt": _prior_prefixes}
+PREFIXES: dict[str, Callable[..., Any]] = {
+    "paella_v3.pt": _unet_prefixes,
+    "vqgan_f4.pt": _vqgan_prefixes,
+    "prior_v1.pt": _prior_prefixes,
+}

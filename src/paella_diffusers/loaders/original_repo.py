@@ -1,6 +1,7 @@
 """`dome272/Paella` as its authors published it: three pickled state dicts, and the encoders in repositories of their own."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import file_exists, try_to_load_from_cache
@@ -23,7 +24,7 @@ BYT5_REPO = "google/byt5-xl"
 CLIP_REPO = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 
 
-def has_original_layout(path: str | Path, revision: str | None = None, **kwargs) -> bool:
+def has_original_layout(path: str | Path, revision: str | None = None, **kwargs: Any) -> bool:
     """
     Whether a folder or Hub repository is in the published layout rather than in diffusers'.
 
@@ -58,7 +59,7 @@ def has_original_layout(path: str | Path, revision: str | None = None, **kwargs)
     return True
 
 
-def read_original_config(path: str | Path, revision: str | None, options: dict) -> dict:
+def read_original_config(path: str | Path, revision: str | None, options: dict[str, Any]) -> dict[str, Any]:
     """The published constructors' arguments in `config.json`, which a repository may have, or none."""
     try:
         file = find_file(path, "config.json", revision, options)
@@ -70,7 +71,7 @@ def read_original_config(path: str | Path, revision: str | None, options: dict) 
     return config
 
 
-def load_encoder(name: str, dtype: torch.dtype, options: dict):
+def load_encoder(name: str, dtype: torch.dtype, options: dict[str, Any]) -> Any:
     """
     An encoder, tokenizer or image processor, by its name in the pipeline, from the repository that Paella was trained with.
 

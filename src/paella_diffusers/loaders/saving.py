@@ -4,6 +4,7 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, Self
 
 from diffusers import ModelMixin
 
@@ -12,7 +13,7 @@ from .quiet import ignore_message
 from .weights import check_weights, read_shard_index, stored_tensors
 
 
-def refuse_adapters(model):
+def refuse_adapters(model: Any) -> None:
     """Raise a `ValueError` if adapters are attached: saved so, the model would load as another."""
     if getattr(model, "peft_config", None):
         raise ValueError(
@@ -27,7 +28,7 @@ class AtomicSaveMixin:
     refuses files that lack a tensor, have others, or have integers for weights.
     """
 
-    def __init_subclass__(cls, **kwargs):
+    def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if not hasattr(ModelMixin, "_load_pretrained_model"):  # private, and extended below
             raise ImportError(
@@ -35,7 +36,7 @@ class AtomicSaveMixin:
             )
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs):
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Self:
         """As diffusers' `ModelMixin.from_pretrained`; a folder's index of shards is checked first."""
         folder, variant = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or ""), kwargs.get("variant")
         index = folder / f"diffusion_pytorch_model.safetensors.index{f'.{variant}' if variant else ''}.json"
@@ -57,12 +58,12 @@ class AtomicSaveMixin:
             check_weights(model, found, Path(resolved_model_file[0]).parent)
         return super()._load_pretrained_model(model, state_dict, resolved_model_file, *args, **kwargs)
 
-    def to(self, *args, **kwargs):
+    def to(self, *args: Any, **kwargs: Any) -> Self:
         """As `torch.nn.Module.to`. diffusers warns of modules to be kept in float32 even if there are none."""
         with ignore_message("diffusers.models.modeling_utils", "should be kept in float32: []"):
             return super().to(*args, **kwargs)
 
-    def check_savable(self):
+    def check_savable(self) -> None:
         """Refuse to save with adapters attached, as the result would load as another model, and without weights."""
         if any(parameter.is_meta for parameter in self.parameters()):
             raise ValueError(f"This {type(self).__name__} has its weights on disk: load it without `low_memory` to save it.")
@@ -70,15 +71,15 @@ class AtomicSaveMixin:
 
     def save_pretrained(
         self,
-        save_directory: str | os.PathLike,
+        save_directory: str | os.PathLike[str],
         is_main_process: bool = True,
         save_function: Callable | None = None,
         safe_serialization: bool = True,
         variant: str | None = None,
         max_shard_size: int | str = "10GB",
         push_to_hub: bool = False,
-        **kwargs,
-    ):
+        **kwargs: Any,
+    ) -> None:
         """
         As diffusers' `ModelMixin.save_pretrained`, with which it shares its arguments, but whole or not at all: see
         [`~loaders.atomic.atomic_update`]. Other files in the folder stay, weights of other variants among them.

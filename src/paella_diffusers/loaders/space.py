@@ -37,7 +37,7 @@ hf upload {repo_id} space . --type space
 }
 
 
-def write_space(repo_id: str, folder: Path):
+def write_space(repo_id: str, folder: Path) -> None:
     """Write them to a new folder, for the pipeline in the repository."""
     folder.mkdir()
     values = {"repo_id": repo_id, "name": repo_id.split("/")[-1], "requirement": requirement("web")}

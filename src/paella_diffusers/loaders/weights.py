@@ -23,13 +23,13 @@ class TensorInfo(NamedTuple):
     def of(cls, tensor: torch.Tensor) -> "TensorInfo":
         return cls(tuple(tensor.shape), tensor.is_floating_point())
 
-    def __str__(self):
+    def __str__(self) -> str:
         return f"{'floating point' if self.is_floating_point else 'integer'} {list(self.shape)}"
 
 
 def check_tensors(
     found: Mapping[str, TensorInfo], expected: Mapping[str, TensorInfo], where: str | Path, model: str, remedy: str = ""
-):
+) -> None:
     """
     Refuse weights unless they are exactly those that are expected: by name, shape, and floating point or integer.
 
@@ -51,7 +51,7 @@ def check_tensors(
         raise ValueError(f"{where} does not fit {model}: {listed}.{remedy and ' '}{remedy}")
 
 
-def check_weights(model: torch.nn.Module, found: Mapping[str, TensorInfo], where: str | Path):
+def check_weights(model: torch.nn.Module, found: Mapping[str, TensorInfo], where: str | Path) -> None:
     """As [`check_tensors`], for all of a model's weights; of tensors that are one in the model, one name is enough."""
     own = model.state_dict(keep_vars=True)
     stored = {id(own[key]) for key in found if key in own}
@@ -141,7 +141,7 @@ def read_shard_index(path: str | Path) -> list[str]:
     return names
 
 
-class MappedWeights(Mapping):
+class MappedWeights(Mapping[str, torch.Tensor]):
     """
     The weights in a folder of safetensors, whole or in shards. A tensor by its key has a memory mapping of its own, so that
     what was read of it leaves memory with it; with `load`, all share one.
@@ -158,7 +158,8 @@ class MappedWeights(Mapping):
 
     def __init__(self, find: Callable[[str], str], stems: tuple[str, ...], variant: str | None = None):
         part = f".{variant}" if variant else ""
-        self.files, self.tensors = {}, {}
+        self.files: dict[str, str] = {}
+        self.tensors: dict[str, TensorInfo] = {}
         for path in map(find, self._names(find, stems, part)):
             found = stored_tensors(path)
             self.files |= dict.fromkeys(found, path)

@@ -1,7 +1,7 @@
 """Blocks for diffusers' modular pipelines: each wraps steps of the plain pipelines."""
 
 from dataclasses import fields, replace
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import PIL.Image
 import torch
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from .modular_pipeline_paella import PaellaModularPipeline
 
 # The parts of a pipeline; a folder's own classes, as its index names them, take the place of these.
-COMPONENTS = {
+COMPONENTS: dict[str, type] = {
     "vqgan": PaellaVQModel,
     "unet": PaellaUNet,
     "scheduler": PaellaScheduler,
@@ -113,8 +113,8 @@ class PaellaImageEncoderStep(PaellaBlock):
     """Of image to image; inpainting has more inputs."""
 
     uses = ("vqgan", "unet")
-    strength = 0.8
-    options = {"resize_mode": "default"}
+    strength: float = 0.8
+    options: dict[str, Any] = {"resize_mode": "default"}
 
     @property
     def description(self) -> str:
@@ -146,8 +146,8 @@ class PaellaImageEncoderStep(PaellaBlock):
 
 
 class PaellaInpaintEncoderStep(PaellaImageEncoderStep):
-    strength = 1.0
-    options = {
+    strength: float = 1.0
+    options: dict[str, Any] = {
         "mask_image": None,
         "padding": None,
         "resize_mode": "default",
@@ -158,9 +158,9 @@ class PaellaInpaintEncoderStep(PaellaImageEncoderStep):
 
 
 class PaellaAutoImageEncoderStep(AutoPipelineBlocks):
-    block_classes = [PaellaInpaintEncoderStep, PaellaInpaintEncoderStep, PaellaImageEncoderStep]
-    block_names = ["inpaint", "outpaint", "image2image"]
-    block_trigger_inputs = ["mask_image", "padding", "image"]
+    block_classes: list[type] = [PaellaInpaintEncoderStep, PaellaInpaintEncoderStep, PaellaImageEncoderStep]
+    block_names: list[str] = ["inpaint", "outpaint", "image2image"]
+    block_trigger_inputs: list[str | None] = ["mask_image", "padding", "image"]
 
     @property
     def description(self) -> str:
@@ -232,8 +232,8 @@ class PaellaAutoBlocks(SequentialPipelineBlocks):
     def model_name(self) -> str:
         return "paella"
 
-    block_classes = [PaellaTextEncoderStep, PaellaAutoImageEncoderStep, PaellaDenoiseStep, PaellaDecodeStep]
-    block_names = ["text_encoder", "vae_encoder", "denoise", "decode"]
+    block_classes: list[type] = [PaellaTextEncoderStep, PaellaAutoImageEncoderStep, PaellaDenoiseStep, PaellaDecodeStep]
+    block_names: list[str] = ["text_encoder", "vae_encoder", "denoise", "decode"]
     _workflow_map = {
         "text2image": {"prompt": True},
         "image2image": {"image": True, "prompt": True},

@@ -28,9 +28,9 @@ class PaellaModularPipeline(ModularPipeline):
     def __init__(
         self,
         blocks: ModularPipelineBlocks | None = None,
-        pretrained_model_name_or_path: str | os.PathLike | None = None,
+        pretrained_model_name_or_path: str | os.PathLike[str] | None = None,
         *args: Any,
-        config_dict: dict | None = None,
+        config_dict: dict[str, Any] | None = None,
         **kwargs: Any,
     ):
         if config_dict is not None:  # parts that the folder does not have shall not be looked for

@@ -57,7 +57,7 @@ class Conditioning:
         tensors = {name: None if value is None else function(value) for name, value in self.arguments().items()}
         return replace(self, **tensors)
 
-    def to(self, device=None, dtype: torch.dtype | None = None) -> "Conditioning":
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "Conditioning":
         """On another device, and its floating-point tensors in another dtype."""
         return self._map(lambda tensor: tensor.to(device, dtype if tensor.is_floating_point() else None))
 

@@ -177,7 +177,7 @@ class EncodingMixin:
     @torch.no_grad()
     def encode_image(
         self,
-        condition_image: PIL.Image.Image | list,
+        condition_image: PIL.Image.Image | list[Any],
         batch_size: int = 1,
         num_images_per_prompt: int = 1,
         device: torch.device | None = None,
@@ -254,13 +254,13 @@ def _state(encoder: torch.nn.Module) -> Hashable:
     return versions, adapters
 
 
-def num_image_rows(images) -> int:
+def num_image_rows(images: Any) -> int:
     """How many prompts images to condition on are for: nested lists are one a prompt."""
     nested = isinstance(images, list | tuple) and images and all(isinstance(row, list | tuple) for row in images)
     return len(images) if nested else 1
 
 
-def nested_images(images, batch_size: int) -> list[list[PIL.Image.Image]]:
+def nested_images(images: Any, batch_size: int) -> list[list[PIL.Image.Image]]:
     """
     One row of images for every prompt, or a row for each, all of one length.
 

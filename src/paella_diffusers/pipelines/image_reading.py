@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "HEIF", "JPEG2000", "PPM", "TGA", "ICO", "QOI", "MPO", "DIB")
 
 
-def load_image(file: str | os.PathLike | IO[bytes], name: str | None = None) -> Image.Image:
+def load_image(file: str | os.PathLike[str] | IO[bytes], name: str | None = None) -> Image.Image:
     """
     The picture in a file, as [`to_rgb`] makes it.
 
@@ -31,7 +31,7 @@ def load_image(file: str | os.PathLike | IO[bytes], name: str | None = None) -> 
         return to_rgb(image, name or str(file))
 
 
-def open_image(file: str | os.PathLike | IO[bytes], name: str | None = None) -> Image.Image:
+def open_image(file: str | os.PathLike[str] | IO[bytes], name: str | None = None) -> Image.Image:
     """As [`load_image`], but only the header is read: the size is known, and nothing is decoded yet."""
     name = name or str(file)
     Image.init()

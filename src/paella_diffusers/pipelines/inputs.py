@@ -8,7 +8,7 @@ import inspect
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -24,11 +24,16 @@ from ..checks import (
     is_boolean,
     is_integer,
 )
+from ..sampling.plan import Plan
 from ..sampling.rewards import Reward
 from ..sampling.steering import SequentialMonteCarlo, SteeringMethod
+from ..sampling.steppers import Stepper
 from .conditioning import repeat_rows
 from .encoding import nested_images
 from .image_reading import to_rgb
+
+if TYPE_CHECKING:
+    from .pipeline_base import PaellaPipelineBase
 
 MAX_STEPS = 10_000
 MAX_IMAGES_PER_PROMPT = 2**20
@@ -51,7 +56,7 @@ class PromptInputs:
     negative_clip_text_embeds: Any = None
     max_sequence_length: int = 768
 
-    def check(self, pipe, is_guided: bool, prefix: str = "", batch_size: int | None = None) -> int:
+    def check(self, pipe: "PaellaPipelineBase", is_guided: bool, prefix: str = "", batch_size: int | None = None) -> int:
         """
         Refuse what does not fit together or the pipeline; the number of prompts otherwise, of which `batch_size` are
         expected if given: one may stand for all. Names of arguments have the `prefix`, such as "source_".
@@ -88,14 +93,14 @@ class PromptInputs:
         self._check_negative(pipe, is_guided, batch_size)
         return batch_size
 
-    def text_length(self, pipe) -> int:
+    def text_length(self, pipe: "PaellaPipelineBase") -> int:
         """How many tokens the longest prompt has."""
         if self.prompt_embeds is not None:
             return self.prompt_embeds.shape[1]
         prompts = [self.prompt] if isinstance(self.prompt, str) else list(self.prompt)
         return pipe._tokenize_byt5(prompts, self.max_sequence_length).input_ids.shape[1]
 
-    def has_clip_text(self, pipe) -> bool:
+    def has_clip_text(self, pipe: "PaellaPipelineBase") -> bool:
         """Whether there are CLIP text embeddings."""
         return self.clip_text_embeds is not None or (pipe.text_encoder_2 is not None and self.prompt is not None)
 
@@ -120,7 +125,7 @@ class PromptInputs:
             if has_negative and not has_clip_text:
                 raise ValueError("`negative_clip_text_embeds` needs `clip_text_embeds` beside it.")
 
-    def expand(self, batch_size: int):
+    def expand(self, batch_size: int) -> None:
         """Let a single prompt stand for all."""
         prompts = [self.prompt] if isinstance(self.prompt, str) else self.prompt
         if prompts is not None:
@@ -141,7 +146,7 @@ class ImageConditionInputs:
     prior_num_inference_steps: int = 60
     prior_guidance_scale: float = 3.0
 
-    def check(self, pipe, prompts: PromptInputs, batch_size: int):
+    def check(self, pipe: "PaellaPipelineBase", prompts: PromptInputs, batch_size: int) -> None:
         """Refuse what does not fit together or the pipeline, and say in `use_prior` whether the prior is used."""
         clip_dim = pipe.unet.config.clip_embed_dim
         self.clip_image_embeds = embeddings("clip_image_embeds", self.clip_image_embeds, (2, 3), clip_dim, batch_size)
@@ -215,9 +220,9 @@ class SamplingInputs:
     confidence_threshold: float | None = None
     stability_threshold: float = 1.0
     deep_feature_interval: int = 1
-    cross_attention_kwargs: dict | None = None
+    cross_attention_kwargs: dict[str, Any] | None = None
 
-    def check(self):
+    def check(self) -> None:
         """Refuse what is out of range."""
         if self.num_inference_steps is not None:
             check_integer("num_inference_steps", self.num_inference_steps, 1, MAX_STEPS)
@@ -243,7 +248,7 @@ class SamplingInputs:
         check_number("stability_threshold", self.stability_threshold, above=0, at_most=1)
         check_cross_attention_kwargs(self.cross_attention_kwargs)
 
-    def check_generator(self, num_images: int):
+    def check_generator(self, num_images: int) -> None:
         """Refuse what is neither a generator nor a list with one for each image."""
         generator = self.generator
         given = generator if isinstance(generator, list) else [] if generator is None else [generator]
@@ -288,7 +293,7 @@ class SteeringInputs:
     particle_batch_size: int | None = None
     steering_method: Any = None
 
-    def check(self, prompts: PromptInputs, sampling: SamplingInputs, stepper, plan):
+    def check(self, prompts: PromptInputs, sampling: SamplingInputs, stepper: Stepper, plan: Plan) -> None:
         """Refuse what does not fit together, or cannot be steered; give `num_particles` and the method their defaults."""
         if self.reward is None:
             for name, value in vars(self).items():
@@ -342,7 +347,7 @@ class OutputInputs:
     callback_on_step_end: Callable | PipelineCallback | MultiPipelineCallbacks | None = None
     callback_on_step_end_tensor_inputs: Any = ("latents",)
 
-    def check(self, pipe):
+    def check(self, pipe: "PaellaPipelineBase") -> None:
         """Refuse what is unknown."""
         check_choice("output_type", self.output_type, OUTPUT_TYPES)
         check_boolean("return_dict", self.return_dict)
@@ -378,7 +383,7 @@ class CallInputs:
         })  # fmt: skip
 
 
-def check_prompts(name: str, value):
+def check_prompts(name: str, value: Any) -> None:
     """Refuse what is neither a string nor a list of strings, and what cannot be encoded."""
     texts = value if isinstance(value, list | tuple) else [value]
     if value is not None and not (texts and all(isinstance(text, str) for text in texts)):
@@ -387,7 +392,7 @@ def check_prompts(name: str, value):
         check_unicode(name, text)
 
 
-def check_cross_attention_kwargs(value):
+def check_cross_attention_kwargs(value: Any) -> None:
     """Refuse all but `{"scale": s}`."""
     if value is not None and (not isinstance(value, dict) or set(value) - {"scale"}):
         raise ValueError(f'`cross_attention_kwargs` must be {{"scale": s}}, which scales LoRA adapters, got {value!r}.')
@@ -395,7 +400,7 @@ def check_cross_attention_kwargs(value):
         check_number('cross_attention_kwargs["scale"]', value["scale"])
 
 
-def tensor_of(name: str, value) -> torch.Tensor:
+def tensor_of(name: str, value: object) -> torch.Tensor:
     """A tensor, from one or from an array of NumPy."""
     if isinstance(value, np.ndarray):
         value = torch.from_numpy(value)
@@ -404,7 +409,9 @@ def tensor_of(name: str, value) -> torch.Tensor:
     return value
 
 
-def embeddings(name: str, value, dims: tuple[int, ...], width: int, batch_size: int | None = None) -> torch.Tensor | None:
+def embeddings(
+    name: str, value: object, dims: tuple[int, ...], width: int, batch_size: int | None = None
+) -> torch.Tensor | None:
     """Embeddings of a width, as a tensor; refused with other dimensions, other rows, or values that are not finite."""
     if value is None:
         return None
@@ -421,7 +428,7 @@ def embeddings(name: str, value, dims: tuple[int, ...], width: int, batch_size: 
     return value
 
 
-def attention_mask(name: str, mask, embeds_name: str, embeds: torch.Tensor | None) -> torch.Tensor | None:
+def attention_mask(name: str, mask: object, embeds_name: str, embeds: torch.Tensor | None) -> torch.Tensor | None:
     """A mask of embeddings, as a tensor; refused without them or in another shape."""
     if mask is None:
         return None
@@ -432,7 +439,7 @@ def attention_mask(name: str, mask, embeds_name: str, embeds: torch.Tensor | Non
     return mask
 
 
-def weights(name: str, value, shapes: tuple[tuple[int, ...], ...]) -> torch.Tensor | None:
+def weights(name: str, value: Any, shapes: tuple[tuple[int, ...], ...]) -> torch.Tensor | None:
     """Weights as a float32 tensor, of one of the shapes, where -1 is any length; refused if not finite or below 0."""
     if value is None:
         return None
@@ -451,7 +458,7 @@ def weights(name: str, value, shapes: tuple[tuple[int, ...], ...]) -> torch.Tens
     return value
 
 
-def check_tokens(name: str, tokens: torch.Tensor, shape: tuple[int, ...], num_tokens: int):
+def check_tokens(name: str, tokens: torch.Tensor, shape: tuple[int, ...], num_tokens: int) -> None:
     """Refuse what is not a token grid of this shape."""
     if not isinstance(tokens, torch.Tensor) or tokens.dtype != torch.int64:
         kind = f"{tokens.dtype}" if isinstance(tokens, torch.Tensor) else type(tokens).__name__

@@ -31,7 +31,7 @@ from ..schedulers.scheduling_paella import PaellaScheduler
 logger = logging.get_logger(__name__)
 
 LIBRARIES = ("diffusers", "transformers", registration.LIBRARY)  # whose classes `low_memory` loads
-ORIGINAL_MODELS = {  # and what the published code calls them
+ORIGINAL_MODELS: dict[str, tuple[type, str]] = {  # and what the published code calls them
     "unet": (PaellaUNet, "paella"),
     "vqgan": (PaellaVQModel, "vqgan"),
     "prior": (PaellaPrior, "prior"),
@@ -189,7 +189,7 @@ class LoadingMixin(PaellaHubMixin):
 
     def save_pretrained(
         self,
-        save_directory: str | os.PathLike,
+        save_directory: str | os.PathLike[str],
         safe_serialization: bool = True,
         variant: str | None = None,
         max_shard_size: int | str | None = None,
@@ -223,7 +223,7 @@ def component_names(cls: Any) -> list[str]:
     return [p.name for p in parameters if p.default is p.empty or p.name in cls._optional_components]
 
 
-def component_classes(index: dict, names: list[str], folder: str | Path) -> dict[str, type]:
+def component_classes(index: dict[str, Any], names: list[str], folder: str | Path) -> dict[str, type]:
     """
     The classes that a `model_index.json` names, of `LIBRARIES` or of what was imported before; nothing else is imported, and
     other entries are left to diffusers, which refuses them.
@@ -253,7 +253,7 @@ def component_classes(index: dict, names: list[str], folder: str | Path) -> dict
     return classes
 
 
-def load_in_float32(folder: Path):
+def load_in_float32(folder: Path) -> None:
     """Let transformers load a saved model in float32 unless told otherwise, as diffusers does, whatever its weights are."""
     path = folder / "config.json"
     config = read_json(path) if path.is_file() else {}
@@ -264,11 +264,11 @@ def load_in_float32(folder: Path):
 def original_components(
     path: str | Path,
     names: list[str],
-    dtype: torch.dtype | dict,
+    dtype: torch.dtype | dict[str, torch.dtype],
     revision: str | None = None,
-    original_config: dict | None = None,
-    **kwargs,
-) -> dict[str, tuple[Callable, Callable | None]]:
+    original_config: dict[str, Any] | None = None,
+    **kwargs: Any,
+) -> dict[str, tuple[Callable[[], Any], Callable[[Path], None] | None]]:
     """
     For every component a function that loads it from the published layout, and, for the models of this package, one that
     converts it to a folder without loading it whole. Components in `kwargs` are taken as they are, None included.

@@ -111,6 +111,8 @@ class PaellaPipelineBase(
     ]
     __call__: Callable[..., Any]  # each task's
     progress_bar: Callable[..., Any]
+    image_processor: VaeImageProcessor
+    vae_scale_factor: int
     _callback_tensor_inputs = ["latents", "pred_original_sample", *CONDITIONING_TENSORS]
 
     def __init__(
@@ -177,11 +179,11 @@ class PaellaPipelineBase(
         inputs: CallInputs,
         height: int,
         width: int,
-        region_masks: list | torch.Tensor | None = None,
+        region_masks: list[Any] | torch.Tensor | None = None,
         source: SourceImage | None = None,
         stepper: Stepper | None = None,
         source_prompts: PromptInputs | None = None,
-    ) -> PaellaPipelineOutput | tuple:
+    ) -> PaellaPipelineOutput | tuple[Any, ...]:
         """
         What every task's call does, with the arguments that all have in `inputs`.
 
@@ -253,7 +255,7 @@ class PaellaPipelineBase(
         inputs: CallInputs,
         height: int,
         width: int,
-        region_masks: list | torch.Tensor | None = None,
+        region_masks: list[Any] | torch.Tensor | None = None,
         source: SourceImage | None = None,
         stepper: Stepper | None = None,
         source_prompts: PromptInputs | None = None,
@@ -296,7 +298,7 @@ class PaellaPipelineBase(
         state: CallState,
         height: int,
         width: int,
-        region_masks: list | torch.Tensor | None,
+        region_masks: list[Any] | torch.Tensor | None,
         source: SourceImage | None,
         source_prompts: PromptInputs | None,
     ) -> tuple[int, torch.Tensor | None]:

@@ -62,8 +62,8 @@ class PaellaPipeline(PaellaPipelineBase):
         num_images_per_prompt: int = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
-        condition_image: PIL.Image.Image | list | None = None,
-        condition_image_weights: list | torch.Tensor | None = None,
+        condition_image: PIL.Image.Image | list[Any] | None = None,
+        condition_image_weights: list[Any] | torch.Tensor | None = None,
         prompt_embeds: torch.Tensor | None = None,
         negative_prompt_embeds: torch.Tensor | None = None,
         prompt_attention_mask: torch.Tensor | None = None,
@@ -76,7 +76,7 @@ class PaellaPipeline(PaellaPipelineBase):
         prior_num_inference_steps: int = 60,
         prior_guidance_scale: float = 3.0,
         max_sequence_length: int = 768,
-        region_masks: list | torch.Tensor | None = None,
+        region_masks: list[Any] | torch.Tensor | None = None,
         editing_prompt: str | list[str] | None = None,
         reverse_editing_direction: bool | list[bool] | None = None,
         edit_guidance_scale: float | list[float] | None = None,
@@ -98,7 +98,7 @@ class PaellaPipeline(PaellaPipelineBase):
         return_dict: bool = True,
         callback_on_step_end: Callable | PipelineCallback | MultiPipelineCallbacks | None = None,
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],
-    ) -> PaellaPipelineOutput | tuple:
+    ) -> PaellaPipelineOutput | tuple[Any, ...]:
         r"""
         Generate images.
 
@@ -209,7 +209,7 @@ class PaellaPipeline(PaellaPipelineBase):
         num_images: int = 8,
         generator: torch.Generator | None = None,
         **kwargs: Any,
-    ) -> PaellaPipelineOutput | tuple:
+    ) -> PaellaPipelineOutput | tuple[Any, ...]:
         r"""
         Images on the way from `a` to `b`: their embeddings are interpolated spherically, token by token and the CLIP ones
         whole, and every image begins with the same noise and draws the same random numbers.

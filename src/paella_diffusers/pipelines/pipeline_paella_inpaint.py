@@ -1,6 +1,7 @@
 """Inpainting and outpainting with Paella."""
 
 from collections.abc import Callable
+from typing import Any
 
 import PIL.Image
 import torch
@@ -58,8 +59,8 @@ class PaellaInpaintPipeline(PaellaPipelineBase):
         num_images_per_prompt: int = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
-        condition_image: PIL.Image.Image | list | None = None,
-        condition_image_weights: list | torch.Tensor | None = None,
+        condition_image: PIL.Image.Image | list[Any] | None = None,
+        condition_image_weights: list[Any] | torch.Tensor | None = None,
         prompt_embeds: torch.Tensor | None = None,
         negative_prompt_embeds: torch.Tensor | None = None,
         prompt_attention_mask: torch.Tensor | None = None,
@@ -72,7 +73,7 @@ class PaellaInpaintPipeline(PaellaPipelineBase):
         prior_num_inference_steps: int = 60,
         prior_guidance_scale: float = 3.0,
         max_sequence_length: int = 768,
-        region_masks: list | torch.Tensor | None = None,
+        region_masks: list[Any] | torch.Tensor | None = None,
         editing_prompt: str | list[str] | None = None,
         reverse_editing_direction: bool | list[bool] | None = None,
         edit_guidance_scale: float | list[float] | None = None,
@@ -94,7 +95,7 @@ class PaellaInpaintPipeline(PaellaPipelineBase):
         return_dict: bool = True,
         callback_on_step_end: Callable | PipelineCallback | MultiPipelineCallbacks | None = None,
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],
-    ) -> PaellaPipelineOutput | tuple:
+    ) -> PaellaPipelineOutput | tuple[Any, ...]:
         r"""
         Fill in parts of images, or continue them beyond their edges.
 

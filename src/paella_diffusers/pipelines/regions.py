@@ -1,6 +1,7 @@
 """Prompts for regions of one image."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -8,7 +9,7 @@ import torch.nn.functional as F
 from .source_image import read_mask
 
 
-def read_region_masks(region_masks, height: int, width: int, patch_size: int) -> torch.Tensor:
+def read_region_masks(region_masks: Any, height: int, width: int, patch_size: int) -> torch.Tensor:
     """
     Masks as a share for every prompt at every token, `(num_prompts, height / patch_size, width / patch_size)`, summing to 1.
 

@@ -9,12 +9,13 @@ than the image (`resize_mode="fill"`).
 import math
 from dataclasses import dataclass
 from itertools import product
+from typing import Any
 
 import numpy as np
 import PIL.Image
 import torch
 import torch.nn.functional as F
-from diffusers.image_processor import VaeImageProcessor
+from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
 from diffusers.utils import logging
 
 from ..checks import check_boolean, check_choice, check_integer, is_integer
@@ -78,7 +79,7 @@ class SizeRule:
             width = self.nearest(height * own_width / own_height)
         return height, width
 
-    def check(self, height: int, width: int):
+    def check(self, height: int, width: int) -> None:
         """Refuse a size that the model does not allow, and name the nearest."""
         for name, side in {"height": height, "width": width}.items():
             if not is_integer(side):
@@ -133,7 +134,7 @@ class SourceImage:
     def is_tokens(self) -> bool:
         return not self.image.is_floating_point()
 
-    def warn_if_enlarged(self, images: torch.Tensor):
+    def warn_if_enlarged(self, images: torch.Tensor) -> None:
         """Say so where generated images are much smaller than their box in the results."""
         height, width = self.result_size or images.shape[-2:]
         left, top, right, bottom = self.box or (0, 0, width, height)
@@ -163,9 +164,9 @@ class SourceImage:
 
 
 def prepare_source(
-    image,
+    image: PipelineImageInput | None,
     rule: SizeRule,
-    mask_image=None,
+    mask_image: PipelineImageInput | None = None,
     padding: tuple[int, int, int, int] | None = None,
     height: int | None = None,
     width: int | None = None,
@@ -254,7 +255,7 @@ def prepare_source(
     return source
 
 
-def read_image(image, name: str = "image") -> list[torch.Tensor] | torch.Tensor:
+def read_image(image: Any, name: str = "image") -> list[torch.Tensor] | torch.Tensor:
     """
     PIL images of any kind, arrays `(height, width, 3)` or tensors `(3, height, width)` in [0, 1], or a list or batch of
     these, to a list of float32 pixels `(1, 3, height, width)`. An int64 tensor, a token grid or several, to a tensor
@@ -276,7 +277,7 @@ def read_image(image, name: str = "image") -> list[torch.Tensor] | torch.Tensor:
     return _pixels(pil, 3, name)
 
 
-def read_mask(mask, name: str = "mask_image") -> list[torch.Tensor]:
+def read_mask(mask: Any, name: str = "mask_image") -> list[torch.Tensor]:
     """
     Masks as PIL images, arrays or tensors `(height, width)` in [0, 1] or of booleans, or a list or batch of these, to a list
     of float32 `(1, 1, height, width)`.

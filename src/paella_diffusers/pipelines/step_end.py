@@ -1,7 +1,8 @@
 """What follows each step of a pipeline's loop: progress, and the user's callback."""
 
+from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from tqdm import tqdm
@@ -35,11 +36,20 @@ class StepEnd:
     """
 
     def __init__(
-        self, pipe: "PaellaPipelineBase", state: CallState, denoiser: Denoiser, progress_bar: tqdm, output: OutputInputs
+        self,
+        pipe: "PaellaPipelineBase",
+        state: CallState,
+        denoiser: Denoiser,
+        progress_bar: "tqdm[Any]",
+        output: OutputInputs,
     ):
-        self.pipe, self.state, self.denoiser, self.progress_bar = pipe, state, denoiser, progress_bar
-        self.callback, self.wanted = output.callback_on_step_end, output.callback_on_step_end_tensor_inputs
-        self.evaluations = 0  # of the U-Net, so far
+        self.pipe = pipe
+        self.state = state
+        self.denoiser = denoiser
+        self.progress_bar = progress_bar
+        self.callback: Callable[..., Any] | None = output.callback_on_step_end
+        self.wanted: Any = output.callback_on_step_end_tensor_inputs
+        self.evaluations: int = 0  # of the U-Net, so far
 
     def __call__(self, step: Step, tokens: torch.Tensor, clean: torch.Tensor) -> tuple[torch.Tensor, bool]:
         """The tokens to go on with, and whether to stop here."""

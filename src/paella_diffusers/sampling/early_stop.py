@@ -2,6 +2,8 @@
 
 import torch
 
+from .plan import Step
+
 
 class EarlyStop:
     """
@@ -17,11 +19,14 @@ class EarlyStop:
     """
 
     def __init__(self, confidence_threshold: float, stability_threshold: float, takes_clean: bool = False):
-        self.confidence_threshold, self.stability_threshold = confidence_threshold, stability_threshold
+        self.confidence_threshold = confidence_threshold
+        self.stability_threshold = stability_threshold
         self.takes_clean = takes_clean
-        self.prediction = None
+        self.prediction: torch.Tensor | None = None
 
-    def __call__(self, logits, step, tokens, clean, mask):
+    def __call__(
+        self, logits: torch.Tensor, step: Step, tokens: torch.Tensor, clean: torch.Tensor, mask: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor, bool]:
         """
         Both token grids, in which finished images have their prediction, and whether all images are finished.
         Afterwards `evaluations`, `(num_images,)`, has how many evaluations of the model each image took so far.
@@ -31,8 +36,8 @@ class EarlyStop:
             likely = torch.where(mask, likely, tokens)
         if self.prediction is None:
             self.prediction = torch.full_like(likely, -1)
-            self.finished = torch.zeros(len(likely), dtype=torch.bool, device=likely.device)
-            self.evaluations = torch.zeros_like(self.finished, dtype=torch.long)
+            self.finished: torch.Tensor = torch.zeros(len(likely), dtype=torch.bool, device=likely.device)
+            self.evaluations: torch.Tensor = torch.zeros_like(self.finished, dtype=torch.long)
         self.evaluations += ~self.finished * (1 + step.num_sweeps)
         log_probs = logits.float().log_softmax(1)
         weight = torch.ones_like(likely) if mask is None else mask.expand_as(likely)

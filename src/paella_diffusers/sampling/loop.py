@@ -1,14 +1,15 @@
 """Paella's sampling loop. What it works with is passed in: see `denoiser.py`, `steppers.py`, `plan.py`, `steering.py`."""
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 
 
 def sample(
     denoiser: Callable,
-    stepper,
-    plan: Iterable,
+    stepper: Any,
+    plan: Iterable[Any],
     tokens: torch.Tensor,
     noise: torch.Tensor,
     mask: torch.Tensor | None = None,

@@ -1,7 +1,7 @@
 """Rewards to steer by: functions of pictures and their prompts. Any function with these two arguments is one."""
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import PIL.Image
@@ -56,7 +56,9 @@ class ClipReward(Reward):
         if missing:
             raise ValueError(f"`ClipReward` needs the pipeline's components {missing}: load them, or take another reward.")
         check_number("scale", scale)
-        self.pipe, self.prompt, self.scale = pipe, prompt, scale
+        self.pipe = pipe
+        self.prompt = prompt
+        self.scale = scale
 
     @torch.no_grad()
     def __call__(self, images: torch.Tensor, prompts: list[str] | None) -> torch.Tensor:
@@ -107,7 +109,8 @@ class LayoutReward(Reward):
                 "`target` must be a colour, a PIL image, or a floating-point tensor (3, rows, columns) in [0, 1], got "
                 f"{tuple(target.shape) if isinstance(target, torch.Tensor) else type(target).__name__}."
             )
-        self.cells, self.sigma = cells, sigma
+        self.cells: torch.Tensor = cells
+        self.sigma = sigma
 
     def __call__(self, images: torch.Tensor, prompts: list[str] | None) -> torch.Tensor:
         rows, columns = self.cells.shape[-2:]
@@ -126,7 +129,8 @@ class ClassifierReward(Reward):
 
     def __init__(self, classifier: Callable, label: int):
         check_integer("label", label, 0)
-        self.classifier, self.label = classifier, label
+        self.classifier = classifier
+        self.label = label
 
     @torch.no_grad()
     def __call__(self, images: torch.Tensor, prompts: list[str] | None) -> torch.Tensor:
@@ -145,13 +149,14 @@ class RewardSum(Reward):
         ValueError: If there is not one weight for each.
     """
 
-    def __init__(self, rewards: Sequence[Callable], weights: Sequence[float] | None = None):
+    def __init__(self, rewards: Sequence[Callable[..., Any]], weights: Sequence[float] | None = None):
         weights = [1.0] * len(rewards) if weights is None else list(weights)
         if not rewards or len(weights) != len(rewards):
             raise ValueError(f"`weights` must have one entry for each of `rewards`, got {len(weights)} for {len(rewards)}.")
         for weight in weights:
             check_number("weights", weight)
-        self.rewards, self.weights = list(rewards), weights
+        self.rewards: list[Callable[..., Any]] = list(rewards)
+        self.weights: list[float] = weights
 
     def __call__(self, images: torch.Tensor, prompts: list[str] | None) -> torch.Tensor:
         pairs = zip(self.weights, self.rewards)

@@ -49,7 +49,7 @@ def _random(function: Callable, shape, generator, device) -> torch.Tensor:
     return function(shape, generator=generator, device=generator.device if generator else device).to(device)
 
 
-def check_generators(generator: torch.Generator | list[torch.Generator] | None, batch_size: int):
+def check_generators(generator: torch.Generator | list[torch.Generator] | None, batch_size: int) -> None:
     """Refuse what is neither a generator nor None nor a list with one generator for each image."""
     generators = generator if isinstance(generator, list) else [] if generator is None else [generator]
     if not all(isinstance(one, torch.Generator) for one in generators):
@@ -165,12 +165,12 @@ def _log_probs(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     return torch.cat([rows.gather(1, token)[:, 0] - rows.logsumexp(1) for rows, token in chunks])
 
 
-def check_logits(logits: torch.Tensor, dim: int = -1):
+def check_logits(logits: torch.Tensor, dim: int = -1) -> None:
     """Refuse logits that `sample_tokens` would refuse, for samplers that would not notice; `dim` is that of the tokens."""
     check_finite(logits.amax(dim))
 
 
-def check_finite(values: torch.Tensor):
+def check_finite(values: torch.Tensor) -> None:
     """Raise if one of them is NaN or infinite: each stands for a row of logits, whose fault it shows."""
     if not values.isfinite().all():
         raise ValueError(

@@ -1,6 +1,7 @@
 """What the samplers of discrete tokens share: noise levels, temperatures, re-noising, and checks of their input."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers.configuration_utils import ConfigMixin
@@ -92,13 +93,13 @@ class PaellaSchedulerBase(PaellaHubMixin, SchedulerMixin, ConfigMixin):
             raise ValueError(
                 f"`num_inference_steps`={steps} is too many for this descent, whose levels would be equal: take fewer."
             )
-        temperature = self.config.temperature if temperature is None else as_python(temperature)
-        check_temperature(temperature)
-        first, last = temperature if isinstance(temperature, tuple | list) else (temperature, temperature)
+        ramp: Any = self.config.temperature if temperature is None else as_python(temperature)
+        check_temperature(ramp)
+        first, last = ramp if isinstance(ramp, tuple | list) else (ramp, ramp)
 
-        self.num_inference_steps = int(steps)
-        self.timesteps = levels[:-1].to(device)
-        self.temperatures = torch.linspace(float(first), float(last), int(steps)).tolist()
+        self.num_inference_steps: int = int(steps)
+        self.timesteps: torch.Tensor = levels[:-1].to(device)
+        self.temperatures: list[float] = torch.linspace(float(first), float(last), int(steps)).tolist()
         self._levels = levels.tolist()
 
     def _descent(self, steps: int, t_start: float, t_end: float) -> torch.Tensor:
@@ -223,7 +224,7 @@ class RenoisingSchedulerBase(PaellaSchedulerBase):
         if renoise_steps is not None:
             check_integer("renoise_steps", renoise_steps, 0)
         super().set_timesteps(num_inference_steps, device, timesteps, temperature, t_start)
-        self.renoise_steps = self.num_inference_steps - 1 if renoise_steps is None else renoise_steps
+        self.renoise_steps: int = self.num_inference_steps - 1 if renoise_steps is None else renoise_steps
 
     def _check_config(self):
         super()._check_config()
@@ -243,18 +244,18 @@ class RenoisingSchedulerBase(PaellaSchedulerBase):
 # ------------------------------------------------------------------------------------------------------------- checks
 
 
-def as_python(value):
+def as_python(value: Any) -> Any:
     """NumPy's and torch's numbers and arrays as Python's numbers and lists; anything else as it is."""
     return value.tolist() if hasattr(value, "tolist") else value
 
 
-def check_temperature(temperature) -> None:
+def check_temperature(temperature: object) -> None:
     """One temperature, or the first and the last of a linear ramp."""
     remedy = "For the most likely tokens, use `sampling_rule='argmax'` of PaellaScheduler."
     check_ramp("temperature", temperature, remedy, at_least=MIN_TEMPERATURE, at_most=MAX_TEMPERATURE)
 
 
-def check_timesteps(timesteps, num_inference_steps: int | None) -> torch.Tensor:
+def check_timesteps(timesteps: Any, num_inference_steps: int | None) -> torch.Tensor:
     """Descending noise levels as float32 on the CPU, `(num_inference_steps,)`."""
     levels = as_float_tensor("timesteps", timesteps).cpu()
     if levels.ndim != 1 or not 0 < len(levels) <= MAX_INFERENCE_STEPS:
@@ -270,7 +271,7 @@ def check_timesteps(timesteps, num_inference_steps: int | None) -> torch.Tensor:
     return levels
 
 
-def check_tokens(name: str, tokens, shape: torch.Size | None = None) -> None:
+def check_tokens(name: str, tokens: object, shape: torch.Size | None = None) -> None:
     """Token ids are int64, there is at least one, and their shape is that of the sample."""
     if not isinstance(tokens, torch.Tensor) or tokens.dtype != torch.int64:
         raise TypeError(f"`{name}` must be a tensor of token ids in int64, got {describe(tokens)}.")
@@ -289,12 +290,12 @@ def check_codebook(codebook: torch.Tensor | None, num_tokens: int) -> None:
         raise ValueError(f"`codebook` must have the shape ({num_tokens}, channels), got {tuple(codebook.shape)}.")
 
 
-def as_float_tensor(name: str, values) -> torch.Tensor:
+def as_float_tensor(name: str, values: Any) -> torch.Tensor:
     try:
         return torch.as_tensor(values).to(torch.float32)
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise ValueError(f"`{name}` must be numbers, got {values!r}.") from error
 
 
-def describe(value) -> str:
+def describe(value: object) -> str:
     return str(value.dtype) if isinstance(value, torch.Tensor) else repr(value)

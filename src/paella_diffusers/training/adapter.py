@@ -22,7 +22,7 @@ TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out"]
 TEXT_TARGETS = {"text_encoder": ["q", "k", "v", "o"], "text_encoder_2": ["q_proj", "k_proj", "v_proj", "out_proj"]}
 
 
-def add_lora_arguments(parser: argparse.ArgumentParser, rank: int | None = None, help: str | None = None):
+def add_lora_arguments(parser: argparse.ArgumentParser, rank: int | None = None, help: str | None = None) -> None:
     """The arguments of an adapter. `rank` is the default of `--rank`, and `help` what else is to be said of it."""
     add = parser.add_argument_group("LoRA").add_argument
     add("--rank", type=int, default=rank, help=help)
@@ -36,7 +36,7 @@ def add_lora_arguments(parser: argparse.ArgumentParser, rank: int | None = None,
     add("--targets", nargs="+", default=TARGETS, help="names of the layers that are adapted")
 
 
-def add_text_encoder_argument(parser: argparse.ArgumentParser):
+def add_text_encoder_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--train-text-encoder", action="store_true", help="also train adapters of the text encoders")
 
 
@@ -57,7 +57,8 @@ class Adapter:
     """
 
     def __init__(self, models: dict[str, Any], args: argparse.Namespace, whole: nn.Module | None = None):
-        stored, self.metadata = {}, {}
+        stored: dict[str, torch.Tensor] = {}
+        self.metadata: dict[str, Any] = {}
         for name, model in models.items():
             model.requires_grad_(False)
             model.add_adapter(lora_config(args, TEXT_TARGETS.get(name, args.targets)))
@@ -68,9 +69,9 @@ class Adapter:
             stored |= {f"{name}.{key}": parameter for key, parameter in part.items()}
         whole = next(iter(models.values())) if whole is None else whole
         identities = {id(parameter): name for name, parameter in whole.named_parameters()}
-        self.names = {key: identities[id(parameter)] for key, parameter in stored.items()}
+        self.names: dict[str, str] = {key: identities[id(parameter)] for key, parameter in stored.items()}
 
-    def write(self, weights: dict[str, torch.Tensor], folder: Path):
+    def write(self, weights: dict[str, torch.Tensor], folder: Path) -> None:
         """Write `pytorch_lora_weights.safetensors` to a folder from the trained weights by their names in the module."""
         layers = {}
         for key, name in self.names.items():
@@ -86,12 +87,12 @@ class Adapter:
 class AdaptedUNet(CaptionedUNet):
     """A U-Net and text encoders, all with adapters."""
 
-    def __init__(self, pipe):
+    def __init__(self, pipe: PaellaPipeline):
         super().__init__(pipe)
         names = [name for name in ("unet", *TEXT_ENCODERS) if getattr(pipe, name) is not None]
         self.models: Any = nn.ModuleDict({name: getattr(pipe, name) for name in names})
 
-    def enable_gradient_checkpointing(self):
+    def enable_gradient_checkpointing(self) -> None:
         for name, model in self.models.items():
             model.enable_gradient_checkpointing() if name == "unet" else model.gradient_checkpointing_enable()
 

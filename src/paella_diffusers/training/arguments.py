@@ -2,8 +2,10 @@
 
 import argparse
 import sys
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from diffusers.optimization import SchedulerType
@@ -39,18 +41,25 @@ REFUSED = {
 
 
 OPTIMIZERS = ["adamw", "prodigy"]
-SCHEDULES = [kind.value for kind in SchedulerType if kind != SchedulerType.PIECEWISE_CONSTANT]  # which needs rules
+# piecewise constant schedules need rules
+SCHEDULES: list[str] = [kind.value for kind in SchedulerType if kind != SchedulerType.PIECEWISE_CONSTANT]
 MAX_SEED = 4_000_000_000  # NumPy's generator takes 32 bits, and steps and processes are added to the seed
 
 
 class Refuse(argparse.Action):
     """An argument that is refused with a reason, so that it is not taken for a misspelling."""
 
-    def __init__(self, option_strings, dest, reason: str, **kwargs):
+    def __init__(self, option_strings: Sequence[str], dest: str, reason: str, **kwargs: Any):
         super().__init__(option_strings, dest, nargs="*", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
         self.reason = reason
 
-    def __call__(self, parser, namespace, values, option_string=None):
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
         parser.error(f"{option_string} does not apply here: {self.reason}.")
 
 
@@ -66,10 +75,10 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 class TrainingParser(argparse.ArgumentParser):
     """A parser for which `--batch_size` is `--batch-size`. It also remembers the command, for the model card."""
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, allow_abbrev=False, formatter_class=HelpFormatter, **kwargs)
 
-    def parse_known_args(self, args=None, namespace=None):
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> tuple[Any, list[str]]:
         args = sys.argv[1:] if args is None else list(args)
         spelled = []
         for arg in args:
@@ -94,7 +103,7 @@ def without_token(command: list[str]) -> list[str]:
     return shown
 
 
-def training_arguments(description: str, default_steps: int = 1_500_000, **defaults) -> TrainingParser:
+def training_arguments(description: str, default_steps: int = 1_500_000, **defaults: Any) -> TrainingParser:
     """
     The arguments that all trainers have. `defaults` replace the published U-Net's; the names are the arguments'.
     `default_steps` is `--max-steps` if neither that nor `--num-train-epochs` is given.
@@ -185,7 +194,7 @@ def _add_output(parser):
     add("--hub-token", help="the token to upload with; the stored one unless given")
 
 
-def add_pretrained(parser, what: str, required: bool = True):
+def add_pretrained(parser: argparse.ArgumentParser, what: str, required: bool = True) -> None:
     """Arguments for what training starts from."""
     add = parser.add_argument_group("start").add_argument
     add("--pretrained", "--pretrained-model-name-or-path", required=required, help=what)
@@ -194,12 +203,12 @@ def add_pretrained(parser, what: str, required: bool = True):
     add("--cache-dir", help="folder for downloads and prepared data")
 
 
-def pretrained_options(args) -> dict:
+def pretrained_options(args: argparse.Namespace) -> dict[str, Any]:
     """`from_pretrained`'s keyword arguments of `add_pretrained`."""
     return {name: value for name in ("revision", "variant", "cache_dir") if (value := getattr(args, name)) is not None}
 
 
-def check_arguments(args):
+def check_arguments(args: argparse.Namespace) -> None:
     """
     Refuse what cannot work before anything is loaded, and fill in what follows from other arguments.
 

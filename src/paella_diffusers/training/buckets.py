@@ -28,14 +28,14 @@ class Buckets:
     multiple: int
     batch_size: int
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         area, multiple, sizes = self.resolution**2, self.multiple, set()
         for steps in range(1, self.resolution * 2 // multiple + 1):
             side = steps * multiple
             other = max(1, round(area / side / multiple)) * multiple
             if max(side, other) <= MAX_RATIO * min(side, other):
                 sizes |= {(side, other), (other, side)}
-        self.sizes = sorted(sizes)
+        self.sizes: list[tuple[int, int]] = sorted(sizes)
 
     def size_for(self, size: tuple[int, int]) -> tuple[int, int]:
         """The size whose shape is nearest to a picture's; both are width and height."""

@@ -1,8 +1,12 @@
 """Captions that are encoded in each pass, because something in the text encoders is trained."""
 
+from typing import Any
+
+import torch
 from PIL import Image
 from torch import nn
 
+from ..pipelines.pipeline_paella import PaellaPipeline
 from .conditioning import Encoder
 from .unet import FrozenParts
 
@@ -15,11 +19,18 @@ class CaptionedUNet(nn.Module):
         pipe ([`PaellaPipeline`]): With text encoders.
     """
 
-    def __init__(self, pipe):
+    def __init__(self, pipe: PaellaPipeline):
         super().__init__()
         self.pipe = pipe
 
-    def forward(self, sample, timestep, text: list[str], dropped: tuple[bool, bool, bool], **conditioning):
+    def forward(
+        self,
+        sample: torch.Tensor,
+        timestep: torch.Tensor,
+        text: list[str],
+        dropped: tuple[bool, bool, bool],
+        **conditioning: Any,
+    ) -> Any:
         """The U-Net's output for captions; where they are dropped, for ""."""
         byt5, clip = ([""] * len(text) if drop else text for drop in dropped[:2])
         embeds, mask = self.pipe._encode_byt5(byt5, 768, sample.device)
@@ -31,7 +42,9 @@ class CaptionedUNet(nn.Module):
 class CaptionsLeft(Encoder):
     """An encoder that leaves captions to [`CaptionedUNet`]."""
 
-    def conditioning(self, batch: dict, dropped: tuple[bool, bool, bool] = (False, False, False)) -> dict:
+    def conditioning(
+        self, batch: dict[str, Any], dropped: tuple[bool, bool, bool] = (False, False, False)
+    ) -> dict[str, Any]:
         image = None if dropped[2] else self.clip_image_embeds(batch)
         return {"text": batch["text"], "dropped": dropped, "clip_image_embeds": image}
 
@@ -39,7 +52,7 @@ class CaptionsLeft(Encoder):
 class CaptionParts(FrozenParts):
     """The pipeline around a [`CaptionedUNet`]: what it draws on sheets is encoded anew."""
 
-    def leave_captions(self, encoder: CaptionsLeft):
+    def leave_captions(self, encoder: CaptionsLeft) -> None:
         """
         Have an encoder leave captions to what is trained.
 

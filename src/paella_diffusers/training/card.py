@@ -1,13 +1,18 @@
 """The result of a run with its model card: what it was trained from, on what and how, and what it draws."""
 
+import argparse
 import os
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import create_repo, upload_folder
 
 from ..loaders.model_card import model_card
+
+if TYPE_CHECKING:
+    from .run import TrainingRun
 
 SETTINGS = [
     "resolution",
@@ -22,7 +27,7 @@ SETTINGS = [
 SETTINGS += ["weight_decay", "ema_decay", "mixed_precision", "seed", "rank", "alpha"]
 
 
-def publish(run, result):
+def publish(run: "TrainingRun", result: Any) -> None:
     """
     Write a pipeline or a model to the output folder with a model card, and upload both if `--push-to-hub` asks for it. In
     the main process only, after `run.finish`.
@@ -36,7 +41,7 @@ def publish(run, result):
     print(f"{type(result).__name__} is in {run.args.output_dir}.")
 
 
-def publish_files(run, pipe, files: Sequence[str], **kind):
+def publish_files(run: "TrainingRun", pipe: Any, files: Sequence[str], **kind: Any) -> None:
     """
     The same for files that the output folder has already: `pipe` is the pipeline that they are for, and `kind` are arguments
     of `model_card`.
@@ -60,13 +65,13 @@ def _write_card(run, thing, details: dict):
     (folder / "README.md").write_text(model_card(thing, run.hub_id, samples=samples, **details), encoding="utf-8")
 
 
-def base_model(args) -> str | None:
+def base_model(args: argparse.Namespace) -> str | None:
     """The Hub id that training started from, if it did from one."""
     pretrained = getattr(args, "pretrained", None)
     return None if pretrained is None or Path(pretrained).exists() else pretrained
 
 
-def training_table(run) -> dict[str, str]:
+def training_table(run: "TrainingRun") -> dict[str, str]:
     """Base, data, settings and command, for a model card. Local paths are cut to their names."""
     values = vars(run.args) | {"processes": run.accelerator.num_processes}
     table = {"base": without_folders(values.get("pretrained") or "none"), "data": without_folders(values["data"])}

@@ -17,7 +17,7 @@ import random
 import shutil
 import zlib
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -28,6 +28,9 @@ from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ..loaders.atomic import publish, unfinished_path
+
+if TYPE_CHECKING:
+    from .run import TrainingRun
 
 logger = logging.get_logger(__name__)
 
@@ -64,7 +67,7 @@ class DamagedCheckpoint(Exception):
 # ------------------------------------------------------------------------------------------------------------------ tensors
 
 
-def whole(tensor, keep: bool = True):
+def whole(tensor: Any, keep: bool = True) -> Any:
     """
     A tensor's copy on the CPU, gathered from all processes if it is sharded. Without `keep`, None: the process then only
     takes part in gathering it.
@@ -98,7 +101,7 @@ def whole_weights(model: nn.Module, frozen: bool = True, keep: bool = True) -> d
 
 
 @torch.no_grad()
-def load_weights(model: nn.Module, weights: dict[str, torch.Tensor], where: Path):
+def load_weights(model: nn.Module, weights: dict[str, torch.Tensor], where: Path) -> None:
     """
     Put whole weights into a model, sharded or not.
 
@@ -118,7 +121,7 @@ def load_weights(model: nn.Module, weights: dict[str, torch.Tensor], where: Path
         own[name].copy_(sharded_like(value, own[name]))
 
 
-def optimizer_state(optimizer: torch.optim.Optimizer, names: dict[nn.Parameter, str], keep: bool = True) -> dict:
+def optimizer_state(optimizer: torch.optim.Optimizer, names: dict[nn.Parameter, str], keep: bool = True) -> dict[str, Any]:
     """An optimizer's states by the parameters' names, whole. All processes must take part, as in [`whole_weights`]."""
     return {
         name: {key: whole(value, keep) for key, value in optimizer.state[parameter].items()}
@@ -127,14 +130,14 @@ def optimizer_state(optimizer: torch.optim.Optimizer, names: dict[nn.Parameter, 
     }
 
 
-def estimates(optimizer: torch.optim.Optimizer, options: dict) -> dict:
+def estimates(optimizer: torch.optim.Optimizer, options: dict[str, Any]) -> dict[str, Any]:
     """What an optimizer has found out about all parameters together, such as Prodigy's distance; not its options."""
     fixed = {"params", "initial_lr", *options}
     group, defaults = optimizer.param_groups[0], optimizer.defaults
     return {name: value for name, value in group.items() if name not in fixed and defaults.get(name) != value}
 
 
-def load_optimizer_state(optimizer: torch.optim.Optimizer, names: dict[nn.Parameter, str], state: dict):
+def load_optimizer_state(optimizer: torch.optim.Optimizer, names: dict[nn.Parameter, str], state: dict[str, Any]) -> None:
     """Put what [`optimizer_state`] gave into an optimizer of such parameters, sharded or not."""
     for parameter, name in names.items():
         if name in state:
@@ -147,7 +150,7 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, names: dict[nn.Parame
 # ------------------------------------------------------------------------------------------------------------------- random
 
 
-def random_states(device: torch.device) -> dict:
+def random_states(device: torch.device) -> dict[str, Any]:
     """The states of this process's global generators, also of that on its device, as plain numbers and tensors."""
     kind, keys, *rest = np.random.get_state()
     return {
@@ -158,7 +161,7 @@ def random_states(device: torch.device) -> dict:
     }
 
 
-def load_random_states(states: dict, device: torch.device):
+def load_random_states(states: dict[str, Any], device: torch.device) -> None:
     kind, keys, *rest = states["numpy"]
     random.setstate(states["python"])
     np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
@@ -170,7 +173,7 @@ def load_random_states(states: dict, device: torch.device):
 # -------------------------------------------------------------------------------------------------------------------- files
 
 
-def write_weights(weights: dict[str, torch.Tensor], path: Path):
+def write_weights(weights: dict[str, torch.Tensor], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file(weights, path)
 
@@ -181,7 +184,7 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
     return {name: tensor for file in files for name, tensor in load_file(file).items()}
 
 
-def complete(unfinished: Path, folder: Path):
+def complete(unfinished: Path, folder: Path) -> None:
     """Sync a finished checkpoint to the disk, then give it its name. A power cut leaves a whole one there or none."""
     paths = sorted(path for path in unfinished.rglob("*") if path.is_file())
     listing = {str(path.relative_to(unfinished)): [path.stat().st_size, _checksum(path)] for path in paths}
@@ -199,7 +202,7 @@ def _checksum(path: Path) -> int:
     return checksum
 
 
-def discard(folder: Path):
+def discard(folder: Path) -> None:
     """Delete a checkpoint. Half deleted, it must not be taken for one, so it loses its name first."""
     trash = unfinished_path(folder)
     os.replace(folder, trash)
@@ -211,7 +214,7 @@ def find_checkpoints(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("[0-9]*") if path.name.isdigit())
 
 
-def verify(folder: Path):
+def verify(folder: Path) -> None:
     """
     Compare a checkpoint's files with their sizes and checksums.
 
@@ -274,14 +277,14 @@ def choose_checkpoint(resume: str | None, folder: Path) -> Path | None:
 # ------------------------------------------------------------------------------------------------------ saving and loading
 
 
-def settings(run) -> dict:
+def settings(run: "TrainingRun") -> dict[str, Any]:
     """A run's arguments as plain values, and its number of processes."""
     plain = {name: str(value) if isinstance(value, Path) else value for name, value in vars(run.args).items()}
     plain.pop("hub_token", None)
     return plain | {"processes": run.accelerator.num_processes}
 
 
-def save_checkpoint(run):
+def save_checkpoint(run: "TrainingRun") -> None:
     """
     Save a run, whole or not at all. All processes must call it.
 
@@ -347,7 +350,7 @@ def _delete_others(folder: Path, keep: int):
         discard(path)
 
 
-def read_state(run) -> dict:
+def read_state(run: "TrainingRun") -> dict[str, Any]:
     """
     The state of the checkpoint that a run resumes from; `changed` has the settings that differ now, with their old values.
 
@@ -366,12 +369,13 @@ def read_state(run) -> dict:
     return state
 
 
-def load_checkpoint(run):
+def load_checkpoint(run: "TrainingRun") -> None:
     """
     Go on from `run.checkpoint`. Settings that changed since are honoured, and named in the log. If they change which samples
     come when, such as the batch size or the number of processes, the data go on after the same share of the epoch.
     """
-    folder, state, index, now = run.checkpoint, run.resumed, run.accelerator.process_index, settings(run)
+    folder, state = cast(Path, run.checkpoint), cast(dict[str, Any], run.resumed)
+    index, now = run.accelerator.process_index, settings(run)
     # some follow from the data or the model, and were not known when the checkpoint was read
     changed = {name: before for name, before in state["changed"].items() if now[name] != before}
     exact = not changed.keys() & set(POSITION)
@@ -423,7 +427,9 @@ def _load_trained(run, trained, folder: Path):
     schedule._last_lr = [group["lr"] for group in optimizer.param_groups]
 
 
-def write_pretrained(model_class: type, config: dict | None, weights: dict[str, torch.Tensor], folder: Path):
+def write_pretrained(
+    model_class: type, config: dict[str, Any] | None, weights: dict[str, torch.Tensor], folder: Path
+) -> None:
     """Write whole weights as the model's `save_pretrained` does, or as a safetensors file if it is not one of diffusers'."""
     if config is None:
         write_weights(weights, folder / "model.safetensors")

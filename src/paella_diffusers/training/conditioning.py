@@ -1,8 +1,12 @@
 """From a batch of pictures and captions, or of what was computed from them before, to what the U-Net is trained on."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from accelerate.utils import is_bf16_available
+
+from ..pipelines.pipeline_paella import PaellaPipeline
 
 
 def drop_conditioning(
@@ -33,7 +37,7 @@ class Encoder:
             `prompt_embeds` and `clip_text_embeds` of "", with one row; computed by the text encoders unless given.
     """
 
-    def __init__(self, pipe, empty: dict[str, torch.Tensor | None] | None = None):
+    def __init__(self, pipe: PaellaPipeline, empty: dict[str, torch.Tensor | None] | None = None):
         self.pipe = pipe
         for part in (pipe.vqgan, pipe.text_encoder, pipe.text_encoder_2, pipe.image_encoder):
             if part is not None:
@@ -51,7 +55,7 @@ class Encoder:
             }
         return self._empty
 
-    def to(self, device, half: bool = False) -> "Encoder":
+    def to(self, device: torch.device | str, half: bool = False) -> "Encoder":
         """Move the frozen parts; with `half`, encoders to bfloat16 where the device has it (in float16 T5 overflows)."""
         dtype = torch.bfloat16 if half and is_bf16_available(ignore_tpu=True) else None
         for part in (self.pipe.text_encoder, self.pipe.text_encoder_2, self.pipe.image_encoder):
@@ -64,7 +68,7 @@ class Encoder:
         return self
 
     @torch.no_grad()
-    def tokens(self, batch: dict) -> torch.Tensor:
+    def tokens(self, batch: dict[str, Any]) -> torch.Tensor:
         """`(batch_size, height, width)`, int64."""
         if "tokens" in batch:
             return batch["tokens"].long()
@@ -73,7 +77,9 @@ class Encoder:
         return self.pipe.vqgan.encode(batch["pixels"].to(self.pipe.vqgan.dtype)).indices
 
     @torch.no_grad()
-    def conditioning(self, batch: dict, dropped: tuple[bool, bool, bool] = (False, False, False)) -> dict:
+    def conditioning(
+        self, batch: dict[str, Any], dropped: tuple[bool, bool, bool] = (False, False, False)
+    ) -> dict[str, Any]:
         """
         What [`PaellaUNet`] takes beside tokens and time: `encoder_hidden_states`, `encoder_attention_mask`,
         `clip_text_embeds` and `clip_image_embeds`: embeddings in float32, None without an encoder, or where dropped.
@@ -100,7 +106,7 @@ class Encoder:
         }
 
     @torch.no_grad()
-    def clip_image_embeds(self, batch: dict) -> torch.Tensor | None:
+    def clip_image_embeds(self, batch: dict[str, Any]) -> torch.Tensor | None:
         """`(batch_size, clip_embed_dim)`; None without an image encoder."""
         if "clip_image_embeds" in batch:
             return batch["clip_image_embeds"].float()

@@ -5,6 +5,7 @@ What a sample looks like, its crop and its caption among several, depends on the
 that runs can be repeated, continued and spread over processes. Samples that cannot be read are skipped and counted.
 """
 
+import argparse
 import io
 import json
 import random
@@ -55,7 +56,7 @@ class QualityFilter:
     min_aesthetic: float | None = None
     max_unsafe: float | None = None
 
-    def __call__(self, metadata: dict) -> bool:
+    def __call__(self, metadata: dict[str, Any]) -> bool:
         def within(name, lowest=None, highest=None):
             value = metadata.get(name)
             return value is not None and (lowest is None or value >= lowest) and (highest is None or value <= highest)
@@ -71,7 +72,7 @@ class QualityFilter:
         )
 
 
-def add_filters(add: Callable):
+def add_filters(add: Callable) -> None:
     """Add the filter's arguments by `add`, a parser's `add_argument`."""
     add("--min-size", type=int, help="take images of at least so many pixels a side")
     add("--max-watermark", type=float, help="take images with at most this `pwatermark` (published: 0.5)")
@@ -79,7 +80,7 @@ def add_filters(add: Callable):
     add("--max-unsafe", type=float, help="take images with at most this `punsafe` (published: 0.99)")
 
 
-def quality_filter(args) -> QualityFilter | None:
+def quality_filter(args: argparse.Namespace) -> QualityFilter | None:
     """The filter that these arguments ask for."""
     limits = (args.min_size, args.max_watermark, args.min_aesthetic, args.max_unsafe)
     return None if all(limit is None for limit in limits) else QualityFilter(*limits)
@@ -113,12 +114,16 @@ class SampleTransform:
         random_flip: bool = False,
         interpolation: str = "bicubic",
     ):
-        self.resolution, self.quality, self.captions = resolution, quality, captions
-        self.center_crop, self.random_flip = center_crop, random_flip
-        self.interpolation = Image.Resampling[interpolation.removesuffix("_exact").upper()]
-        self.arrays, self.buckets = StoredArrays(), None
+        self.resolution = resolution
+        self.quality = quality
+        self.captions = captions
+        self.center_crop = center_crop
+        self.random_flip = random_flip
+        self.interpolation: Image.Resampling = Image.Resampling[interpolation.removesuffix("_exact").upper()]
+        self.arrays: StoredArrays = StoredArrays()
+        self.buckets: Buckets | None = None
 
-    def __call__(self, raw: dict, rng: random.Random) -> dict | None:
+    def __call__(self, raw: dict[str, Any], rng: random.Random) -> dict[str, Any] | None:
         """The sample, or None if it is not wanted. Raises anything if it cannot be read."""
         arrays = self.arrays.read(raw)
         sample: dict[str, Any] = {name: torch.from_numpy(array) for name, array in arrays.items()}
@@ -195,25 +200,30 @@ class SampleStream(IterableDataset):
         num_processes: int = 1,
         epochs: int | None = None,
     ):
-        self.transform, self.seed, self.shuffle, self.epochs = transform, seed, shuffle, epochs
-        self.process_index, self.num_processes = process_index, num_processes
-        self.epoch, self.position = 0, None  # the position is None, or what a subclass gave with the last sample
-        self.begin = 0.0  # the share of this epoch that is left out
-        self.buckets = None  # with buckets, each `batch_size` samples from the first on have one size
-        self.skipped = {"unreadable": 0, "filtered": 0}  # since the last sample
+        self.transform = transform
+        self.seed = seed
+        self.shuffle = shuffle
+        self.epochs = epochs
+        self.process_index = process_index
+        self.num_processes = num_processes
+        self.epoch: int = 0
+        self.position: Any = None  # the position is None, or what a subclass gave with the last sample
+        self.begin: float = 0.0  # the share of this epoch that is left out
+        self.buckets: Buckets | None = None  # with buckets, each `batch_size` samples from the first on have one size
+        self.skipped: dict[str, int] = {"unreadable": 0, "filtered": 0}  # since the last sample
 
-    def raw_samples(self, part: int, parts: int) -> Iterator[tuple]:
+    def raw_samples(self, part: int, parts: int) -> Iterator[tuple[Any, float, str, Callable[..., Any]]]:
         """
         The part's samples of this epoch after `position`: position, the share of the epoch that is over with it, a name that
         only it has, and what reads it.
         """
         raise NotImplementedError
 
-    def use_buckets(self, buckets: Buckets):
+    def use_buckets(self, buckets: Buckets) -> None:
         """Give batches of one size each."""
         self.buckets = self.transform.buckets = buckets
 
-    def start(self, epochs: float):
+    def start(self, epochs: float) -> None:
         """Begin after so many epochs, whatever the number of parts was before."""
         self.epoch, self.begin, self.position = int(epochs), epochs % 1, None
 
@@ -222,14 +232,15 @@ class SampleStream(IterableDataset):
         first, begin = (part - self.epoch * count) % parts, round(self.begin * count)
         return range(first + max(0, -(-(begin - first) // parts)) * parts, count, parts)
 
-    def __iter__(self) -> Iterator[dict]:
+    def __iter__(self) -> Iterator[dict[str, Any]]:
         worker = get_worker_info()
         workers, index = (worker.num_workers, worker.id) if worker else (1, 0)
         # the n-th samples of a worker in all processes are together the samples of that worker in one process
         part, parts = self.process_index * workers + index, self.num_processes * workers
         empty_epochs, limit = 0, 0 if parts == 1 else 10 * parts
         while self.epochs is None or self.epoch < self.epochs:
-            samples, self.error = 0, None
+            samples = 0
+            self.error: str | None = None
             whole_epoch = self.position is None and not self.begin
             raw = self.raw_samples(part, parts)
             while group := list(islice(raw, 1 if self.buckets is None else self.buckets.batch_size)):
@@ -262,10 +273,10 @@ class SampleStream(IterableDataset):
             self.skipped["filtered"] += 1
         return sample
 
-    def state_dict(self) -> dict:
+    def state_dict(self) -> dict[str, Any]:
         return {"epoch": self.epoch, "position": self.position, "begin": self.begin}
 
-    def load_state_dict(self, state: dict):
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         self.epoch, self.position, self.begin = state["epoch"], state["position"], state["begin"]
 
 
@@ -280,17 +291,19 @@ class RowStream(SampleStream):
         text_column (`str`, *optional*, defaults to `"text"`): Where the captions are: one for an image, or a list of them.
     """
 
-    def __init__(self, rows, *args, image_column: str = "image", text_column: str | None = "text", **kwargs):
+    def __init__(self, rows: Any, *args: Any, image_column: str = "image", text_column: str | None = "text", **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self.rows, self.image_column, self.text_column = rows, image_column, text_column
+        self.rows = rows
+        self.image_column = image_column
+        self.text_column = text_column
         for column in (image_column, text_column):
             if column is not None and column not in rows.column_names:
                 raise ValueError(f"The data have no column {column!r}, but {rows.column_names}.")
 
-    def __str__(self):
+    def __str__(self) -> str:
         return f"{len(self.rows)} rows"
 
-    def raw_samples(self, part, parts):
+    def raw_samples(self, part: int, parts: int) -> Iterator[tuple[Any, float, str, Callable[..., Any]]]:
         order = np.arange(len(self.rows))
         if self.shuffle:
             order = np.random.default_rng((self.seed, self.epoch)).permutation(len(self.rows))
@@ -359,11 +372,12 @@ class ShardStream(SampleStream):
         window (`int`, defaults to 1000): Samples that are in memory, still compressed, to be shuffled.
     """
 
-    def __init__(self, shards: list[str], *args, window: int = WINDOW, **kwargs):
+    def __init__(self, shards: list[str], *args: Any, window: int = WINDOW, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self.shards, self.window = sorted(shards), window
+        self.shards: list[str] = sorted(shards)
+        self.window = window
 
-    def __str__(self):
+    def __str__(self) -> str:
         return f"{len(self.shards)} shards, {self.shards[0]} first,"
 
     @staticmethod
@@ -376,7 +390,7 @@ class ShardStream(SampleStream):
         more = shards * split % readers  # readers that have one turn more than the others
         return split, more * (1 - more / readers) / (shards * split)
 
-    def raw_samples(self, part, parts):
+    def raw_samples(self, part: int, parts: int) -> Iterator[tuple[Any, float, str, Callable[..., Any]]]:
         split, _ = self.sharing(len(self.shards), parts)
         units = [(shard, offset) for shard in self.shards for offset in range(split)]
         if self.shuffle:
@@ -449,7 +463,7 @@ class ShardStream(SampleStream):
         return raw | {"image": image, "text": text, "metadata": metadata}
 
 
-def collate(samples: list[dict]) -> dict:
+def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
     """
     A batch: tensors stacked, texts in a list, counts added up, the greatest `epochs`. `prompt_embeds` of several lengths are
     padded, and `prompt_attention_mask`, `(batch_size, length)`, says where. Samples within others, `preserved`, come last.
@@ -472,14 +486,14 @@ def collate(samples: list[dict]) -> dict:
 
 def load_stream(
     data: str,
-    *args,
+    *args: Any,
     image_column: str = "image",
     text_column: str | None = "text",
     config_name: str | None = None,
     max_samples: int | None = None,
     cache_dir: str | None = None,
     seed: int = 0,
-    **kwargs,
+    **kwargs: Any,
 ) -> SampleStream:
     """
     The stream for `data`: WebDataset shards, if it is a folder with `.tar` files or a pattern as `{00000..00999}.tar`, also

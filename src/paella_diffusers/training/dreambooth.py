@@ -5,7 +5,7 @@ import gc
 import random
 from copy import copy
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 
@@ -19,7 +19,7 @@ from .unet import Computed
 PRECISIONS = {"no": torch.float32, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def add_dreambooth_arguments(parser: argparse.ArgumentParser):
+def add_dreambooth_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of the functions here, by the names of diffusers' script."""
     add = parser.add_argument_group("DreamBooth").add_argument
     add("--instance-prompt", required=True, help='the caption of all pictures, with a rare word: "a photo of sks dog"')
@@ -36,7 +36,7 @@ def add_dreambooth_arguments(parser: argparse.ArgumentParser):
     add("--prior-generation-precision", choices=list(PRECISIONS), default="fp32", help="the model's while it draws them")
 
 
-def check_dreambooth_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace):
+def check_dreambooth_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """End with the usage if the arguments do not fit together."""
     missing = [name for name in ("class_data_dir", "class_prompt") if getattr(args, name) is None]
     if args.with_prior_preservation and missing:
@@ -73,12 +73,15 @@ class Instances:
         class_prompt: str | None,
         class_weight: float = 1.0,
     ):
-        self.transform, self.prompt = transform, prompt
-        self.class_pictures, self.class_prompt, self.class_weight = class_pictures, class_prompt, class_weight
-        self.class_transform = copy(transform)
+        self.transform = transform
+        self.prompt = prompt
+        self.class_pictures = class_pictures
+        self.class_prompt = class_prompt
+        self.class_weight = class_weight
+        self.class_transform: SampleTransform = copy(transform)
         self.class_transform.quality, self.class_transform.captions = None, False
 
-    def __call__(self, raw: dict, rng: random.Random) -> dict | None:
+    def __call__(self, raw: dict[str, Any], rng: random.Random) -> dict[str, Any] | None:
         sample = self.transform(raw, rng)
         if sample is None:
             return None
@@ -90,7 +93,7 @@ class Instances:
         return sample
 
 
-def load_instances(run: TrainingRun):
+def load_instances(run: TrainingRun) -> None:
     """Give a run's pictures the instance prompt and, with prior preservation, a picture of the class each."""
     args, pictures = run.args, []
     if Computed.read(args.data).parts:
@@ -108,7 +111,7 @@ def find_pictures(folder: Path) -> list[Path]:
     return sorted(found)
 
 
-def draw_class_pictures(run: TrainingRun):
+def draw_class_pictures(run: TrainingRun) -> None:
     """
     Have the pretrained model draw what is missing of `--num-class-images`, each process a part. A picture's seed is its
     number: a run that was killed and resumed, or that has other processes, draws the same pictures.

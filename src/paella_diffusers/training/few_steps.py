@@ -6,6 +6,7 @@ noise and of what a teacher made of it. Training as such is `train_unet`, with a
 import argparse
 import json
 import random
+from typing import Any
 
 import torch
 
@@ -24,7 +25,7 @@ PAIR = ("tokens", "noise")
 HOW = "pairs are written by `paella-diffusers batch PROMPTS --out FOLDER --output tokens`"
 
 
-def add_few_steps_arguments(parser: argparse.ArgumentParser):
+def add_few_steps_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of the functions here."""
     add = parser.add_argument_group("few steps").add_argument
     add("--num-inference-steps", type=int, default=1, help="the result's number of steps")
@@ -36,7 +37,7 @@ def add_few_steps_arguments(parser: argparse.ArgumentParser):
     )
 
 
-def check_few_steps_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace):
+def check_few_steps_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """End with the usage if the arguments do not fit together."""
     try:
         few_step_scheduler(args)
@@ -49,7 +50,7 @@ def check_few_steps_arguments(parser: argparse.ArgumentParser, args: argparse.Na
             parser.error(f"--{name.replace('_', '-')} trains for guidance, which a few steps do without; leave it out")
 
 
-def few_step_scheduler(args: argparse.Namespace, **sizes) -> PaellaScheduler:
+def few_step_scheduler(args: argparse.Namespace, **sizes: Any) -> PaellaScheduler:
     """
     The sampler of the result. It re-noises to the initial noise, as always: so a noisy grid is a mixture of a picture and of
     its own noise, as in training.
@@ -130,12 +131,12 @@ def _pair_arrays(num_tokens: int, size: tuple[int | None, int | None] = (None, N
     return StoredArrays(dict.fromkeys(PAIR, size), num_tokens, PAIR)
 
 
-def publish_pipeline(run: TrainingRun, config: dict, weights: dict[str, torch.Tensor]):
+def publish_pipeline(run: TrainingRun, config: dict[str, Any], weights: dict[str, torch.Tensor]) -> None:
     """Write the pretrained pipeline with the trained U-Net, configured for few steps."""
     publish(run, configure_few_steps(trained_pipeline(run.args, config, weights), run.args))
 
 
-def publish_adapter(run: TrainingRun, frozen: PairParts):
+def publish_adapter(run: TrainingRun, frozen: PairParts) -> None:
     """Write the model card of an adapter, which cannot carry a configuration: the card has the call that it needs."""
     args = run.args
     settings = f"num_inference_steps={args.num_inference_steps}, temperature={args.temperature:g}"

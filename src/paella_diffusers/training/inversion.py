@@ -3,6 +3,7 @@
 import math
 import random
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -10,7 +11,9 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from ..loaders.textual_inversion import TOKENIZERS, WEIGHT_NAMES
+from ..pipelines.pipeline_paella import PaellaPipeline
 from .captions import CaptionedUNet, CaptionParts, CaptionsLeft
+from .run import TrainingRun
 
 # captions of pictures that have none, as in the paper's code; {} is the token
 TEMPLATES = {
@@ -24,8 +27,10 @@ class NewRows(nn.Module):
 
     def __init__(self, ids: list[int], rows: nn.Parameter, unit: float):
         super().__init__()
-        self.rows, self.count = [rows], max(ids) + 1  # in a list: the rows are the parameters of one module only
-        self.ids, self.unit = ids, unit
+        self.rows: list[nn.Parameter] = [rows]  # in a list: the rows are the parameters of one module only
+        self.count: int = max(ids) + 1
+        self.ids = ids
+        self.unit = unit
 
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
         missing = weight.new_zeros(max(0, self.count - len(weight)), weight.shape[1])
@@ -52,11 +57,12 @@ class LearnedTokens(CaptionedUNet):
         ValueError: If a tokenizer knows the token already, or the initializer has no tokens.
     """
 
-    def __init__(self, pipe, token: str, initializer: str, num_vectors: int = 1):
+    def __init__(self, pipe: PaellaPipeline, token: str, initializer: str, num_vectors: int = 1):
         super().__init__(pipe)
         self.token = token
         pipe.unet.requires_grad_(False)
-        vectors, self.units = {}, {}
+        vectors = {}
+        self.units: dict[str, float] = {}
         for name in TOKENIZERS:
             encoder, tokenizer = getattr(pipe, name), getattr(pipe, TOKENIZERS[name])
             if encoder is None:
@@ -77,9 +83,9 @@ class LearnedTokens(CaptionedUNet):
             tables = [part for part in encoder.modules() if isinstance(part, nn.Embedding) and part.weight is weight]
             for table in tables:
                 parametrize.register_parametrization(table, "weight", rows, unsafe=True)  # unsafe: the shape changes
-        self.vectors = nn.ParameterDict(vectors)
+        self.vectors: nn.ParameterDict = nn.ParameterDict(vectors)
 
-    def write(self, weights: dict[str, torch.Tensor], folder: Path):
+    def write(self, weights: dict[str, torch.Tensor], folder: Path) -> None:
         """Write the vectors as `load_textual_inversion` reads them, with a file for each text encoder."""
         folder.mkdir(parents=True, exist_ok=True)
         for key, vectors in weights.items():
@@ -95,11 +101,15 @@ class LearnedTokens(CaptionedUNet):
 class TemplateCaptions(CaptionsLeft):
     """Captions for pictures that have none: one of the templates."""
 
-    def __init__(self, run, pipe, token: str, templates: list[str]):
+    def __init__(self, run: TrainingRun, pipe: PaellaPipeline, token: str, templates: list[str]):
         super().__init__(pipe)
-        self.run, self.token, self.templates = run, token, templates
+        self.run = run
+        self.token = token
+        self.templates = templates
 
-    def conditioning(self, batch: dict, dropped: tuple[bool, bool, bool] = (False, False, False)) -> dict:
+    def conditioning(
+        self, batch: dict[str, Any], dropped: tuple[bool, bool, bool] = (False, False, False)
+    ) -> dict[str, Any]:
         index, count = self.run.part
         rng = random.Random(f"{self.run.args.seed} {self.run.passes} 0")  # for the batch of all, as the first process did
         templates = [rng.choice(self.templates) for _ in range(len(batch["text"]) * count)][index::count]
@@ -110,7 +120,7 @@ class TemplateCaptions(CaptionsLeft):
 class InversionParts(CaptionParts):
     """The pipeline around tokens in training: all of it is frozen, the U-Net too."""
 
-    def leave_captions_of(self, learned: LearnedTokens, templates: list[str]):
+    def leave_captions_of(self, learned: LearnedTokens, templates: list[str]) -> None:
         """Have the captions encoded in each pass, with the vectors as they then are."""
         self.leave_captions(TemplateCaptions(self.run, self.pipe, learned.token, templates))
         unet = self.pipe.unet.eval().to(self.run.accelerator.device)

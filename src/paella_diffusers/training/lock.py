@@ -9,6 +9,7 @@ import threading
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import psutil
 from diffusers.utils import logging
@@ -33,8 +34,9 @@ class FolderLock:
     """
 
     def __init__(self, folder: Path, interval: float = 10.0):
-        self.path, self.interval = folder / "run.lock", interval
-        self.owner = {
+        self.path: Path = folder / "run.lock"
+        self.interval = interval
+        self.owner: dict[str, Any] = {
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "started": psutil.Process().create_time(),
@@ -127,7 +129,7 @@ class FolderLock:
         """Whether the folder is still this run's. Another takes it over if this process was stopped for long."""
         return (self._read() or {}).get("id") == self.owner["id"]
 
-    def release(self):
+    def release(self) -> None:
         """Let the next run have the folder."""
         atexit.unregister(self.release)
         self._stopped.set()

@@ -1,6 +1,7 @@
 """What Paella is trained to do: to say the clean tokens from noisy ones."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 
@@ -73,7 +74,7 @@ class SmoothedCrossEntropy(torch.autograd.Function):
     PART = 2**19  # logits; 2 MB in float32, which stay in a processor's cache
 
     @staticmethod
-    def forward(ctx, logits, targets, smoothing):
+    def forward(ctx: Any, logits: torch.Tensor, targets: torch.Tensor, smoothing: float) -> torch.Tensor:
         losses = logits.new_empty(len(logits), dtype=torch.float32)
         for rows, target, loss in SmoothedCrossEntropy.parts(logits, targets, losses):
             rows = torch.log_softmax(rows, 1, dtype=torch.float32)
@@ -97,7 +98,7 @@ class SmoothedCrossEntropy(torch.autograd.Function):
         return result, None, None
 
     @staticmethod
-    def parts(logits, *tensors):
+    def parts(logits: torch.Tensor, *tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
         size = max(1, SmoothedCrossEntropy.PART // logits.shape[1])
         return zip(*(tensor.split(size) for tensor in (logits, *tensors)))
 

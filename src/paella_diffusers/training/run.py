@@ -47,7 +47,7 @@ from .checkpoint import (
     whole_weights,
     write_pretrained,
 )
-from .data import RowStream, SampleTransform, ShardStream, collate, load_stream, quality_filter
+from .data import RowStream, SampleStream, SampleTransform, ShardStream, collate, load_stream, quality_filter
 from .lock import FolderLock
 
 logger = logging.get_logger(__name__)
@@ -105,18 +105,28 @@ class TrainingRun:
 
     def __init__(self, args: argparse.Namespace):
         check_arguments(args)
-        self.args, self.step, self.passes, self.trained, self.sums = args, 0, 0, [], {}
-        self.kept = {}  # what else, with `state_dict` and `load_state_dict`, belongs into each process's checkpoint
-        self.skipped, self.used, self.epochs = {"unreadable": 0, "filtered": 0}, 0, 0.0
-        self.samples, self.stopped_by, self.stop_asked, self.waited = [], None, None, 0.0
-        self.accelerator = self._make_accelerator()
-        self.sharded = self.accelerator.distributed_type == DistributedType.FSDP
+        self.args = args
+        self.step: int = 0
+        self.passes: int = 0
+        self.trained: list[Trained] = []
+        self.sums: dict[str, Any] = {}
+        # what else, with `state_dict` and `load_state_dict`, belongs into each process's checkpoint
+        self.kept: dict[str, Any] = {}
+        self.skipped: dict[str, int] = {"unreadable": 0, "filtered": 0}
+        self.used: int = 0
+        self.epochs: float = 0.0
+        self.samples: list[dict[str, Any]] = []
+        self.stopped_by: str | None = None
+        self.stop_asked: torch.Tensor | None = None
+        self.waited: float = 0.0
+        self.accelerator: Accelerator = self._make_accelerator()
+        self.sharded: bool = self.accelerator.distributed_type == DistributedType.FSDP
         if self.sharded and (args.adam_8bit or args.optimizer != "adamw"):
             what = "--adam-8bit" if args.adam_8bit else f"--optimizer {args.optimizer}"
             raise ValueError(f"{what} cannot be sharded: leave it out with FSDP, or take examples/configs/ddp.yaml.")
-        self.lock = self.on_main_process(lambda: FolderLock(args.output_dir), share=False)
-        self.checkpoint = self.on_main_process(lambda: choose_checkpoint(args.resume, self.folder))
-        self.resumed = None if self.checkpoint is None else read_state(self)
+        self.lock: FolderLock | None = self.on_main_process(lambda: FolderLock(args.output_dir), share=False)
+        self.checkpoint: Path | None = self.on_main_process(lambda: choose_checkpoint(args.resume, self.folder))
+        self.resumed: dict[str, Any] | None = None if self.checkpoint is None else read_state(self)
         if args.push_to_hub and self.accelerator.is_main_process:  # what would fail at the end fails now
             create_repo(self.hub_id, exist_ok=True, token=args.hub_token)
         if args.allow_tf32:
@@ -154,7 +164,7 @@ class TrainingRun:
             accelerator.state.fsdp_plugin = fsdp
         return accelerator
 
-    def on_main_process(self, function: Callable, share: bool = True):
+    def on_main_process(self, function: Callable, share: bool = True) -> Any:
         """Its result, in all processes with `share`; its error, too, so that none waits for the others."""
         result, error = None, None
         if self.accelerator.is_main_process:
@@ -256,14 +266,14 @@ class TrainingRun:
 
         return AdamW8bit
 
-    def optimizer_options(self) -> dict:
+    def optimizer_options(self) -> dict[str, Any]:
         args, rate = self.args, self.args.learning_rate
         if args.scale_lr:
             rate *= args.batch_size * args.gradient_accumulation_steps * self.accelerator.num_processes
         betas = (args.adam_beta1, args.adam_beta2)
         return dict(lr=rate, betas=betas, eps=args.adam_epsilon, weight_decay=args.weight_decay)
 
-    def load_data(self):
+    def load_data(self) -> None:
         """Make the loader for `--data`, of this process's share of the samples."""
         try:
             from torchdata.stateful_dataloader import StatefulDataLoader
@@ -284,7 +294,7 @@ class TrainingRun:
         selection = dict(config_name=args.dataset_config_name, max_samples=args.max_train_samples)
         selection["cache_dir"] = getattr(args, "cache_dir", None)  # of `add_pretrained`
         with self.accelerator.main_process_first():  # which prepares a folder of images for the others
-            self.stream = load_stream(args.data, transform, **places, **columns, **selection)
+            self.stream: SampleStream = load_stream(args.data, transform, **places, **columns, **selection)
         if args.max_steps is None:
             if not isinstance(self.stream, RowStream):
                 raise ValueError(
@@ -293,7 +303,7 @@ class TrainingRun:
             args.max_steps = steps_of_epochs(args, count, len(self.stream.rows), self.resumed)
         if isinstance(self.stream, ShardStream) and self.accelerator.is_main_process:
             self._say_how_shards_are_shared(count * max(args.num_workers, 1))
-        self.loader = StatefulDataLoader(
+        self.loader: StatefulDataLoader = StatefulDataLoader(
             self.stream,
             args.batch_size,
             num_workers=args.num_workers,
@@ -319,7 +329,7 @@ class TrainingRun:
 
     # ---------------------------------------------------------------------------------------------------------- the loop
 
-    def batches(self, draw: Callable[[], Image.Image | None] | None = None) -> Iterator[dict]:
+    def batches(self, draw: Callable[[], Image.Image | None] | None = None) -> Iterator[dict[str, Any]]:
         """
         Batches on this process's device until `--max-steps` are done. Between steps this method reports and saves. It also
         has `draw` make a sheet of samples, which goes to the folder `samples` and to the trackers.
@@ -415,14 +425,14 @@ class TrainingRun:
         self.accelerator.wait_for_everyone()  # what ends while others still communicate can make them hang
         self.accelerator.end_training()
 
-    def release(self):
+    def release(self) -> None:
         """Let the next run have the output folder, once the result is written; else it has it when this process ends."""
         if self.lock is not None:
             self.lock.release()
 
     # ----------------------------------------------------------------------------------------------------------- reports
 
-    def log(self, **values: torch.Tensor | float):
+    def log(self, **values: torch.Tensor | float) -> None:
         """Report the mean of these values since the last report, over all processes; underscores become spaces."""
         for name, value in values.items():
             total, count = self.sums.get(name, (0, 0))
@@ -451,7 +461,7 @@ class TrainingRun:
         self.accelerator.log(values, step=self.step)
         self.sums, self.started, self.waited = {}, time.perf_counter(), 0.0
 
-    def totals(self) -> dict:
+    def totals(self) -> dict[str, Any]:
         """What all processes together have used and skipped, and the epochs that the furthest of them is in."""
         own = [{**self.skipped, "used": self.used, "epochs": self.epochs}]
         parts = gather_object(own) if self.accelerator.num_processes > 1 else own
@@ -534,7 +544,7 @@ class TrainingRun:
         return self.accelerator.unwrap_model(trained.model)
 
 
-def steps_of_epochs(args: argparse.Namespace, processes: int, rows: int, resumed: dict | None = None) -> int:
+def steps_of_epochs(args: argparse.Namespace, processes: int, rows: int, resumed: dict[str, Any] | None = None) -> int:
     """
     `--max-steps` for `--num-train-epochs`. In a resumed run, steps may have other numbers of images from there on.
 

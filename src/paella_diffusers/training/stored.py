@@ -8,6 +8,7 @@ a float32 for each token, by which they are multiplied. A value is then wrong by
 import io
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -90,7 +91,7 @@ class StoredArrays:
     num_tokens: int | None = None
     required: Collection[str] = ()
 
-    def read(self, raw: dict) -> dict[str, np.ndarray]:
+    def read(self, raw: dict[str, Any]) -> dict[str, np.ndarray]:
         """
         The arrays of a raw sample.
 

@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers.utils import logging, make_image_grid
@@ -24,10 +25,15 @@ from .stored import StoredArrays
 logger = logging.get_logger(__name__)
 
 # arguments of how pictures are cropped, and their defaults
-OF_PICTURES = {"resolution": 256, "center_crop": False, "random_flip": False, "image_interpolation_mode": "bicubic"}
+OF_PICTURES: dict[str, Any] = {
+    "resolution": 256,
+    "center_crop": False,
+    "random_flip": False,
+    "image_interpolation_mode": "bicubic",
+}
 
 
-def train_unet(run: TrainingRun, unet: Trained, frozen: "FrozenParts", levels: Sequence[float] | None = None):
+def train_unet(run: TrainingRun, unet: Trained, frozen: "FrozenParts", levels: Sequence[float] | None = None) -> None:
     """
     Paella's training (section 3.2): replace a random share of the tokens, predict all of the clean ones, compare. Batches
     with `noise` have its tokens as replacements. `levels` are the noise levels to train at, all unless given.
@@ -58,19 +64,19 @@ def train_unet(run: TrainingRun, unet: Trained, frozen: "FrozenParts", levels: S
         run.log(loss=loss, accuracy=(logits.movedim(1, -1).argmax(-1) == tokens).float().mean())
 
 
-def trained_pipeline(args: argparse.Namespace, config: dict, weights: dict[str, torch.Tensor]) -> PaellaPipeline:
+def trained_pipeline(args: argparse.Namespace, config: dict[str, Any], weights: dict[str, torch.Tensor]) -> PaellaPipeline:
     """The pretrained pipeline with a U-Net of these sizes and weights."""
     unet = PaellaUNet.from_config(config)
     unet.load_state_dict(weights)
     return PaellaPipeline.from_pretrained(args.pretrained, unet=unet, **pretrained_options(args))
 
 
-def publish_unet(run: TrainingRun, config: dict, weights: dict[str, torch.Tensor]):
+def publish_unet(run: TrainingRun, config: dict[str, Any], weights: dict[str, torch.Tensor]) -> None:
     """Write the pretrained pipeline with a U-Net of these sizes and weights to the output folder."""
     publish(run, trained_pipeline(run.args, config, weights))
 
 
-def add_unet_arguments(parser: argparse.ArgumentParser):
+def add_unet_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of the functions here."""
     add_pretrained(parser, "a Paella: a folder or Hub id")
     add = parser.add_argument_group("Paella").add_argument
@@ -95,19 +101,20 @@ class FrozenParts:
         components: Of the pipeline, in place of the pretrained ones, which are then not loaded.
     """
 
-    def __init__(self, run: TrainingRun, **components):
-        self.run, args, device = run, run.args, run.accelerator.device
+    def __init__(self, run: TrainingRun, **components: Any):
+        self.run = run
+        args, device = run.args, run.accelerator.device
         computed = Computed.read(args.data)
         without = dict.fromkeys([*computed.spare, "prior", "prior_scheduler"]) if not args.prompts else {}
         with run.accelerator.local_main_process_first():  # which downloads for the node's others
             self.pipe = PaellaPipeline.from_pretrained(args.pretrained, **pretrained_options(args), **without | components)
-        self.grid = self._prepare_data(computed)
+        self.grid: tuple[int, int] = self._prepare_data(computed)
         self.pipe.set_progress_bar_config(disable=True)
         self.encode_prompts()
         self.pipe.register_modules(**dict.fromkeys(computed.spare))
         if self.pipe.prior is not None:
             self.pipe.prior.eval().requires_grad_(False).to(device)
-        self.encoder = Encoder(self.pipe, computed.empty).to(device, half=run.accelerator.mixed_precision != "no")
+        self.encoder: Encoder = Encoder(self.pipe, computed.empty).to(device, half=run.accelerator.mixed_precision != "no")
 
     def _prepare_data(self, computed: "Computed") -> tuple[int, int]:
         """Tell the stream what this model takes. Height and width, in tokens, of sheets' pictures."""
@@ -133,13 +140,15 @@ class FrozenParts:
             run.stream.use_buckets(Buckets(resolution, multiple, args.batch_size))
         return side, side
 
-    def encode_prompts(self):
+    def encode_prompts(self) -> None:
         """Encode what is drawn on sample sheets."""
         prompts, device = self.run.args.prompts, self.run.accelerator.device
         encoded = self.pipe.encode_prompt(prompts) if prompts else ()
         names = ("prompt_embeds", "negative_prompt_embeds", "prompt_attention_mask", "negative_prompt_attention_mask")
         names += ("clip_text_embeds", "negative_clip_text_embeds")
-        self.prompts = {name: None if part is None else part.to(device) for name, part in zip(names, encoded)}
+        self.prompts: dict[str, torch.Tensor | None] = {
+            name: None if part is None else part.to(device) for name, part in zip(names, encoded)
+        }
 
     def draw(self) -> Image.Image:
         """A row of pictures of the batches' size, with buckets the square one, one for each of `--prompts`."""
@@ -154,7 +163,7 @@ class FrozenParts:
         return make_image_grid(images, rows=1, cols=len(images))
 
 
-def stored_config(model_class: type, name: str, args) -> dict:
+def stored_config(model_class: type, name: str, args: argparse.Namespace) -> dict[str, Any]:
     """The sizes of a pretrained pipeline's component, without reading its weights; in the published layout the released."""
     options = {key: value for key, value in pretrained_options(args).items() if key != "variant"}
     if has_original_layout(args.pretrained, **options):

@@ -105,13 +105,13 @@ class GuidanceMixin(PaellaHubMixin, ConfigMixin):
     @classmethod
     @validate_hf_hub_args
     def from_pretrained(
-        cls, pretrained_model_name_or_path: str | os.PathLike, subfolder: str | None = None, **kwargs: Any
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], subfolder: str | None = None, **kwargs: Any
     ) -> Self:
         """Load from the folder or Hub repository that `save_pretrained` wrote; arguments as of a scheduler's."""
         config: Any = cls.load_config(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         return cast(Self, cls.from_config(config))
 
-    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
+    def save_pretrained(self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> None:
         """Write `guider_config.json` into a folder."""
         self.register_to_config(**{name: _as_python(value) for name, value in self.config.items()})
         self.save_config(save_directory, push_to_hub=push_to_hub, **kwargs)

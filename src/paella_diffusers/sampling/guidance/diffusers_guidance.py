@@ -47,7 +47,7 @@ class DiffusersGuidance:
             reason = "cannot take the norm of logits, which have four dimensions"
         if reason is not None:
             raise ValueError(f"`guider`, a {name}, {reason}: take {OURS.get(name, 'another guider')}.")
-        self.guider = copy.deepcopy(guider)
+        self.guider: BaseGuidance = copy.deepcopy(guider)
         self._is_prepared = False
 
     @property

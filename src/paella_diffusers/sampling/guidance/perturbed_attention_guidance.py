@@ -107,7 +107,7 @@ class PaellaPerturbedAttentionGuidance(PerturbedBranchGuidance):
             )
 
 
-def check_levels(levels) -> None:
+def check_levels(levels: object) -> None:
     """Refuse what is no list of level numbers."""
     if not isinstance(levels, tuple | list) or not levels or not all(is_integer(level) for level in levels):
         raise ValueError(f"`perturbed_levels` must be a list of at least one level, such as (-1,), got {levels!r}.")
