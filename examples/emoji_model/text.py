@@ -2,7 +2,8 @@
 Stage 2: the two text encoders, a ByT5 and a CLIP in small. Both learn to tell, from a caption, the object among all objects
 and the style among three. The last `STYLE_CHANNELS` of an embedding are about the style, the others about the object, and so
 the same in every style: a style that was learned from some objects can be asked of others. Objects that look alike have
-embeddings that are alike, which is what an image encoder can learn.
+embeddings that are alike, which is what an image encoder can learn: a linear layer is to tell the small picture from them.
+It is a great help to the U-Net, too, which else has to learn by heart what each embedding means.
 """
 
 import json
@@ -18,10 +19,11 @@ from transformers import ByT5Tokenizer, CLIPTextConfig, CLIPTextModelWithProject
 from paella_diffusers.loaders.atomic import atomic_folder
 
 from .captions import Captions
-from .data import STYLES, Icons
+from .data import SIZE, STYLES, Icons
 from .fit import adamw, autocast, fit, seed
 
 CLIP_DIM, STYLE_CHANNELS = 256, 32
+SMALL = 16  # pixels a side
 MAX_TOKENS = 96  # of ByT5 with the end of text, and of CLIP with the start, too
 TOKENIZE = {"padding": "longest", "max_length": MAX_TOKENS, "truncation": True, "return_tensors": "pt"}
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -77,6 +79,7 @@ class TextEncoders(nn.Module):
         self.byt5_head = nn.Linear(128, CLIP_DIM)
         self.objects = nn.Parameter(objects)
         self.styles = nn.Parameter(torch.randn(len(STYLES), STYLE_CHANNELS))
+        self.picture = nn.Linear(CLIP_DIM, 3 * SMALL**2)
 
     def byt5_states(self, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """ByT5 sequences `(n, length, 128)` and their mask `(n, length)`."""
@@ -93,13 +96,18 @@ class TextEncoders(nn.Module):
         pairs = zip(about, (self.objects, self.styles))
         return tuple(24 * F.normalize(part, dim=1) @ F.normalize(vectors, dim=1).T for part, vectors in pairs)
 
-    def forward(self, captions: list[str]) -> list[torch.Tensor]:
-        """Similarities by CLIP, then by ByT5: of each to objects, and to styles."""
+    def forward(self, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Embeddings `(n, 256)` of captions by CLIP, and by ByT5's states."""
         states, mask = self.byt5_states(captions)
         # every byte's output shall carry the whole caption, so that attention to any of them serves the U-Net
         position = (torch.rand(len(captions)) * mask.sum(1)).long()
-        byt5 = self.byt5_head(states[torch.arange(len(captions)), position])
-        return [*self.similarities(self.clip_embeds(captions)), *self.similarities(byt5)]
+        return self.clip_embeds(captions), self.byt5_head(states[torch.arange(len(captions)), position])
+
+
+def small_pictures(icons: Icons) -> torch.Tensor:
+    """All pictures of `SMALL` pixels a side, flat: `(3, num_objects, 3 · SMALL²)` in [0, 1]."""
+    small = F.avg_pool2d(icons.pixels.flatten(0, 1).float() / 255, SIZE // SMALL)
+    return small.unflatten(0, icons.pixels.shape[:2]).flatten(2)
 
 
 def looks(icons: Icons, cells: torch.BoolTensor) -> torch.Tensor:
@@ -107,7 +115,7 @@ def looks(icons: Icons, cells: torch.BoolTensor) -> torch.Tensor:
     A vector of unit length for each object, `(num_objects, 224)`: the whitened principal components of its small pictures
     in all styles that are trained on, and some noise to tell twins apart.
     """
-    small = F.avg_pool2d(icons.pixels.flatten(0, 1).float() / 255, 4).unflatten(0, icons.pixels.shape[:2]).flatten(2)
+    small = small_pictures(icons)
     weights = cells[..., None].float()
     small = (small - (small * weights).sum(1, keepdim=True) / weights.sum(1, keepdim=True)) * weights
     u, s, _ = torch.linalg.svd(torch.cat(list(small), dim=1), full_matrices=False)
@@ -131,23 +139,27 @@ def train(
     tokenizer = train_tokenizer(captions, work_dir / "tokenizer")
     seed("text")
     encoders = TextEncoders(looks(icons, cells), tokenizer)
+    small = small_pictures(icons)
+    small = (small - small[cells].mean(0)) / small[cells].std(0).square().mean().sqrt()
 
     def loss(step: int, rng: random.Random) -> torch.Tensor:
         styles, rows = draw_cells(cells, batch_size)
         texts = [captions.draw([row], style, rng, name_share=0.3) for style, row in zip(styles, rows)]
         with autocast():
-            similarities = encoders(texts)
-        styles, rows = torch.tensor(styles), torch.tensor(rows)
-        return sum(F.cross_entropy(s, target) for s, target in zip(similarities, (rows, styles) * 2)) / 2
+            embeds = encoders(texts)
+        targets, total = (torch.tensor(rows), torch.tensor(styles)), 0.0
+        for embed in embeds:
+            total += sum(F.cross_entropy(s, target) for s, target in zip(encoders.similarities(embed), targets))
+            total += 5 * F.mse_loss(encoders.picture(embed.float()), small[styles, rows])
+        return total / 2
 
     @torch.no_grad()
     def report() -> str:
         found = []
         for style in range(len(STYLES)):
             texts = captions.names if style == 0 else [captions.in_style(name, style) for name in captions.names]
-            objects, styles = (
-                torch.cat(part) for part in zip(*(encoders(texts[i : i + 256])[:2] for i in range(0, len(texts), 256)))
-            )
+            embeds = torch.cat([encoders.clip_embeds(texts[i : i + 256]) for i in range(0, len(texts), 256)])
+            objects, styles = encoders.similarities(embeds)
             right = (objects.argmax(1) == torch.arange(len(texts))) & (styles.argmax(1) == style)
             found.append(f"{STYLES[style]} {right.float().mean():.1%}")
         return f"names whose object and style the CLIP text encoder tells: {', '.join(found)}"
