@@ -241,8 +241,8 @@ class Worker:
         torch.set_num_threads(job.threads)  # before the first kernel; the number may change a picture's last bits
         self.job = job
         self.pipe: PaellaPipelineBase = load()
-        self.store: Store = Store(job.out)
-        self.reader: ShardReader = ShardReader(job.rows, job.shard_size)
+        self.store = Store(job.out)
+        self.reader = ShardReader(job.rows, job.shard_size)
         self.made_with: dict[str, Any] = job.made_with | job.versions | self._components()
 
     def __call__(self, index: int, on_rows: Callable | None = None) -> int:

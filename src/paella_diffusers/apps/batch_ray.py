@@ -13,7 +13,7 @@ class ShardActor:
     """What `map_batches` calls: a worker as every engine has it."""
 
     def __init__(self, job: Job, load: Callable):
-        self.worker: Worker = Worker(job, load)
+        self.worker = Worker(job, load)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         for index in batch["shard"]:

@@ -21,27 +21,25 @@ class Metrics:
     media_type = CONTENT_TYPE_LATEST
 
     def __init__(self):
-        self.registry: CollectorRegistry = CollectorRegistry()
+        self.registry = CollectorRegistry()
         registry = self.registry
-        self.requests: Counter = Counter("paella_requests", "Requests answered.", ["path", "status"], registry=registry)
-        self.request_seconds: Histogram = Histogram(
+        self.requests = Counter("paella_requests", "Requests answered.", ["path", "status"], registry=registry)
+        self.request_seconds = Histogram(
             "paella_request_seconds",
             "From a request to the end of its answer.",
             ["path"],
             buckets=SECONDS,
             registry=registry,
         )
-        self.pictures: Counter = Counter("paella_pictures", "Pictures drawn.", registry=registry)
-        self.call_pictures: Histogram = Histogram(
+        self.pictures = Counter("paella_pictures", "Pictures drawn.", registry=registry)
+        self.call_pictures = Histogram(
             "paella_call_pictures",
             "Pictures in a call of the pipeline.",
             buckets=(1, 2, 4, 8, 16, 32, 64),
             registry=registry,
         )
-        self.call_seconds: Histogram = Histogram(
-            "paella_call_seconds", "A call of the pipeline.", buckets=SECONDS, registry=registry
-        )
-        self.waiting: Gauge = Gauge("paella_waiting_pictures", "Pictures that wait.", registry=registry)
+        self.call_seconds = Histogram("paella_call_seconds", "A call of the pipeline.", buckets=SECONDS, registry=registry)
+        self.waiting = Gauge("paella_waiting_pictures", "Pictures that wait.", registry=registry)
 
     def watch_queue(self, batcher: Batcher) -> None:
         self.waiting.set_function(lambda: batcher.num_waiting)

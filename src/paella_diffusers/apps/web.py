@@ -175,7 +175,7 @@ class Page:
         self.limit = concurrency_limit
         self.code_of: Callable[..., str] = partial(Call.code, pipe=pipe, load_options=load_options, setup=setup)
         self.preview: Callable[..., Any] = make_preview(pipe)
-        self.executor: ThreadPoolExecutor = ThreadPoolExecutor(concurrency_limit)
+        self.executor = ThreadPoolExecutor(concurrency_limit)
         self.running: list[tuple[str | None, threading.Event]] = []  # a visitor, and what cancels one of the visitor's calls
         self.folder: tempfile.TemporaryDirectory[str] = tempfile.TemporaryDirectory(
             prefix="paella-web-", ignore_cleanup_errors=True

@@ -22,7 +22,7 @@ class WeightsOnDisk(ModelHook):
         self.weights = weights
         self.others = others
         self.empty: dict[str, torch.Tensor] = model.state_dict()
-        self.execution_device: torch.device = torch.device("cpu")
+        self.execution_device = torch.device("cpu")
         self.loaded: bool = False
         others.append(self)
         add_hook_to_module(model, self)

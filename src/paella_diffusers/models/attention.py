@@ -182,10 +182,10 @@ class PaellaAttention(nn.Module, AttentionModuleMixin):
         self.heads = heads
         self.dropout = dropout
         self.self_attention = self_attention
-        self.to_q: nn.Linear = nn.Linear(channels, channels)
-        self.to_k: nn.Linear = nn.Linear(channels, channels)
-        self.to_v: nn.Linear = nn.Linear(channels, channels)
-        self.to_out: nn.ModuleList = nn.ModuleList([nn.Linear(channels, channels)])
+        self.to_q = nn.Linear(channels, channels)
+        self.to_k = nn.Linear(channels, channels)
+        self.to_v = nn.Linear(channels, channels)
+        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
         self.set_processor(self._default_processor_cls())
 
     def forward(
@@ -199,9 +199,9 @@ class PaellaAttnBlock(nn.Module):
 
     def __init__(self, channels: int, cross_attention_dim: int, heads: int, dropout: float, self_attention: bool):
         super().__init__()
-        self.norm: LayerNorm = LayerNorm(channels)
-        self.cond_proj: nn.Linear = nn.Linear(cross_attention_dim, channels)
-        self.attention: PaellaAttention = PaellaAttention(channels, heads, dropout, self_attention)
+        self.norm = LayerNorm(channels)
+        self.cond_proj = nn.Linear(cross_attention_dim, channels)
+        self.attention = PaellaAttention(channels, heads, dropout, self_attention)
 
     def key_value(self, encoder_hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of the conditioning, which no image and no time changes."""

@@ -33,10 +33,10 @@ class PaellaPriorBlock(nn.Module):
 
     def __init__(self, channels: int, conditioning_dim: int):
         super().__init__()
-        self.proj_in: nn.Linear = nn.Linear(channels + conditioning_dim, channels * 4, bias=False)
-        self.norm_in: nn.LayerNorm = nn.LayerNorm(channels * 4)
-        self.proj_out: nn.Linear = nn.Linear(channels * 4, channels, bias=False)
-        self.norm_out: nn.LayerNorm = nn.LayerNorm(channels)
+        self.proj_in = nn.Linear(channels + conditioning_dim, channels * 4, bias=False)
+        self.norm_in = nn.LayerNorm(channels * 4)
+        self.proj_out = nn.Linear(channels * 4, channels, bias=False)
+        self.norm_out = nn.LayerNorm(channels)
 
     def forward(self, hidden_states: torch.Tensor, conditioning: torch.Tensor) -> torch.Tensor:
         inner = self.proj_in(torch.cat([hidden_states, conditioning], dim=1))
@@ -67,11 +67,9 @@ class PaellaPrior(PaellaHubMixin, AtomicSaveMixin, ModelMixin, ConfigMixin, Pael
         super().__init__()
         if time_embed_dim < 4:
             raise ValueError(f"`time_embed_dim` must be at least 4, got {time_embed_dim}.")
-        self.proj_in: nn.Linear = nn.Linear(embedding_dim, hidden_dim)
-        self.blocks: nn.ModuleList = nn.ModuleList(
-            PaellaPriorBlock(hidden_dim, embedding_dim + time_embed_dim) for _ in range(num_layers)
-        )
-        self.proj_out: nn.Linear = nn.Linear(hidden_dim, embedding_dim)
+        self.proj_in = nn.Linear(embedding_dim, hidden_dim)
+        self.blocks = nn.ModuleList(PaellaPriorBlock(hidden_dim, embedding_dim + time_embed_dim) for _ in range(num_layers))
+        self.proj_out = nn.Linear(hidden_dim, embedding_dim)
         self.gradient_checkpointing = False
         self.init_weights()
 

@@ -77,8 +77,8 @@ class GlobalResponseNorm(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        self.gamma: nn.Parameter = nn.Parameter(torch.zeros(1, 1, 1, channels))
-        self.beta: nn.Parameter = nn.Parameter(torch.zeros(1, 1, 1, channels))
+        self.gamma = nn.Parameter(torch.zeros(1, 1, 1, channels))
+        self.beta = nn.Parameter(torch.zeros(1, 1, 1, channels))
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         if hidden_states.dtype == torch.float16:  # squares leave its range
@@ -97,11 +97,11 @@ class PaellaFeedForward(nn.Module):
 
     def __init__(self, channels: int, dropout: float):
         super().__init__()
-        self.norm: LayerNorm = LayerNorm(channels)
-        self.proj_in: nn.Linear = nn.Linear(channels, channels * 4)
-        self.grn: GlobalResponseNorm = GlobalResponseNorm(channels * 4)
-        self.dropout: nn.Dropout = nn.Dropout(dropout)
-        self.proj_out: nn.Linear = nn.Linear(channels * 4, channels)
+        self.norm = LayerNorm(channels)
+        self.proj_in = nn.Linear(channels, channels * 4)
+        self.grn = GlobalResponseNorm(channels * 4)
+        self.dropout = nn.Dropout(dropout)
+        self.proj_out = nn.Linear(channels * 4, channels)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         inner = F.gelu(self.proj_in(self.norm(hidden_states)))
@@ -116,7 +116,7 @@ class PaellaResBlock(PaellaFeedForward):
 
     def __init__(self, channels: int, kernel_size: int, dropout: float, has_skip: bool):
         super().__init__(channels, dropout)
-        self.depthwise: nn.Conv2d = nn.Conv2d(
+        self.depthwise = nn.Conv2d(
             channels * (1 + has_skip), channels, kernel_size, padding=kernel_size // 2, groups=channels
         )
 
@@ -134,7 +134,7 @@ class PaellaTimestepBlock(nn.Module):
 
     def __init__(self, channels: int, time_embed_dim: int):
         super().__init__()
-        self.proj: nn.Linear = nn.Linear(time_embed_dim, channels * 2)
+        self.proj = nn.Linear(time_embed_dim, channels * 2)
 
     def forward(self, hidden_states: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
         scale, shift = self.proj(temb[: hidden_states.shape[0]])[:, None, None].chunk(2, dim=-1)
@@ -160,7 +160,7 @@ class PaellaBlock(nn.Module):
         super().__init__()
         self.block_types = block_types
         self.level = level
-        self.layers: nn.ModuleList = nn.ModuleList()
+        self.layers = nn.ModuleList()
         for index, block_type in enumerate(block_types):
             if block_type == "C":
                 layer = PaellaResBlock(channels, kernel_size, dropout, has_skip=has_skip and index == 0)
@@ -206,8 +206,8 @@ class PaellaDownsample(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__()
-        self.norm: LayerNorm = LayerNorm(in_channels)
-        self.conv: nn.Conv2d = nn.Conv2d(in_channels, out_channels, kernel_size=2, stride=2)
+        self.norm = LayerNorm(in_channels)
+        self.conv = nn.Conv2d(in_channels, out_channels, kernel_size=2, stride=2)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.conv(self.norm(hidden_states).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
@@ -218,8 +218,8 @@ class PaellaUpsample(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__()
-        self.norm: LayerNorm = LayerNorm(in_channels)
-        self.conv: nn.ConvTranspose2d = nn.ConvTranspose2d(in_channels, out_channels, kernel_size=2, stride=2)
+        self.norm = LayerNorm(in_channels)
+        self.conv = nn.ConvTranspose2d(in_channels, out_channels, kernel_size=2, stride=2)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.conv(self.norm(hidden_states).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
@@ -326,24 +326,24 @@ class PaellaUNet(
             )
 
         # conditioning
-        self.text_proj: nn.Linear = nn.Linear(text_embed_dim, cross_attention_dim)
-        self.clip_text_proj: nn.Linear = nn.Linear(clip_embed_dim, cross_attention_dim * clip_seq_len)
-        self.clip_image_proj: nn.Linear = nn.Linear(clip_embed_dim, cross_attention_dim * clip_seq_len)
-        self.cond_norm: LayerNorm = LayerNorm(cross_attention_dim)
+        self.text_proj = nn.Linear(text_embed_dim, cross_attention_dim)
+        self.clip_text_proj = nn.Linear(clip_embed_dim, cross_attention_dim * clip_seq_len)
+        self.clip_image_proj = nn.Linear(clip_embed_dim, cross_attention_dim * clip_seq_len)
+        self.cond_norm = LayerNorm(cross_attention_dim)
 
         # tokens in
-        self.token_embedding: nn.Embedding = nn.Embedding(num_vq_embeddings, token_embed_dim)
-        self.token_norm: LayerNorm = LayerNorm(token_embed_dim)
-        self.proj_in: nn.Linear = nn.Linear(token_embed_dim * patch_size**2, block_out_channels[0])
-        self.norm_in: LayerNorm = LayerNorm(block_out_channels[0])
+        self.token_embedding = nn.Embedding(num_vq_embeddings, token_embed_dim)
+        self.token_norm = LayerNorm(token_embed_dim)
+        self.proj_in = nn.Linear(token_embed_dim * patch_size**2, block_out_channels[0])
+        self.norm_in = LayerNorm(block_out_channels[0])
 
         # down, then up: the first block of a level on the way up takes the skip, but at the lowest there is none
-        self.down_blocks: nn.ModuleList = nn.ModuleList()
+        self.down_blocks = nn.ModuleList()
         for level in range(levels):
             if level > 0:
                 self.down_blocks.append(PaellaDownsample(block_out_channels[level - 1], block_out_channels[level]))
             self.down_blocks.extend(make_block(level) for _ in range(layers_per_block[level]))
-        self.up_blocks: nn.ModuleList = nn.ModuleList()
+        self.up_blocks = nn.ModuleList()
         for level in reversed(range(levels)):
             has_skip = level < levels - 1
             self.up_blocks.extend(make_block(level, has_skip and i == 0) for i in range(layers_per_block[level]))
@@ -351,10 +351,10 @@ class PaellaUNet(
                 self.up_blocks.append(PaellaUpsample(block_out_channels[level], block_out_channels[level - 1]))
 
         # logits out
-        self.norm_out: LayerNorm = LayerNorm(block_out_channels[0])
-        self.proj_out: nn.Linear = nn.Linear(block_out_channels[0], token_embed_dim * patch_size**2)
-        self.head_norm: LayerNorm = LayerNorm(token_embed_dim)
-        self.head: nn.Linear = nn.Linear(token_embed_dim, num_vq_embeddings, bias=False)
+        self.norm_out = LayerNorm(block_out_channels[0])
+        self.proj_out = nn.Linear(block_out_channels[0], token_embed_dim * patch_size**2)
+        self.head_norm = LayerNorm(token_embed_dim)
+        self.head = nn.Linear(token_embed_dim, num_vq_embeddings, bias=False)
 
         self.gradient_checkpointing = False
         self.init_weights()

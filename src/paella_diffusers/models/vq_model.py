@@ -61,7 +61,7 @@ class VectorQuantizer(nn.Module):
 
     def __init__(self, num_embeddings: int, embedding_dim: int):
         super().__init__()
-        self.embedding: nn.Embedding = nn.Embedding(num_embeddings, embedding_dim)
+        self.embedding = nn.Embedding(num_embeddings, embedding_dim)
 
     def forward(self, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         # |z - e|^2 without |z|^2, which no choice of e changes; float32, as half precision merges neighbouring codes
@@ -96,15 +96,13 @@ class MixingResidualBlock(nn.Module):
 
     def __init__(self, channels: int, hidden_channels: int):
         super().__init__()
-        self.norm1: nn.LayerNorm = nn.LayerNorm(channels, elementwise_affine=False, eps=1e-6)
-        self.depthwise: nn.Sequential = nn.Sequential(
-            ReplicationPad(), nn.Conv2d(channels, channels, kernel_size=3, groups=channels)
-        )
-        self.norm2: nn.LayerNorm = nn.LayerNorm(channels, elementwise_affine=False, eps=1e-6)
-        self.channelwise: nn.Sequential = nn.Sequential(
+        self.norm1 = nn.LayerNorm(channels, elementwise_affine=False, eps=1e-6)
+        self.depthwise = nn.Sequential(ReplicationPad(), nn.Conv2d(channels, channels, kernel_size=3, groups=channels))
+        self.norm2 = nn.LayerNorm(channels, elementwise_affine=False, eps=1e-6)
+        self.channelwise = nn.Sequential(
             nn.Linear(channels, hidden_channels), nn.GELU(), nn.Linear(hidden_channels, channels)
         )
-        self.gammas: nn.Parameter = nn.Parameter(torch.zeros(6))
+        self.gammas = nn.Parameter(torch.zeros(6))
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         # NCHW in channels-last memory: the permutes below are views that leave the norms and linears contiguous
@@ -166,7 +164,7 @@ class PaellaVQModel(PaellaHubMixin, AtomicSaveMixin, ModelMixin, AutoencoderMixi
         self.register_to_config(scale_factor=float(scale_factor))  # NumPy's numbers cannot be saved
         channels = [embed_dim // 2**level for level in reversed(range(levels))]  # from pixels to latents
 
-        self.in_block: nn.Sequential = nn.Sequential(
+        self.in_block = nn.Sequential(
             nn.PixelUnshuffle(up_down_scale_factor),
             nn.Conv2d(in_channels * up_down_scale_factor**2, channels[0], kernel_size=1),
         )
@@ -177,19 +175,17 @@ class PaellaVQModel(PaellaHubMixin, AtomicSaveMixin, ModelMixin, AutoencoderMixi
             )
             down_blocks.append(MixingResidualBlock(channels[level], channels[level] * 4))
         to_latents = nn.Conv2d(channels[-1], latent_channels, kernel_size=1, bias=False)
-        self.down_blocks: nn.Sequential = nn.Sequential(
-            *down_blocks, nn.Sequential(to_latents, nn.BatchNorm2d(latent_channels))
-        )
+        self.down_blocks = nn.Sequential(*down_blocks, nn.Sequential(to_latents, nn.BatchNorm2d(latent_channels)))
 
-        self.vquantizer: VectorQuantizer = VectorQuantizer(num_vq_embeddings, latent_channels)
+        self.vquantizer = VectorQuantizer(num_vq_embeddings, latent_channels)
 
         up_blocks: list[nn.Module] = [nn.Sequential(nn.Conv2d(latent_channels, channels[-1], kernel_size=1))]
         up_blocks += [MixingResidualBlock(channels[-1], channels[-1] * 4) for _ in range(bottleneck_blocks)]
         for level in reversed(range(levels - 1)):
             up_blocks.append(nn.ConvTranspose2d(channels[level + 1], channels[level], kernel_size=4, stride=2, padding=1))
             up_blocks.append(MixingResidualBlock(channels[level], channels[level] * 4))
-        self.up_blocks: nn.Sequential = nn.Sequential(*up_blocks)
-        self.out_block: nn.Sequential = nn.Sequential(
+        self.up_blocks = nn.Sequential(*up_blocks)
+        self.out_block = nn.Sequential(
             nn.Conv2d(channels[0], out_channels * up_down_scale_factor**2, kernel_size=1),
             nn.PixelShuffle(up_down_scale_factor),
         )

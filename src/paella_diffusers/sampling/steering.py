@@ -52,8 +52,8 @@ class SequentialMonteCarlo(SteeringMethod):
     def __init__(self, temperature: float = 1.0, resample_threshold: float = 0.5):
         check_number("temperature", temperature, above=0)
         check_number("resample_threshold", resample_threshold, at_least=0, at_most=1)
-        self.temperature: float = float(temperature)
-        self.resample_threshold: float = float(resample_threshold)
+        self.temperature = float(temperature)
+        self.resample_threshold = float(resample_threshold)
 
     def steer(self, run: "Steering", step: Step, tokens: torch.Tensor, clean: torch.Tensor, noise: torch.Tensor) -> Grids:
         if step.is_last or (step.index + 1) % run.stepper.order:  # the last picture's reward counts in the final weights
@@ -91,8 +91,8 @@ class IterativeRefinement(SteeringMethod):
     def __init__(self, temperature: float = 1.0, num_refinements: int = 1):
         check_number("temperature", temperature, above=0)
         check_integer("num_refinements", num_refinements, 0)
-        self.temperature: float = float(temperature)
-        self.num_refinements: int = int(num_refinements)
+        self.temperature = float(temperature)
+        self.num_refinements = int(num_refinements)
 
     def steer(self, run: "Steering", step: Step, tokens: torch.Tensor, clean: torch.Tensor, noise: torch.Tensor) -> Grids:
         scale = (1 - step.next_level) / self.temperature

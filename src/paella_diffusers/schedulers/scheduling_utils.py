@@ -97,7 +97,7 @@ class PaellaSchedulerBase(PaellaHubMixin, SchedulerMixin, ConfigMixin):
         check_temperature(ramp)
         first, last = ramp if isinstance(ramp, tuple | list) else (ramp, ramp)
 
-        self.num_inference_steps: int = int(steps)
+        self.num_inference_steps = int(steps)
         self.timesteps: torch.Tensor = levels[:-1].to(device)
         self.temperatures: list[float] = torch.linspace(float(first), float(last), int(steps)).tolist()
         self._levels = levels.tolist()

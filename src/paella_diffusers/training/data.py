@@ -120,7 +120,7 @@ class SampleTransform:
         self.center_crop = center_crop
         self.random_flip = random_flip
         self.interpolation: Image.Resampling = Image.Resampling[interpolation.removesuffix("_exact").upper()]
-        self.arrays: StoredArrays = StoredArrays()
+        self.arrays = StoredArrays()
         self.buckets: Buckets | None = None
 
     def __call__(self, raw: dict[str, Any], rng: random.Random) -> dict[str, Any] | None:

@@ -83,7 +83,7 @@ class LearnedTokens(CaptionedUNet):
             tables = [part for part in encoder.modules() if isinstance(part, nn.Embedding) and part.weight is weight]
             for table in tables:
                 parametrize.register_parametrization(table, "weight", rows, unsafe=True)  # unsafe: the shape changes
-        self.vectors: nn.ParameterDict = nn.ParameterDict(vectors)
+        self.vectors = nn.ParameterDict(vectors)
 
     def write(self, weights: dict[str, torch.Tensor], folder: Path) -> None:
         """Write the vectors as `load_textual_inversion` reads them, with a file for each text encoder."""

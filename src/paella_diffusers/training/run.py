@@ -303,7 +303,7 @@ class TrainingRun:
             args.max_steps = steps_of_epochs(args, count, len(self.stream.rows), self.resumed)
         if isinstance(self.stream, ShardStream) and self.accelerator.is_main_process:
             self._say_how_shards_are_shared(count * max(args.num_workers, 1))
-        self.loader: StatefulDataLoader = StatefulDataLoader(
+        self.loader = StatefulDataLoader(
             self.stream,
             args.batch_size,
             num_workers=args.num_workers,

@@ -114,7 +114,7 @@ class FrozenParts:
         self.pipe.register_modules(**dict.fromkeys(computed.spare))
         if self.pipe.prior is not None:
             self.pipe.prior.eval().requires_grad_(False).to(device)
-        self.encoder: Encoder = Encoder(self.pipe, computed.empty).to(device, half=run.accelerator.mixed_precision != "no")
+        self.encoder = Encoder(self.pipe, computed.empty).to(device, half=run.accelerator.mixed_precision != "no")
 
     def _prepare_data(self, computed: "Computed") -> tuple[int, int]:
         """Tell the stream what this model takes. Height and width, in tokens, of sheets' pictures."""
