@@ -104,7 +104,8 @@ class Conditioner:
         if single:
             unstyled = [kind == "transfer" or (kind == "all" and rng.random() < 0.5) for kind in kinds]
             sets = [len(STYLES) if without else style for style, without in zip(styles, unstyled)]
-            states, mask, clip = (part[sets, first, torch.randint(self.count, (len(rows),))] for part in self.encoded)
+            which = torch.randint(self.count, (len(rows),))
+            states, mask, clip = (part[sets, first, which] for part in self.encoded)
         else:
             states, mask, clip = self.encode([self.draw(row, style, None, rng) for row, style in zip(rows, styles)])
         with_byt5, with_clip, with_image = (

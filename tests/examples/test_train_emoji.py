@@ -306,6 +306,10 @@ def test_rows_have_the_conditionings_of_their_kind(kind, some_captions, tmp_path
     assert parts[1].all() or kind not in unet.WITH_CLIP
     assert ((clip - empty).abs().amax(1) < 1e-4).any() == (kind not in unet.WITH_CLIP)
     assert (parts[0].sum(1) > 1).all() if kind in unet.WITH_BYT5 else (parts[0].sum(1) == 1).all()
+    if kind == "both":  # of one caption, for CLIP and ByT5
+        all_states, all_masks, all_clip = (part[2, 3] for part in conditioner.encoded)
+        drawn = (all_clip == clip[3]).all(1).nonzero()[0, 0]
+        assert torch.equal(states[3].half(), all_states[drawn]) and torch.equal(parts[0][3], all_masks[drawn])
     several = conditioner([0] * 4, [[1, 2]] * 4, random.Random(0))["encoder_attention_mask"]
     assert not several[:, -unet.CLIP_LENGTH :].any()  # no picture is of several objects
 
