@@ -71,8 +71,8 @@ class CompiledCalls:
         )
         self.known: set[tuple[Any, ...]] = set()
         self.said: set[str] = set()
-        self.failed: bool = False
-        self.compiling: threading.Lock = threading.Lock()
+        self.failed = False
+        self.compiling = threading.Lock()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.failed or self._is_eager(**kwargs):

@@ -22,7 +22,6 @@ from starlette.middleware.base import BaseHTTPMiddleware
 from starlette.responses import HTMLResponse
 
 from .. import EMOJI_MODEL
-from ..pipelines.pipeline_base import PaellaPipelineBase
 from . import web_tasks
 from .web_calls import GUIDERS, SCHEDULERS, Call, make_preview, watch
 
@@ -31,7 +30,7 @@ logger = logging.getLogger(__name__)
 MOST_KEPT = 60  # pictures in a visit's gallery
 MOST_WAITING = 64  # calls of all visitors
 DAY = 24 * 3600  # seconds after which a visit's files are deleted
-UPLOAD: dict[str, Any] = {
+UPLOAD = {
     "type": "filepath",
     "image_mode": None,
     "sources": ("upload", "clipboard"),
@@ -74,12 +73,7 @@ CONTENT_POLICY = (
 )
 
 
-def make_page(
-    pipe: PaellaPipelineBase,
-    concurrency_limit: int = 1,
-    load_options: dict[str, Any] | None = None,
-    setup: Sequence[str] = (),
-) -> gr.Blocks:
+def make_page(pipe, concurrency_limit: int = 1, load_options: dict | None = None, setup: Sequence[str] = ()) -> gr.Blocks:
     """
     The page of a pipeline, for [`launch`].
 
@@ -94,7 +88,7 @@ def make_page(
     return Page(pipe, concurrency_limit, load_options or {}, setup).blocks
 
 
-def launch(page: gr.Blocks, host: str | None = None, port: int | None = None, **options: Any) -> tuple[Any, str, str | None]:
+def launch(page: gr.Blocks, host: str | None = None, port: int | None = None, **options):
     """
     Serve a page that asks nothing of the internet.
 
@@ -170,23 +164,18 @@ class Page:
         pipe, concurrency_limit, load_options, setup: As of [`make_page`].
     """
 
-    def __init__(self, pipe: PaellaPipelineBase, concurrency_limit: int, load_options: dict[str, Any], setup: Sequence[str]):
-        self.pipe = pipe
-        self.limit = concurrency_limit
-        self.code_of: Callable[..., str] = partial(Call.code, pipe=pipe, load_options=load_options, setup=setup)
-        self.preview: Callable[..., Any] = make_preview(pipe)
-        self.executor = ThreadPoolExecutor(concurrency_limit)
+    def __init__(self, pipe, concurrency_limit: int, load_options: dict, setup: Sequence[str]):
+        self.pipe, self.limit = pipe, concurrency_limit
+        self.code_of = partial(Call.code, pipe=pipe, load_options=load_options, setup=setup)
+        self.preview, self.executor = make_preview(pipe), ThreadPoolExecutor(concurrency_limit)
         self.running: list[tuple[str | None, threading.Event]] = []  # a visitor, and what cancels one of the visitor's calls
-        self.folder: tempfile.TemporaryDirectory[str] = tempfile.TemporaryDirectory(
-            prefix="paella-web-", ignore_cleanup_errors=True
-        )
-        self.numbers: Iterator[int] = itertools.count()
-        self.draws: list[Any] = []  # the events that draw
-        self.blocks: gr.Blocks = gr.Blocks(title="Paella", analytics_enabled=False, fill_width=True, delete_cache=(DAY, DAY))
+        self.folder = tempfile.TemporaryDirectory(prefix="paella-web-", ignore_cleanup_errors=True)
+        self.numbers = itertools.count()
+        self.draws = []  # the events that draw
+        self.blocks = gr.Blocks(title="Paella", analytics_enabled=False, fill_width=True, delete_cache=(DAY, DAY))
         with self.blocks:
             gr.Markdown(self.introduction())
-            # a list of `Made`, the newest last
-            self.made: gr.State = gr.State([], time_to_live=DAY, delete_callback=_forget)
+            self.made = gr.State([], time_to_live=DAY, delete_callback=_forget)  # a list of `Made`, the newest last
             with gr.Row(elem_classes=["layout", *(["pixelated"] if pipe.default_size < 128 else [])]):
                 tabs = gr.Tabs(elem_classes="tasks")
                 with gr.Column(elem_classes="settings", min_width=0):
@@ -201,7 +190,7 @@ class Page:
             cancelled.then(lambda: _status("Cancelled."), outputs=self.status, **quiet)
         self.blocks.queue(max_size=MOST_WAITING)
 
-    def close(self) -> None:
+    def close(self):
         """Serve no longer, end the running calls with their present step, and delete the pictures."""
         self.executor.shutdown(wait=False, cancel_futures=True)  # no call begins any more
         for _, cancelled in [*self.running]:
@@ -218,19 +207,19 @@ class Page:
             return f"# Paella\nThe model in the package draws icons, {side} × {side} pixels, by names such as “dog face”."
         return f"# Paella\n{name}, {side} × {side} pixels."
 
-    def add_settings(self) -> None:
+    def add_settings(self):
         """What all tabs share, by the names that `with_settings` takes."""
         own_scheduler = type(self.pipe.scheduler).__name__
         own_guider = type(self.pipe.guider).__name__ if self.pipe.guider else "as published"
         with gr.Accordion("Settings", open=False):
             with gr.Row():
-                self.seed: gr.Number = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**32 - 1, min_width=120)
+                self.seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**32 - 1, min_width=120)
                 random_seed = gr.Checkbox(True, label="New seed each time", min_width=120)
             with gr.Row():
                 steps = _number("Steps", "default")
                 scale = _number("Guidance scale", "default")
                 temperature = _number("Temperature", "default")
-            self.settings: dict[str, Any] = {
+            self.settings = {
                 "seed": self.seed,
                 "random_seed": random_seed,
                 "num_inference_steps": steps,
@@ -241,19 +230,17 @@ class Page:
                 "negative_prompt": gr.Textbox("", label="Negative prompt", max_lines=1),
             }
 
-    def add_results(self) -> None:
+    def add_results(self):
         show = {"format": "png", "height": 420, "interactive": False, "elem_classes": "result"}
-        self.result: gr.Image = gr.Image(label="Result", buttons=["download"], **show)
-        self.before_after: gr.ImageSlider = gr.ImageSlider(label="Before and after", visible=False, **show)
+        self.result = gr.Image(label="Result", buttons=["download"], **show)
+        self.before_after = gr.ImageSlider(label="Before and after", visible=False, **show)
         with gr.Row():
-            self.status: gr.HTML = gr.HTML(_status("Ready."), elem_classes="status")
-            self.cancel: gr.Button = gr.Button("Cancel", size="md", scale=0, min_width=100)
+            self.status = gr.HTML(_status("Ready."), elem_classes="status")
+            self.cancel = gr.Button("Cancel", size="md", scale=0, min_width=100)
         with gr.Accordion("The Python call", open=False):
-            self.code: gr.Code = gr.Code(language="python", label="Python", interactive=False)
-            self.files: gr.File = gr.File(
-                label="Pictures that it reads", file_count="multiple", interactive=False, visible=False
-            )
-        self.gallery: gr.Gallery = gr.Gallery(
+            self.code = gr.Code(language="python", label="Python", interactive=False)
+            self.files = gr.File(label="Pictures that it reads", file_count="multiple", interactive=False, visible=False)
+        self.gallery = gr.Gallery(
             label="Made in this visit",
             format="png",
             object_fit="contain",
@@ -265,11 +252,11 @@ class Page:
         self.gallery.select(self.on_select, self.made, self.shown, api_visibility="private", show_progress="hidden")
 
     @property
-    def shown(self) -> list[Any]:
+    def shown(self) -> list:
         """The parts that show one picture."""
         return [self.result, self.before_after, self.code, self.files]
 
-    def add_tabs(self) -> None:
+    def add_tabs(self):
         with gr.Tab("Text to image"):
             prompt = _prompt()
             with gr.Row():
@@ -291,7 +278,7 @@ class Page:
             image = self.add_picture("Picture")
             half = self.pipe.default_size // 2
             with gr.Row():
-                pixels: dict[str, Any] = {"precision": 0, "minimum": 0, "step": self.pipe.vae_scale_factor, "min_width": 80}
+                pixels = {"precision": 0, "minimum": 0, "step": self.pipe.vae_scale_factor, "min_width": 80}
                 new = {"Pixels left": half, "Pixels top": 0, "Pixels right": half, "Pixels bottom": 0}
                 sides = [gr.Number(value, label=label, **pixels) for label, value in new.items()]
             self.add_draw(web_tasks.outpainting, [_prompt("Prompt for the whole picture"), image, *sides])
@@ -323,11 +310,11 @@ class Page:
     def brush(self, *colours: str) -> gr.Brush:
         return gr.Brush(max(2, self.pipe.default_size // 8), colors=list(colours), color_mode="fixed")
 
-    def add_take_last(self, image: gr.Image | gr.ImageEditor) -> None:
+    def add_take_last(self, image: gr.Image | gr.ImageEditor):
         button = gr.Button("Take the last result", size="sm")
         button.click(self.on_take_last, self.made, image, api_visibility="private", show_progress="hidden")
 
-    def add_draw(self, task: Callable[..., Call], fields: list[Any], name: str | None = None) -> None:
+    def add_draw(self, task: Callable[..., Call], fields: list, name: str | None = None):
         """The button that draws; Enter in a prompt does the same."""
         button = gr.Button("Draw", variant="primary")
 
@@ -349,7 +336,7 @@ class Page:
 
     # -------------------------------------------------------------------------------------------------- events
 
-    def on_draw(self, task: Callable[..., Call], values: tuple[Any, ...], visitor: str | None) -> Iterator[dict[Any, Any]]:
+    def on_draw(self, task: Callable[..., Call], values: tuple, visitor: str | None) -> Iterator[dict]:
         """Draw; after each step and at the end, what changes of the page, by its parts."""
         *inputs, made = values
         fields, settings = inputs[: -len(self.settings)], dict(zip(self.settings, inputs[-len(self.settings) :]))
@@ -394,7 +381,7 @@ class Page:
         before = str(folder / "image.png") if call.pipeline == "PaellaInversionPipeline" else None
         return Made(str(folder), web_tasks.title(call), self.code_of(call), before)
 
-    def show(self, made: Made) -> dict[Any, Any]:
+    def show(self, made: Made) -> dict:
         """A picture, what it was before, if it was edited, and its call."""
         if made.before:
             both = (made.before, made.file)
@@ -403,15 +390,15 @@ class Page:
             picture = self.show_image(made.file)
         return picture | {self.code: made.code, self.files: gr.update(value=made.files_read, visible=bool(made.files_read))}
 
-    def show_image(self, image: Image.Image | str) -> dict[Any, Any]:
+    def show_image(self, image: Image.Image | str) -> dict:
         return {self.result: gr.update(value=image, visible=True), self.before_after: gr.update(visible=False)}
 
-    def on_cancel(self, request: gr.Request) -> None:
+    def on_cancel(self, request: gr.Request):
         for visitor, cancelled in [*self.running]:
             if visitor == request.session_hash:
                 cancelled.set()
 
-    def on_select(self, made: list[Made], chosen: gr.SelectData) -> dict[Any, Any]:
+    def on_select(self, made: list[Made], chosen: gr.SelectData) -> dict:
         return self.show(made[-1 - chosen.index])
 
     def on_take_last(self, made: list[Made]) -> str:

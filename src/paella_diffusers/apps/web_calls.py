@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import diffusers
 import torch
@@ -15,7 +15,6 @@ from PIL import Image
 from .. import EMOJI_MODEL
 from .. import __all__ as NAMES
 from ..loaders.low_memory import weights_on_disk
-from ..pipelines.pipeline_base import PaellaPipelineBase
 
 DIFFUSERS_SCHEDULERS = ("DiscreteDDIMScheduler", "EntropyBoundScheduler")
 _OURS = [name for name in NAMES if name.startswith("Paella")]
@@ -45,7 +44,7 @@ class Call:
     guider: str | None = None
     is_film: bool = False
 
-    def run(self, pipe: PaellaPipelineBase, on_step: Callable | None = None) -> list[Image.Image]:
+    def run(self, pipe, on_step: Callable | None = None) -> list[Image.Image]:
         """The pictures, from the components of `pipe`, which stays as it is: other calls may be using it."""
         made = _class(self.pipeline).from_pipe(pipe)
         made.set_progress_bar_config(disable=True)
@@ -64,7 +63,7 @@ class Call:
         """The pictures among the arguments, by the names of the files that the code reads."""
         return {file: image for name, value in self.arguments.items() for file, image in _pictures(name, value).items()}
 
-    def code(self, pipe: PaellaPipelineBase, load_options: dict[str, Any], setup: Sequence[str] = ()) -> str:
+    def code(self, pipe, load_options: dict[str, Any], setup: Sequence[str] = ()) -> str:
         """
         Python that makes the same pictures, in the folder with the files of `pictures`.
 
@@ -97,7 +96,7 @@ class Call:
         lines += [f'images[0].save("paella.png"{", " + FILM if self.is_film else ""})']
         return "\n".join(lines) + "\n"
 
-    def save(self, images: list[Image.Image], path: Path) -> None:
+    def save(self, images: list[Image.Image], path: Path):
         """Write the picture, or the film, as the code does."""
         film = {"save_all": True, "append_images": [*images[1:], *images[-2:0:-1]], "duration": 120, "loop": 0}
         images[0].save(path, **film if self.is_film else {})
@@ -145,9 +144,7 @@ class Progress:
     is_result: bool = False
 
 
-def watch(
-    call: Call, pipe: PaellaPipelineBase, preview: Callable, executor: Executor, cancelled: threading.Event
-) -> Iterator[Progress]:
+def watch(call: Call, pipe, preview: Callable, executor: Executor, cancelled: threading.Event) -> Iterator[Progress]:
     """
     Run a call in a thread of the executor. A step's preview is decoded while the next step runs, and steps that end before
     that is done are passed over: the call waits for nobody. If `cancelled` is set, or the iterator closed, the call ends
@@ -183,7 +180,7 @@ def watch(
         cancelled.set()
 
 
-def make_preview(pipe: PaellaPipelineBase) -> Callable:
+def make_preview(pipe) -> Callable:
     """A function from tokens to pictures. With `low_memory` it has a VQGAN of its own, so that the U-Net's weights stay."""
     vqgan = pipe.vqgan
     if weights_on_disk(pipe):
@@ -194,7 +191,6 @@ def make_preview(pipe: PaellaPipelineBase) -> Callable:
     @torch.no_grad()
     def preview(tokens: torch.Tensor) -> list[Image.Image]:
         images = vqgan.decode_indices(tokens).sample.clamp(0, 1)
-        pictures = pipe.image_processor.postprocess(images, "pil", do_denormalize=[False] * len(images))
-        return cast(list[Image.Image], pictures)
+        return pipe.image_processor.postprocess(images, "pil", do_denormalize=[False] * len(images))
 
     return preview

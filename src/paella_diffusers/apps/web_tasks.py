@@ -32,7 +32,7 @@ def image_to_image(prompt: str, image: str | None, strength: float) -> Call:
     return Call("PaellaImg2ImgPipeline", {"prompt": prompt, "image": picture(image), "strength": strength})
 
 
-def inpainting(prompt: str, painted: dict[str, Any] | None, strength: float) -> Call:
+def inpainting(prompt: str, painted: dict | None, strength: float) -> Call:
     """Where the brush painted over the picture."""
     background = painted["background"] if painted else None
     image = to_rgb(picture(None) if background is None else background)
@@ -52,7 +52,7 @@ def outpainting(prompt: str, image: str | None, left: int, top: int, right: int,
     return Call("PaellaInpaintPipeline", {"prompt": prompt, "image": picture(image), "padding": padding})
 
 
-def regions(elsewhere: str, painted: dict[str, Any] | None, *prompts: str, side: int) -> Call:
+def regions(elsewhere: str, painted: dict | None, *prompts: str, side: int) -> Call:
     """A prompt for what each colour of the brush painted, and one for the rest; `side` is that of the picture."""
     where = _painted(painted["layers"] if painted else [], (side, side))
     shown = {number: prompt for number, prompt in enumerate((elsewhere, *prompts), -1) if (where == number).any()}
@@ -93,12 +93,12 @@ def title(call: Call) -> str:
     return f"{words or 'without a prompt'} (seed {call.seed})"
 
 
-def given(**arguments: Any) -> dict[str, Any]:
+def given(**arguments) -> dict[str, Any]:
     """Those that are not empty."""
     return {name: value for name, value in arguments.items() if value not in (None, "")}
 
 
-def number(text: str) -> Any:
+def number(text: str):
     """What is written in a field, 3 or 0.5 or 3, 8; another text as it is, for the pipeline to refuse."""
     try:
         return ast.literal_eval(text.strip())

@@ -1,12 +1,11 @@
 """Where the commands that serve listen."""
 
-import argparse
 import socket
 
 from .values import number
 
 
-def add_address_options(group: argparse._ArgumentGroup, port: int, others: str) -> None:
+def add_address_options(group, port: int, others: str):
     """The options `--host` and `--port`, with the default port, and what holds where other machines reach the address."""
     group.add_argument(
         "--host",

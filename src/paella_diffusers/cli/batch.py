@@ -17,7 +17,7 @@ from .values import number, size
 MADE_WITH = ("model", "revision", "variant", "lora", "lora_scale", "no_prior", "low_memory", "dtype")  # of the options
 
 
-def add_batch(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def add_batch(commands):
     """The command and its options."""
     parser = commands.add_parser(
         "batch",
@@ -44,7 +44,7 @@ def add_batch(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     add_model_options(parser.add_argument_group("model"))
 
 
-def batch(args: argparse.Namespace) -> None:
+def batch(args: argparse.Namespace):
     """Draw what is not done yet, and say what is."""
     rank, world_size = _place()
     columns = _check(args, world_size)

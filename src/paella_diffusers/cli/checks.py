@@ -62,7 +62,7 @@ def check_source(option: str, source: str) -> bool:
     return False
 
 
-def check_new_folder(folder: Path) -> None:
+def check_new_folder(folder: Path):
     """Refuse a folder that cannot be created."""
     if os.path.lexists(folder):
         raise ValueError(f"FOLDER {folder} exists already: choose another folder, or remove it.")
@@ -88,7 +88,7 @@ def _check_together(args):
 # ------------------------------------------------------------------------------------------------------------------ model
 
 
-def check_adapters(args: argparse.Namespace) -> None:
+def check_adapters(args: argparse.Namespace):
     """Refuse adapters that are not there, or that do not go with the other options."""
     if args.lora and args.low_memory:
         raise ValueError("--lora does not go with --low-memory: adapters need the weights in memory.")
@@ -121,7 +121,7 @@ class LocalModel:
 RELEASED = LocalModel(side=256, multiple=32, patch_size=4, num_tokens=8192)
 
 
-def local_model(args: argparse.Namespace) -> LocalModel | None:
+def local_model(args) -> LocalModel | None:
     """What the configuration in a local folder says; None for a Hub id, the published layout, or where it leaves it open."""
     if not check_source("--model", args.model):
         return None

@@ -6,7 +6,7 @@ import os
 from .checks import check_new_folder, check_source
 
 
-def convert(args: argparse.Namespace) -> None:
+def convert(args: argparse.Namespace):
     """Convert a repository or folder to the other layout."""
     if args.to_original and args.leave_out:
         raise ValueError("--leave-out is for the way to diffusers' layout: the published one has no optional components.")

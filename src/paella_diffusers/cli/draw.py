@@ -4,15 +4,12 @@ import argparse
 import gc
 import math
 import os
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any
 
 from tqdm import tqdm
 
 from .checks import check, count, sheet_size
 from .output import numbered, write, write_film, write_sheet
-
-if TYPE_CHECKING:
-    from ..pipelines.pipeline_base import PaellaPipelineBase
 
 PIPELINES = {  # of the other commands `PaellaPipeline`
     "edit": "PaellaImg2ImgPipeline",
@@ -35,7 +32,7 @@ ARGUMENTS = {  # of the pipelines' calls, by option
 }
 
 
-def draw(args: argparse.Namespace) -> None:
+def draw(args: argparse.Namespace):
     """Run a command that draws: what can be checked is checked before the model is loaded."""
     pictures = check(args)
     pipe = load(args)
@@ -60,7 +57,7 @@ def arguments(args: argparse.Namespace, pictures: dict[str, Any]) -> dict[str, A
     return call
 
 
-def draw_pictures(pipe: "PaellaPipelineBase", call: dict[str, Any], args: argparse.Namespace) -> None:
+def draw_pictures(pipe, call: dict[str, Any], args: argparse.Namespace):
     """Draw a few pictures at a time, and write each as soon as it is drawn; several also make a contact sheet."""
     import torch
 
@@ -80,7 +77,7 @@ def draw_pictures(pipe: "PaellaPipelineBase", call: dict[str, Any], args: argpar
         write_sheet(images, args.out, columns=sheet_size(args)[0])
 
 
-def draw_film(pipe: "PaellaPipelineBase", call: dict[str, Any], args: argparse.Namespace) -> None:
+def draw_film(pipe, call: dict[str, Any], args: argparse.Namespace):
     """Draw the frames of an interpolation at once, and write the film."""
     import torch
 
@@ -94,19 +91,18 @@ class Progress:
     """One bar over the steps of all calls of a pipeline: their callback."""
 
     def __init__(self, calls: int):
-        self.calls = calls
-        self.bar: tqdm[Any] | None = None
+        self.calls, self.bar = calls, None
 
-    def __enter__(self) -> Self:
+    def __enter__(self):
         return self
 
-    def __call__(self, pipe: "PaellaPipelineBase", step: int, timestep: object, tensors: dict[str, Any]) -> dict[str, Any]:
+    def __call__(self, pipe, step, timestep, tensors) -> dict:
         if self.bar is None:
             self.bar = tqdm(total=self.calls * pipe.num_timesteps, unit="step")
         self.bar.update()
         return {}
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, *error):
         if self.bar is not None:
             self.bar.close()
 
@@ -114,7 +110,7 @@ class Progress:
 # ---------------------------------------------------------------------------------------------------------------- loading
 
 
-def load(args: argparse.Namespace) -> "PaellaPipelineBase":
+def load(args: argparse.Namespace):
     """The pipeline of a command, on its device, with its scheduler and adapters."""
     gc.disable()  # imports and loading leave no garbage; searching for it takes a tenth of the time to the first picture
     try:

@@ -10,7 +10,7 @@ from .checks import check_new_folder
 PACKAGE = Path(__file__).parent.parent
 
 
-def copy_examples(args: argparse.Namespace) -> None:
+def copy_examples(args: argparse.Namespace):
     """Copy the examples to a new folder: from the package, where setup.py puts them, or from the checkout."""
     check_new_folder(args.folder)
     source = PACKAGE / "examples"

@@ -57,7 +57,7 @@ def in_options(message: str) -> str:
 class Warnings(logging.Handler):
     """Prints the package's warnings in the words of the command line, and not into a progress bar."""
 
-    def emit(self, record: logging.LogRecord) -> None:
+    def emit(self, record: logging.LogRecord):
         tqdm.write(in_options(record.getMessage()), file=sys.stderr)
 
 

@@ -1,6 +1,5 @@
 """Options about the model and its sampling, which several commands have."""
 
-import argparse
 from pathlib import Path
 
 from .. import EMOJI_MODEL
@@ -11,7 +10,7 @@ MOST = 10_000  # steps, pictures or frames
 MAX_SEED = 2**63 - 1
 
 
-def add_model_options(group: argparse._ArgumentGroup) -> None:
+def add_model_options(group):
     """Which model is loaded, with what, and where to."""
     group.add_argument(
         "--model",
@@ -43,13 +42,13 @@ def add_model_options(group: argparse._ArgumentGroup) -> None:
     )
 
 
-def add_hub_options(parser: argparse._ActionsContainer) -> None:
+def add_hub_options(parser):
     """Where a model comes from."""
     parser.add_argument("--revision", metavar="NAME", help="branch, tag or commit of the Hub repository")
     parser.add_argument("--cache-dir", type=Path, metavar="FOLDER", help="where downloads are kept")
 
 
-def add_sampling_options(group: argparse._ArgumentGroup, steps: str) -> None:
+def add_sampling_options(group, steps: str):
     """How pictures are sampled; `steps` says what the number of steps is by default."""
     group.add_argument(
         "--steps",

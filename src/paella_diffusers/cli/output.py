@@ -4,7 +4,6 @@ import math
 import os
 import sys
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 from tqdm import tqdm
@@ -12,7 +11,7 @@ from tqdm import tqdm
 from ..loaders.atomic import atomic_file
 
 # by ending, the most pixels that a side may have
-PICTURES: dict[str, float] = {
+PICTURES = {
     ".png": math.inf,
     ".jpg": 65500,
     ".jpeg": 65500,
@@ -25,7 +24,7 @@ PICTURES: dict[str, float] = {
 FILMS = (".gif", ".webp", ".png")
 
 
-def check_output(path: Path, is_film: bool = False, count: int = 1) -> None:
+def check_output(path: Path, is_film: bool = False, count: int = 1):
     """
     Refuse a path that cannot be written to.
 
@@ -49,7 +48,7 @@ def numbered(path: Path, number: int) -> Path:
     return path.with_stem(f"{path.stem}-{number}")
 
 
-def write(image: Image.Image, path: Path, **options: Any) -> None:
+def write(image: Image.Image, path: Path, **options):
     """Save a picture, and print where."""
     with atomic_file(path) as unfinished:
         image.save(unfinished, **options)
@@ -57,13 +56,13 @@ def write(image: Image.Image, path: Path, **options: Any) -> None:
     sys.stdout.flush()
 
 
-def write_film(frames: list[Image.Image], path: Path, duration: int) -> None:
+def write_film(frames: list[Image.Image], path: Path, duration: int):
     """Forwards and back, for ever; `duration` is each frame's, in milliseconds."""
     there_and_back = [*frames, *frames[-2:0:-1]]
     write(frames[0], path, save_all=True, append_images=there_and_back[1:], duration=duration, loop=0)
 
 
-def write_sheet(images: list[Image.Image], path: Path, columns: int) -> None:
+def write_sheet(images: list[Image.Image], path: Path, columns: int):
     """All pictures in one, row by row."""
     width, height = images[0].size
     sheet = Image.new("RGB", (columns * width, math.ceil(len(images) / columns) * height), "white")

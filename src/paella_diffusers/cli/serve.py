@@ -17,7 +17,7 @@ KEY_VARIABLE, SHORTEST_KEY = "PAELLA_API_KEY", 16
 MODULES = ("fastapi", "uvicorn", "python_multipart", "prometheus_client")
 
 
-def add_serve(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def add_serve(commands):
     """The command and its options."""
     parser = commands.add_parser(
         "serve",
@@ -32,7 +32,7 @@ def add_serve(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     add_model_options(parser.add_argument_group("model"))
 
 
-def serve(args: argparse.Namespace) -> None:
+def serve(args: argparse.Namespace):
     """Load the model and serve it until Ctrl-C or SIGTERM; what has begun is finished then."""
     missing = [module for module in MODULES if importlib.util.find_spec(module) is None]
     if missing:

@@ -5,7 +5,7 @@ import ast
 import difflib
 import importlib.util
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 SCHEDULERS = {  # and the files that define them
@@ -64,13 +64,7 @@ def device(text: str) -> str:
 class Temperature(argparse.Action):
     """One number above 0, or the first step's and the last's."""
 
-    def __call__(
-        self,
-        parser: argparse.ArgumentParser,
-        namespace: argparse.Namespace,
-        values: list[str],
-        option_string: str | None = None,
-    ) -> None:
+    def __call__(self, parser, namespace, values: list[str], option_string=None):
         read = number(float, above=0)
         try:
             ramp = [read(value) for value in values]
@@ -84,13 +78,7 @@ class Temperature(argparse.Action):
 class Scheduler(argparse.Action):
     """A scheduler's name and its settings, NAME=VALUE."""
 
-    def __call__(
-        self,
-        parser: argparse.ArgumentParser,
-        namespace: argparse.Namespace,
-        values: list[str],
-        option_string: str | None = None,
-    ) -> None:
+    def __call__(self, parser, namespace, values: list[str], option_string=None):
         name, *settings = values
         if name not in SCHEDULERS:
             raise argparse.ArgumentError(self, f"there is no {name!r}: {one_of(name, SCHEDULERS)}")
@@ -115,7 +103,7 @@ def scheduler_settings(name: str) -> list[str]:
     return [argument.arg for argument in init.args.args[1:]]
 
 
-def one_of(name: str, known: Iterable[str]) -> str:
+def one_of(name: str, known) -> str:
     """The known names, or of these the one that was probably meant."""
     near = difflib.get_close_matches(name, known, n=1)
     return f"did you mean {near[0]}?" if near else f"choose one of {', '.join(known)}"

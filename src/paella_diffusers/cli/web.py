@@ -12,7 +12,7 @@ from .model_options import add_model_options
 from .values import number
 
 
-def add_web(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def add_web(commands):
     """The command and its options."""
     parser = commands.add_parser(
         "web",
@@ -29,7 +29,7 @@ def add_web(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
     add_model_options(parser.add_argument_group("model"))
 
 
-def web(args: argparse.Namespace) -> None:
+def web(args: argparse.Namespace):
     """Load the model and serve its page until Ctrl-C or SIGTERM."""
     if importlib.util.find_spec("gradio") is None:
         raise ValueError(f"web needs Gradio: {pip_install('web')}")

@@ -23,7 +23,7 @@ class WeightsOnDisk(ModelHook):
         self.others = others
         self.empty: dict[str, torch.Tensor] = model.state_dict()
         self.execution_device = torch.device("cpu")
-        self.loaded: bool = False
+        self.loaded = False
         others.append(self)
         add_hook_to_module(model, self)
 

@@ -49,7 +49,7 @@ class StepEnd:
         self.progress_bar = progress_bar
         self.callback: Callable[..., Any] | None = output.callback_on_step_end
         self.wanted: Any = output.callback_on_step_end_tensor_inputs
-        self.evaluations: int = 0  # of the U-Net, so far
+        self.evaluations = 0  # of the U-Net, so far
 
     def __call__(self, step: Step, tokens: torch.Tensor, clean: torch.Tensor) -> tuple[torch.Tensor, bool]:
         """The tokens to go on with, and whether to stop here."""

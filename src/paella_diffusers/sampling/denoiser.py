@@ -3,18 +3,11 @@
 import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..models.caching import has_other_hooks
-from ..models.unet_paella import PaellaUNet
-from .guidance.base import CONDITIONAL, Branch, GuidanceMixin
-from .guidance.diffusers_guidance import DiffusersGuidance
-from .plan import Step
-
-if TYPE_CHECKING:
-    from ..pipelines.conditioning import Conditioning
+from .guidance.base import CONDITIONAL, Branch
 
 
 class Denoiser:
@@ -40,32 +33,27 @@ class Denoiser:
 
     def __init__(
         self,
-        unet: PaellaUNet,
-        conditioning: Mapping[str, "Conditioning"],
-        guidance: GuidanceMixin | DiffusersGuidance,
+        unet,
+        conditioning: Mapping,
+        guidance,
         guidance_scale: Callable,
         regions: torch.Tensor | None = None,
         deep_feature_interval: int = 1,
-        cross_attention_kwargs: dict[str, Any] | None = None,
+        cross_attention_kwargs: dict | None = None,
         batch_size: int | None = None,
     ):
-        self.unet = unet
-        self.guidance = guidance
-        self.guidance_scale = guidance_scale
-        self.regions = regions
-        self.deep_feature_interval = deep_feature_interval
-        self.batch_size = batch_size
-        self.unet_kwargs: dict[str, Any] = {"cross_attention_kwargs": cross_attention_kwargs}
+        self.unet, self.guidance, self.guidance_scale, self.regions = unet, guidance, guidance_scale, regions
+        self.deep_feature_interval, self.batch_size = deep_feature_interval, batch_size
+        self.unet_kwargs = {"cross_attention_kwargs": cross_attention_kwargs}
         self._deep_features = {}
         self.set_conditioning(conditioning)
 
-    def set_conditioning(self, conditioning: Mapping[str, "Conditioning"]) -> None:
+    def set_conditioning(self, conditioning: Mapping):
         """Take other conditioning from now on."""
-        self.conditioning: dict[str, Conditioning] = dict(conditioning)
-        self._encoded = {}
+        self.conditioning, self._encoded = dict(conditioning), {}
         self._cached_branches = self._context_branches = ()  # what caches keep is of what was told before
 
-    def __call__(self, tokens: torch.Tensor, step: Step) -> torch.Tensor:
+    def __call__(self, tokens: torch.Tensor, step) -> torch.Tensor:
         """Guided logits `(batch_size, num_tokens, height, width)` for the clean token at every position of `tokens`."""
         scale = self.guidance_scale(step)
         branches = self.guidance.branches(step, scale)
@@ -85,7 +73,7 @@ class Denoiser:
             return logits[0]
         return self.guidance.forward(*logits, step=step, guidance_scale=scale)
 
-    def reorder(self, rows: torch.Tensor) -> None:
+    def reorder(self, rows: torch.Tensor):
         """Let every image go on as that of another row, `(batch_size,)`, with the same conditioning."""
         self.guidance.reorder(rows)
         self._cached_branches = self._context_branches = ()  # what caches keep is of other images
@@ -112,7 +100,7 @@ class Denoiser:
         key = branches, images.start
         if key not in self._encoded:
             first, *others = (self.conditioning[branch.conditioning].select(images, num_regions) for branch in branches)
-            arguments: dict[str, Any] = first.cat(*others).arguments()
+            arguments = first.cat(*others).arguments()
             if not is_offloaded(self.unet):  # the parts of an offloaded model work only when they are called in turn
                 arguments = {"encoder_hidden_states": self.unet.encode_conditioning(**arguments, **self.unet_kwargs)}
             for index, branch in enumerate(branches):

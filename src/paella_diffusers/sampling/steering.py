@@ -52,8 +52,7 @@ class SequentialMonteCarlo(SteeringMethod):
     def __init__(self, temperature: float = 1.0, resample_threshold: float = 0.5):
         check_number("temperature", temperature, above=0)
         check_number("resample_threshold", resample_threshold, at_least=0, at_most=1)
-        self.temperature = float(temperature)
-        self.resample_threshold = float(resample_threshold)
+        self.temperature, self.resample_threshold = float(temperature), float(resample_threshold)
 
     def steer(self, run: "Steering", step: Step, tokens: torch.Tensor, clean: torch.Tensor, noise: torch.Tensor) -> Grids:
         if step.is_last or (step.index + 1) % run.stepper.order:  # the last picture's reward counts in the final weights
@@ -91,8 +90,7 @@ class IterativeRefinement(SteeringMethod):
     def __init__(self, temperature: float = 1.0, num_refinements: int = 1):
         check_number("temperature", temperature, above=0)
         check_integer("num_refinements", num_refinements, 0)
-        self.temperature = float(temperature)
-        self.num_refinements = int(num_refinements)
+        self.temperature, self.num_refinements = float(temperature), int(num_refinements)
 
     def steer(self, run: "Steering", step: Step, tokens: torch.Tensor, clean: torch.Tensor, noise: torch.Tensor) -> Grids:
         scale = (1 - step.next_level) / self.temperature
@@ -161,23 +159,17 @@ class Steering:
         stepper: Stepper,
         mask: torch.Tensor | None = None,
     ):
-        self.method = method
-        self.reward = reward
-        self.num_particles = num_particles
-        self.generators = generators
-        self.particle_generators = particle_generators
-        self.denoiser = denoiser
-        self.stepper = stepper
-        self.mask = mask
-        self.log_weights: torch.Tensor = torch.zeros(len(generators), num_particles, dtype=torch.float64)
-        self.log_potentials: torch.Tensor = torch.zeros_like(self.log_weights)  # φ / T of each particle's last prediction
-        self.extra_evaluations: int = 0  # of the model, for each particle, beside those of the loop
+        self.method, self.reward, self.num_particles = method, reward, num_particles
+        self.generators, self.particle_generators = generators, particle_generators
+        self.denoiser, self.stepper, self.mask = denoiser, stepper, mask
+        self.log_weights = torch.zeros(len(generators), num_particles, dtype=torch.float64)
+        self.log_potentials = torch.zeros_like(self.log_weights)  # φ / T of each particle's last prediction
+        self.extra_evaluations = 0  # of the model, for each particle, beside those of the loop
 
     def __call__(self, step: Step, tokens: torch.Tensor, clean: torch.Tensor, noise: torch.Tensor) -> Grids:
         """After a step of the loop: as [`SteeringMethod.steer`]."""
-        tokens, clean, noise = self.method.steer(self, step, tokens, clean, noise)
-        self.noise: torch.Tensor = noise
-        return tokens, clean, noise
+        tokens, clean, self.noise = self.method.steer(self, step, tokens, clean, noise)
+        return tokens, clean, self.noise
 
     def finish(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """

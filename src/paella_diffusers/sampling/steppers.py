@@ -2,21 +2,19 @@
 
 import copy
 import inspect
-from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from diffusers import AmusedScheduler, BlockRefinementScheduler
-from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
-from ..schedulers.categorical import Generators, add_uniform_noise, check_finite, check_logits
+from ..schedulers.categorical import add_uniform_noise, check_finite, check_logits
 from ..schedulers.scheduling_utils import PaellaSchedulerBase, RenoisingSchedulerBase
 from .plan import Plan, Step, linear_ramp
 
 MAX_TOTAL_STEPS = 1_000_000  # of a longer run whose last steps are taken: they fit into memory
 
 
-def make_stepper(scheduler: SchedulerMixin) -> "PaellaStepper | DiscreteStepper":
+def make_stepper(scheduler) -> "PaellaStepper | DiscreteStepper":
     """
     The stepper for a scheduler.
 
@@ -42,11 +40,11 @@ class PaellaStepper:
     """For the schedulers of this package: they take token grids, noise levels and lists of generators."""
 
     def __init__(self, scheduler: PaellaSchedulerBase):
-        self.scheduler: PaellaSchedulerBase = copy.deepcopy(scheduler)
-        self.uses_codebook: bool = "codebook" in inspect.signature(scheduler.step).parameters
-        self.codebook: torch.Tensor | None = None
-        self.order: int = scheduler.order  # evaluations of the model for a whole step
-        self.repeats_steps: bool = scheduler.order == 1  # whether a step may be taken again
+        self.scheduler = copy.deepcopy(scheduler)
+        self.uses_codebook = "codebook" in inspect.signature(scheduler.step).parameters
+        self.codebook = None
+        self.order = scheduler.order  # evaluations of the model for a whole step
+        self.repeats_steps = scheduler.order == 1  # whether a step may be taken again
 
     def plan(
         self,
@@ -73,15 +71,7 @@ class PaellaStepper:
         levels = list(self.scheduler.timesteps)
         return Plan(make_steps(levels, levels, [None] * len(levels), [0] * len(levels)), strength)
 
-    def step(
-        self,
-        logits: torch.Tensor,
-        step: Step,
-        tokens: torch.Tensor,
-        noise: torch.Tensor,
-        mask: torch.Tensor | None = None,
-        generator: Generators = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def step(self, logits, step: Step, tokens, noise, mask=None, generator=None):
         """The next token grid, and the predicted clean one, `(batch_size, height, width)`."""
         arguments = {"codebook": self.codebook} if self.uses_codebook else {}
         if isinstance(self.scheduler, RenoisingSchedulerBase):
@@ -89,7 +79,7 @@ class PaellaStepper:
         output = self.scheduler.step(logits, step.timestep, tokens, mask=mask, generator=generator, **arguments)
         return output.prev_sample, output.sampled_tokens
 
-    def reorder(self, rows: torch.Tensor) -> None:
+    def reorder(self, rows: torch.Tensor):
         """Let every image go on as that of another row, `(batch_size,)`: nothing is kept of them between whole steps."""
 
     def why_no_draw(self, plan: Plan) -> str | None:
@@ -113,31 +103,23 @@ class DiscreteStepper:
     configuration) is part of the budget of evaluations: as many of the first steps as it allows are corrected.
     """
 
-    def __init__(self, scheduler: SchedulerMixin):
-        self.scheduler: SchedulerMixin = copy.deepcopy(scheduler)
+    def __init__(self, scheduler):
+        self.scheduler = copy.deepcopy(scheduler)
         parameters = inspect.signature(scheduler.step).parameters
         takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
         options = ("noise", "mask", "codebook", "temperature", "generator")
-        self.accepted: set[str] = {name for name in options if takes_all or name in parameters}
-        self.uses_codebook: bool = "codebook" in self.accepted
-        self.codebook: torch.Tensor | None = None
+        self.accepted = {name for name in options if takes_all or name in parameters}
+        self.uses_codebook = "codebook" in self.accepted
+        self.codebook = None
         # its own, or left there by the scheduler that it was swapped for, which counts where `step` takes one
-        self.has_temperature: bool = "temperature" in scheduler.config
+        self.has_temperature = "temperature" in scheduler.config
         own = inspect.signature(type(scheduler).__init__).parameters
-        self.takes_temperature: bool = "temperature" in self.accepted or "temperature" in own
-        self.default_temperature: float | None = parameters["temperature"].default if "temperature" in parameters else 1.0
-        self.order: int = 1
-        self.repeats_steps: bool = not hasattr(scheduler, "step_index")  # those with one count their steps
-        self.by_image: list[DiscreteStepper] = []  # steppers of single images, each with its own generator
+        self.takes_temperature = "temperature" in self.accepted or "temperature" in own
+        self.default_temperature = parameters["temperature"].default if "temperature" in parameters else 1.0
+        self.order, self.repeats_steps = 1, not hasattr(scheduler, "step_index")  # those with one count their steps
+        self.by_image = []  # steppers of single images, each with its own generator
 
-    def plan(
-        self,
-        num_inference_steps: int,
-        device: torch.device | str | None = None,
-        temperature: float | tuple[float, float] | None = None,
-        renoise_steps: int | None = None,
-        strength: float = 1.0,
-    ) -> Plan:
+    def plan(self, num_inference_steps, device=None, temperature=None, renoise_steps=None, strength=1.0) -> Plan:
         """As [`PaellaStepper.plan`]."""
         overrides = {
             "temperature": temperature,
@@ -175,21 +157,12 @@ class DiscreteStepper:
         sweeps = [per_step] * corrected + [0] * (num_steps - corrected)
         return Plan(make_steps(timesteps, levels, linear_ramp(ramp, num_steps), sweeps), float(levels[0]))
 
-    def step(
-        self,
-        logits: torch.Tensor,
-        step: Step,
-        tokens: torch.Tensor,
-        noise: torch.Tensor,
-        mask: torch.Tensor | None = None,
-        generator: Generators = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def step(self, logits, step: Step, tokens, noise, mask=None, generator=None):
         """As [`PaellaStepper.step`]; with a list of generators, image by image."""
         if isinstance(generator, list):
             images = self._images(generator, mask, logits, tokens, noise)
             steps = [stepper.step(row, step, x, n, m, g) for stepper, g, m, row, x, n in images]
-            after, clean = (torch.cat(part) for part in zip(*steps))
-            return after, clean
+            return tuple(torch.cat(part) for part in zip(*steps))
         logits, generator = self._prepare(logits, tokens, mask, generator)
         options = {"noise": noise.flatten(1), "mask": None if mask is None else mask.flatten(1), "generator": generator}
         options |= {"codebook": self.codebook, "temperature": step.temperature}
@@ -206,7 +179,7 @@ class DiscreteStepper:
             after, clean = (torch.where(mask, grid, tokens) for grid in (after, clean))
         return after, clean
 
-    def reorder(self, rows: torch.Tensor) -> None:
+    def reorder(self, rows: torch.Tensor):
         """As [`PaellaStepper.reorder`]: these schedulers keep nothing of the images."""
 
     def why_no_draw(self, plan: Plan) -> str | None:
@@ -218,14 +191,7 @@ class DiscreteStepper:
             return "at temperature 0 it takes the most likely tokens: pass `temperature`, such as 1.0"
         return None
 
-    def correct(
-        self,
-        logits: torch.Tensor,
-        step: Step,
-        tokens: torch.Tensor,
-        mask: torch.Tensor | None = None,
-        generator: Generators = None,
-    ) -> torch.Tensor:
+    def correct(self, logits, step: Step, tokens, mask=None, generator=None) -> torch.Tensor:
         """One sweep of the scheduler's corrector after `step`: the corrected token grid."""
         if isinstance(generator, list):
             images = self._images(generator, mask, logits, tokens)
@@ -282,41 +248,24 @@ class InversionStepper:
         smoothing (`float`): s in (0, 1).
     """
 
-    uses_codebook: bool = False
-    order: int = 1
-    repeats_steps: bool = False  # it keeps a second run's state
+    uses_codebook = False
+    order, repeats_steps = 1, False  # it keeps a second run's state
 
-    def __init__(self, scheduler: SchedulerMixin, residual_scale: float, smoothing: float):
-        self.stepper: PaellaStepper | DiscreteStepper = make_stepper(scheduler)
-        self.residual_scale = residual_scale
-        self.smoothing = smoothing
-        self.source: torch.Tensor | None = None  # x_t of the run with the source prompt
+    def __init__(self, scheduler, residual_scale: float, smoothing: float):
+        self.stepper = make_stepper(scheduler)
+        self.residual_scale, self.smoothing = residual_scale, smoothing
+        self.source = None  # x_t of the run with the source prompt
 
-    def plan(
-        self,
-        num_inference_steps: int,
-        device: torch.device | str | None = None,
-        temperature: float | tuple[float, float] | None = None,
-        renoise_steps: int | None = None,
-        strength: float = 1.0,
-    ) -> Plan:
+    def plan(self, num_inference_steps, device=None, temperature=None, renoise_steps=None, strength=1.0) -> Plan:
         """As [`PaellaStepper.plan`], but the most likely tokens are taken, so that there is no temperature."""
         if temperature is not None:
             raise ValueError("`temperature` is not used by discrete inversion, which takes the most likely tokens.")
         if "corrector_steps" in self.stepper.scheduler.config:
             self.stepper.scheduler.register_to_config(corrector_steps=0)
-        self.renoise_steps: int = num_inference_steps - 1 if renoise_steps is None else renoise_steps
+        self.renoise_steps = num_inference_steps - 1 if renoise_steps is None else renoise_steps
         return self.stepper.plan(num_inference_steps, device, strength=strength)
 
-    def step(
-        self,
-        logits: torch.Tensor,
-        step: Step,
-        tokens: torch.Tensor,
-        noise: torch.Tensor,
-        mask: torch.Tensor | None = None,
-        generator: Generators = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def step(self, logits, step: Step, tokens, noise, mask=None, generator=None):
         """As [`PaellaStepper.step`]."""
         self.source = tokens if self.source is None else self.source
         target, source = map(self._log_probabilities, (logits, self.source_denoiser(self.source, step)))
@@ -328,7 +277,7 @@ class InversionStepper:
         self.source, replaced = add_uniform_noise(self.clean, step.next_level, noise=noise, generator=generator)
         return torch.where(replaced, noise, edited), edited
 
-    def reorder(self, rows: torch.Tensor) -> None:
+    def reorder(self, rows: torch.Tensor):
         """As [`PaellaStepper.reorder`]."""
         self.source = self.source[rows]
         self.source_denoiser.reorder(rows)
@@ -348,19 +297,14 @@ class InversionStepper:
 Stepper = PaellaStepper | DiscreteStepper | InversionStepper
 
 
-def make_steps(
-    timesteps: Iterable[torch.Tensor],
-    levels: Sequence[torch.Tensor] | torch.Tensor,
-    temperatures: Iterable[float | None],
-    sweeps: Iterable[int],
-) -> tuple[Step, ...]:
+def make_steps(timesteps, levels, temperatures, sweeps) -> tuple[Step, ...]:
     """The steps of a plan, from what each has of its own."""
     next_levels = [*map(float, levels[1:]), 0.0]
     rows = enumerate(zip(timesteps, levels, next_levels, temperatures, sweeps))
     return tuple(Step(i, t, level, after, len(levels), temp, n) for i, (t, level, after, temp, n) in rows)
 
 
-def refused_override(scheduler: SchedulerMixin, name: str) -> ValueError:
+def refused_override(scheduler, name: str) -> ValueError:
     return ValueError(f"{type(scheduler).__name__} takes no `{name}`: leave it out, or take another scheduler.")
 
 

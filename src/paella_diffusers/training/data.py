@@ -206,9 +206,9 @@ class SampleStream(IterableDataset):
         self.epochs = epochs
         self.process_index = process_index
         self.num_processes = num_processes
-        self.epoch: int = 0
+        self.epoch = 0
         self.position: Any = None  # the position is None, or what a subclass gave with the last sample
-        self.begin: float = 0.0  # the share of this epoch that is left out
+        self.begin = 0.0  # the share of this epoch that is left out
         self.buckets: Buckets | None = None  # with buckets, each `batch_size` samples from the first on have one size
         self.skipped: dict[str, int] = {"unreadable": 0, "filtered": 0}  # since the last sample
 

@@ -106,19 +106,19 @@ class TrainingRun:
     def __init__(self, args: argparse.Namespace):
         check_arguments(args)
         self.args = args
-        self.step: int = 0
-        self.passes: int = 0
+        self.step = 0
+        self.passes = 0
         self.trained: list[Trained] = []
         self.sums: dict[str, Any] = {}
         # what else, with `state_dict` and `load_state_dict`, belongs into each process's checkpoint
         self.kept: dict[str, Any] = {}
         self.skipped: dict[str, int] = {"unreadable": 0, "filtered": 0}
-        self.used: int = 0
-        self.epochs: float = 0.0
+        self.used = 0
+        self.epochs = 0.0
         self.samples: list[dict[str, Any]] = []
         self.stopped_by: str | None = None
         self.stop_asked: torch.Tensor | None = None
-        self.waited: float = 0.0
+        self.waited = 0.0
         self.accelerator: Accelerator = self._make_accelerator()
         self.sharded: bool = self.accelerator.distributed_type == DistributedType.FSDP
         if self.sharded and (args.adam_8bit or args.optimizer != "adamw"):
