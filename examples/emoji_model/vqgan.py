@@ -13,7 +13,7 @@ from .fit import adamw, autocast, fit, seed
 from .text import draw_cells
 
 CODES = 1024
-SHARES, FLAT_SHARES = (0.5, 0.3, 0.2), (0.75, 0.18, 0.07)  # of the styles
+SHARES, FLAT_SHARES = (0.5, 0.3, 0.2), (0.8, 0.14, 0.06)  # of the styles
 
 
 def latents_of(vqgan: VQModel, images: torch.Tensor) -> torch.Tensor:
@@ -58,7 +58,7 @@ def train(icons: Icons, cells: torch.BoolTensor, steps: int, work_dir: Path, bat
     from its latents of then. They cover the latents evenly: k-means alone spends hundreds on flat white, most of every icon,
     and a U-Net cannot tell which of these comes where.
 
-    Then, for half as many further steps, most pictures are flat, the style that is asked for most, and the codes are
+    Then, for 0.6 times as many further steps, most pictures are flat, the style that is asked for most, and the codes are
     fitted to the latents more closely.
     """
     seed("vqgan")
@@ -105,5 +105,5 @@ def train(icons: Icons, cells: torch.BoolTensor, steps: int, work_dir: Path, bat
     train_stage("vqgan", loss, steps, 2e-3, place_codes)
     seed("vqgan, flat")
     fit_codes(icons.pixels[draw_cells(cells, 400, FLAT_SHARES)], rounds=30)
-    train_stage("vqgan_flat", flat_loss, steps // 2, 8e-4)
+    train_stage("vqgan_flat", flat_loss, round(0.6 * steps), 8e-4)
     return vqgan
