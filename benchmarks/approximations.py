@@ -4,10 +4,11 @@ What do approximations save, and what do they cost? On the embedded emoji model.
     pip install ".[emoji]" torchao
     python benchmarks/approximations.py
 
-Each way draws 100 icon names from the same seeds: time against the plain run beside it (the median of pairs, in turns,
-batches of 25), the share of tokens that are those of the plain run, and the share of pictures whose nearest icon is the
-right one. Caches are diffusers', as `pipe.unet.enable_cache` takes them; MagCache is calibrated on other names. int8 is
-torchao's dynamic quantization of all linears, through diffusers' `TorchAoConfig`, the rest in bfloat16.
+Each way draws icon names, objects in a style that is new for them, and sentences, from the same seeds: time against the
+plain run beside it (the median of pairs, in turns, batches of 25), the share of tokens that are those of the plain run, and
+the share of pictures of each kind that are right, with standard errors. Caches are diffusers', as `pipe.unet.enable_cache`
+takes them; MagCache is calibrated on other names. int8 is torchao's dynamic quantization of all linears, through diffusers'
+`TorchAoConfig`, the rest in bfloat16.
 """
 
 import argparse
@@ -29,10 +30,12 @@ from diffusers import (
     TaylorSeerCacheConfig,
 )
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
-from emoji_model.data import load_icons
-from emoji_model.scoring import nearest
+from emoji_model import prompt_sets
+from emoji_model.scoring import decode
 
+from benchmarks.schedulers import standard_error, table
 from paella_diffusers import EMOJI_MODEL, PaellaPipeline, PaellaUNet
 
 WAYS = {
@@ -80,18 +83,18 @@ def int8_unet() -> PaellaUNet:
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work-dir", type=Path, default=Path("emoji-training"), help="where the icons are, or go")
-    parser.add_argument("--guidance-scale", type=float, default=1.5)
-    parser.add_argument("--count", type=int, default=100, help="of names")
+    parser.add_argument("--guidance-scale", type=float, default=3.0)
+    parser.add_argument("--prompts", type=int, default=200, help="at most so many of each kind")
     parser.add_argument("--int8", action="store_true", help="needs torchao")
     parser.add_argument("--only", nargs="+", metavar="WORD", help="ways whose name has one")
     args = parser.parse_args()
 
-    args.work_dir.mkdir(parents=True, exist_ok=True)
-    names, images = load_icons(args.work_dir)
-    captions, others = random.Random(0).sample(names, args.count), random.Random(1).sample(names, 25)
+    sets = prompt_sets.load(args.work_dir, args.prompts)
+    prompts = [prompt for asked in sets.values() for prompt in asked.prompts]
+    others = random.Random(1).sample(sets["names"].icons.names, 25)
     pipe = PaellaPipeline.from_pretrained(EMOJI_MODEL)
 
-    def draw(pipe, first, prompts=captions, cache=None, **call):
+    def draw(pipe, first, prompts=prompts, cache=None, **call):
         """Tokens of one batch, and how long they took."""
         pipe.set_progress_bar_config(disable=True)
         if cache is not None:
@@ -106,10 +109,11 @@ def main():
             pipe.unet.disable_cache()
         return tokens, seconds
 
-    @torch.no_grad()
-    def right(tokens) -> float:
-        pictures = torch.cat([pipe.vqgan.decode_indices(part).sample.clamp(0, 1) for part in tokens.split(50)])
-        return sum(names[i] == caption for i, caption in zip(nearest(pictures, images), captions)) / len(captions)
+    def right(tokens) -> list[str]:
+        """The share of each kind."""
+        parts = decode(pipe, tokens).split([len(asked.prompts) for asked in sets.values()])
+        shares = [asked.measure(part)[0] for asked, part in zip(sets.values(), parts)]
+        return [f"{share.mean():.1%} ± {standard_error(share):.1%}" for share in shares]
 
     draw(pipe, 0)  # to warm up
     ways = {name: (pipe, call) for name, call in WAYS.items()}
@@ -121,15 +125,17 @@ def main():
         ways["int8 linears"] = (PaellaPipeline(**pipe.components | {"unet": int8_unet()}), {})
     if args.only:
         ways = {name: way for name, way in ways.items() if any(word in name for word in args.only)}
-    print("| way | × faster | same tokens | right pictures |\n|---|---|---|---|")
-    for number, (name, (other, call)) in enumerate(ways.items()):
-        both = [(draw(pipe, first), draw(other, first, **call)) for first in range(0, args.count, 25)]
-        plain, approximated = (torch.cat([pair[i][0] for pair in both]) for i in (0, 1))
-        if number == 0:
-            print(f"| plain, 12 steps | 1.00 | 100.0% | {right(plain):.1%} |")
-        ratio = statistics.median(pair[0][1] / pair[1][1] for pair in both)
-        same = (plain == approximated).float().mean().item()
-        print(f"| {name} | {ratio:.2f} | {same:.1%} | {right(approximated):.1%} |", flush=True)
+
+    def rows():
+        for number, (name, (other, call)) in enumerate(ways.items()):
+            both = [(draw(pipe, first), draw(other, first, **call)) for first in range(0, len(prompts), 25)]
+            plain, approximated = (torch.cat([pair[i][0] for pair in both]) for i in (0, 1))
+            if number == 0:
+                yield ["plain, 12 steps", "1.00", "100.0%", *right(plain)]
+            ratio = statistics.median(pair[0][1] / pair[1][1] for pair in both)
+            yield [name, f"{ratio:.2f}", f"{(plain == approximated).float().mean():.1%}", *right(approximated)]
+
+    table(["way", "× faster", "same tokens", *(f"{len(asked.prompts)} {kind}" for kind, asked in sets.items())], rows())
 
 
 if __name__ == "__main__":

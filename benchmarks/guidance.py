@@ -4,11 +4,12 @@ Which guidance draws best? On the embedded model by guidance scale, and on a pos
     pip install ".[emoji]" matplotlib
     python benchmarks/guidance.py emoji|truth
 
-`emoji`: icon names are drawn by each method at each scale, without the prior, all from the same seeds. A picture is right
-if, of all icons, the nearest in pixels is the one that was asked for; PSNR is to that icon. Standard errors are over the
-pictures. A cell is marked + if its PSNR or its share right is above that of linear guidance at the same scale by more than
-two standard errors of the paired difference, and - if one of them is below by as much and none above. A method without a +
-where at least half of its pictures are right is "never better".
+`emoji`: icon names, objects in a style that is new for them, and sentences are drawn by each method at each scale, without
+the prior, all from the same seeds. A picture is right if, of all icons of the style, the nearest in pixels is one that was
+asked for; PSNR is to the nearest of these. Standard errors are over the pictures. A cell is marked + if its PSNR or its
+share right is above that of linear guidance at the same scale by more than two standard errors of the paired difference,
+and - if one of them is below by as much and none above. A method without a + where at least half of its pictures are right
+is "never better".
 
 `truth`: the model is replaced by the exact posterior of a single token out of 8, with a conditional prior p_c and an
 unconditional one p_u. The distribution that 16 steps end with is computed exactly, without sampling (`PaellaScheduler` with
@@ -18,12 +19,13 @@ gives to tokens that are less than 0.05 times as likely as the likeliest by p_c.
 
 import argparse
 import itertools
-import random
 import sys
 from pathlib import Path
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from benchmarks.schedulers import standard_error, table
 from paella_diffusers import (
     EMOJI_MODEL,
     PaellaAdaptiveProjectedGuidance,
@@ -47,16 +49,6 @@ METHODS = {  # perturbed-attention guidance needs self-attention, which the embe
 }
 
 
-def table(head: list, rows):
-    print("| " + " | ".join(map(str, head)) + " |\n" + "|---" * len(head) + "|")
-    for row in rows:
-        print("| " + " | ".join(map(str, row)) + " |", flush=True)
-
-
-def standard_error(values: torch.Tensor) -> float:
-    return (values.std() / len(values) ** 0.5).item()
-
-
 def compared(right: torch.Tensor, psnr: torch.Tensor, linear: tuple[torch.Tensor, torch.Tensor]) -> str:
     """Whether a method draws better (+) or worse (-) than linear guidance does the same pictures."""
     differences = right - linear[0], psnr - linear[1]
@@ -67,37 +59,32 @@ def compared(right: torch.Tensor, psnr: torch.Tensor, linear: tuple[torch.Tensor
 @torch.no_grad()
 def emoji(args):
     sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
-    from emoji_model.data import load_icons
-    from emoji_model.scoring import draw, nearest
+    from emoji_model import prompt_sets
+    from emoji_model.scoring import draw
 
-    args.work_dir.mkdir(parents=True, exist_ok=True)
-    names, images = load_icons(args.work_dir)
-    captions = random.Random(0).sample(names, args.captions)
-    icons = torch.stack([images[names.index(name)] for name in captions])
+    sets = prompt_sets.load(args.work_dir, args.prompts)
     pipe = PaellaPipeline.from_pretrained(args.model)
     pipe.set_progress_bar_config(disable=True)
-    results = {}
+    for kind, asked in sets.items():
+        results = {}
 
-    def rows():
-        for name, guider in METHODS.items():
-            pipe.guider, cells = guider, []
-            for scale in args.scales:
-                call = {"num_inference_steps": args.steps, "guidance_scale": scale, "use_prior": False}
-                pictures = draw(pipe, captions, **call)
-                right = torch.tensor([float(names[i] == c) for i, c in zip(nearest(pictures, images), captions)])
-                psnr = -10 * (pictures - icons).square().mean((1, 2, 3)).clamp(min=1e-6).log10()
-                results[name, scale] = right, psnr
-                mark = compared(right, psnr, results[LINEAR, scale])
-                cells.append(f"{right.mean():.0%}, {psnr.mean():.1f} ± {standard_error(psnr):.1f}{mark and ' '}{mark}")
-                print(name, scale, cells[-1], file=sys.stderr, flush=True)
-            is_right = [results[name, scale][0].mean() >= 0.5 for scale in args.scales]
-            better = any(cell.endswith("+") for cell, counts in zip(cells, is_right) if counts)
-            yield [name, *cells, "" if better or name == LINEAR else "never better"]
+        def rows(asked=asked, results=results):
+            for name, guider in METHODS.items():
+                pipe.guider, cells = guider, []
+                for scale in args.scales:
+                    call = {"num_inference_steps": args.steps, "guidance_scale": scale, "use_prior": False}
+                    right, psnr = results[name, scale] = asked.measure(draw(pipe, asked.prompts, **call))
+                    mark = compared(right, psnr, results[LINEAR, scale])
+                    share = f"{right.mean():.0%} ± {standard_error(right):.0%}"
+                    cells.append(f"{share}, {psnr.mean():.1f} ± {standard_error(psnr):.1f}{mark and ' '}{mark}")
+                is_right = [results[name, scale][0].mean() >= 0.5 for scale in args.scales]
+                better = any(cell.endswith("+") for cell, counts in zip(cells, is_right) if counts)
+                yield [name, *cells, "" if better or name == LINEAR else "never better"]
 
-    print(f"{len(captions)} names, {args.steps} steps; right, and PSNR in dB ± its standard error:\n")
-    table(["guidance scale", *args.scales, ""], rows())
-    if args.plot:
-        plot(args.plot, args.scales, results)
+        print(f"\n{len(asked.prompts)} {kind}, {args.steps} steps; right, and PSNR in dB, with their standard errors:\n")
+        table(["guidance scale", *args.scales, ""], rows())
+        if args.plot:
+            plot(args.plot.with_stem(f"{args.plot.stem}-{kind.replace(' ', '-')}"), args.scales, results)
 
 
 def plot(path: Path, scales: list[float], results: dict):
@@ -169,7 +156,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["emoji", "truth"])
     parser.add_argument("--scales", type=float, nargs="+", default=[1.5, 3.0, 5.0, 8.0, 15.0])
-    parser.add_argument("--captions", type=int, default=40, help="emoji: how many")
+    parser.add_argument("--prompts", type=int, default=200, help="emoji: at most so many of each kind")
     parser.add_argument("--steps", type=int, help="12 for emoji and 16 for truth unless given")
     parser.add_argument("--model", default=EMOJI_MODEL)
     parser.add_argument("--work-dir", type=Path, default=Path("emoji-training"), help="emoji: where the icons are, or go")

@@ -141,6 +141,11 @@ def distances(pictures: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
     return torch.cdist(pictures.flatten(1), others.flatten(1)) / pictures[0].numel() ** 0.5
 
 
+def is_nearest(apart: torch.Tensor, objects: list[list[int]]) -> torch.BoolTensor:
+    """Whether the least of each row's distances `(n, num_objects)` is to one of its objects, or to a picture like theirs."""
+    return torch.stack([row[index].amin() <= row.amin() + 1e-3 for row, index in zip(apart, objects)])
+
+
 def twin_groups(icons: Icons) -> list[list[int]]:
     """
     Objects in groups: together are gender twins, clocks, and objects whose pictures are the same in some style. Of such a

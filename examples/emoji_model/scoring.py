@@ -17,7 +17,7 @@ from paella_diffusers import PaellaPipeline
 from paella_diffusers.loaders.atomic import atomic_file
 
 from .captions import BENCHMARK, Captions
-from .data import STYLES, Icons, distances
+from .data import STYLES, Icons, distances, is_nearest
 from .vqgan import psnr as reconstruction_psnr
 
 
@@ -102,8 +102,7 @@ class Scorer:
 
     def is_object(self, pictures: torch.Tensor, rows: list[int], images: torch.Tensor) -> torch.BoolTensor:
         """Whether the nearest of the images is that of the object `rows[i]`, or looks like it."""
-        apart = distances(pictures, images)
-        return apart[torch.arange(len(rows)), rows] <= apart.amin(1) + 1e-3
+        return is_nearest(distances(pictures, images), [[row] for row in rows])
 
     def right(self, **call) -> float:
         """The share of the 200 names that are drawn."""

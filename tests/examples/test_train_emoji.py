@@ -16,7 +16,7 @@ import pytest
 import torch
 import train_emoji
 from conftest import tiny_pipeline
-from emoji_model import captions, data, fit, scoring, text, unet, vqgan
+from emoji_model import captions, data, fit, prompt_sets, scoring, text, unet, vqgan
 from trainers import FORKS, start_server
 
 from paella_diffusers import PaellaPipeline, VQModel
@@ -362,7 +362,22 @@ def test_kept_scores_are_those_of_the_model_and_the_limit(tmp_path):
 
 
 def test_a_picture_is_right_if_none_is_nearer():
-    scorer = object.__new__(scoring.Scorer)
     images = torch.rand(4, 3, 8, 8)
     images[3] = images[2]  # these two look the same
-    assert scorer.is_object(images[[0, 1, 2, 2]], [0, 2, 3, 2], images).tolist() == [True, False, True, True]
+    apart = data.distances(images[[0, 1, 2, 2]], images)
+    assert data.is_nearest(apart, [[0], [2, 3], [0, 3], [2]]).tolist() == [True, False, True, True]
+
+
+def test_prompts_ask_for_a_style_and_are_measured_in_it(tmp_path):
+    write_packages(tmp_path)
+    icons = data.load(tmp_path)
+    cells = data.training_cells(icons, tmp_path / "held_out.json", 3)
+    for asked in (prompt_sets.names(icons, cells, 5), prompt_sets.new_styles(icons, cells, 9)):
+        pairs = [(style, row) for style, (row,) in zip(asked.styles, asked.objects)]
+        assert all(icons.names[row] in prompt for prompt, (_, row) in zip(asked.prompts, pairs))
+        pictures = torch.stack([icons.images(*pair) for pair in pairs])
+        right, psnr = asked.measure(pictures)
+        assert right.all() and (psnr > 50).all()
+        right, psnr = asked.measure(torch.stack([icons.images(style, row - 1) for style, row in pairs]))
+        assert not right.any() and (psnr < 30).all()
+    assert {(style, row) for style, row in pairs} == set(map(tuple, (~cells).nonzero().tolist()))
