@@ -133,8 +133,8 @@ class Distillation:
     """The work folder's teacher, pairs and students; and what they draw."""
 
     def __init__(self, args):
-        from emoji_model import data
-        from emoji_model.captions import BENCHMARK, Captions, colours_of, keywords_of
+        from emoji_model import data, prompt_sets
+        from emoji_model.captions import Captions, colours_of, keywords_of
 
         args.work_dir.mkdir(parents=True, exist_ok=True)
         self.args, self.icons = args, data.load(args.work_dir)
@@ -142,9 +142,14 @@ class Distillation:
         self.cells = data.training_cells(self.icons, data.HELD_OUT)
         known = self.cells[0].nonzero().flatten().tolist()
         random.Random(0).shuffle(known)
-        self.learnt, self.other = known[: args.names], known[args.names :][: args.limit]
-        sentences = json.loads(BENCHMARK.read_text())
-        self.sentences = dict(list(sentences.items())[: args.limit])
+        self.learnt = known[: args.names]
+        self.sets = {
+            f"{args.names} names of the pairs": prompt_sets.names_of(self.icons, self.learnt[: args.limit]),
+            "other names": prompt_sets.names_of(self.icons, known[args.names :][: args.limit]),
+            "sentences": prompt_sets.sentences(self.icons, args.limit),
+        }
+        if args.styles:
+            self.sets["new styles"] = prompt_sets.new_styles(self.icons, self.cells, args.limit)
 
     def write_prompts(self) -> Path:
         """Captions of the objects to learn, in a style that each was trained in: a file of lines."""
@@ -184,34 +189,15 @@ class Distillation:
 
     @torch.no_grad()
     def measure(self, pipe: PaellaPipeline, **call) -> list[str]:
-        from emoji_model.scoring import draw, nearest
+        """For each set of prompts the share right and the PSNR; and the processor time of a picture."""
+        from emoji_model.scoring import draw
 
-        flat, cells, start = self.icons.images(0), [], time.process_time()
-        for rows in (self.learnt[: self.args.limit], self.other):
-            pictures = draw(pipe, [self.icons.names[row] for row in rows], use_prior=False, **call)
-            right = [found == row for found, row in zip(nearest(pictures, flat), rows)]
-            error = (pictures - flat[rows]).square().mean((1, 2, 3)).clamp(min=1e-10)
-            cells.append(f"{sum(right) / len(rows):.1%}, {-10 * error.log10().mean():.1f} dB")
-        found = nearest(draw(pipe, list(self.sentences), use_prior=False, **call), flat)
-        right = [self.icons.names[row] in wanted for row, wanted in zip(found, self.sentences.values())]
-        cells.append(f"{sum(right) / len(right):.1%}")
-        seconds = time.process_time() - start
-        count = len(self.learnt[: self.args.limit]) + len(self.other) + len(self.sentences)
-        if self.args.styles:
-            cells.append(self.held_out(pipe, **call))
-        return [*cells, f"{1000 * seconds / count:.0f} ms"]
-
-    def held_out(self, pipe: PaellaPipeline, **call) -> str:
-        """Objects in the style in which the teacher never saw them."""
-        from emoji_model.scoring import draw, nearest
-
-        right, count = 0, 0
-        for style in range(len(self.cells)):
-            rows = (~self.cells[style]).nonzero().flatten().tolist()[: self.args.limit]
-            prompts = [self.captions.in_style(self.icons.names[row], style) for row in rows]
-            found = nearest(draw(pipe, prompts, use_prior=False, **call), self.icons.images(style))
-            right, count = right + sum(one == row for one, row in zip(found, rows)), count + len(rows)
-        return f"{right / count:.1%}"
+        cells, start = [], time.process_time()
+        for asked in self.sets.values():
+            right, psnr = asked.measure(draw(pipe, asked.prompts, use_prior=False, **call))
+            cells.append(f"{right.mean():.1%}, {psnr.mean():.1f} dB")
+        seconds = (time.process_time() - start) / sum(len(asked.prompts) for asked in self.sets.values())
+        return [*cells, f"{1000 * seconds:.0f} ms"]
 
 
 def emoji(args):
@@ -234,9 +220,7 @@ def emoji(args):
                     call = dict(num_inference_steps=steps, guidance_scale=1.0, temperature=temperature)
                     yield [f"{name}, {steps}, T = {temperature:g}", *distillation.measure(pipe, **call)]
 
-    held_out = ["held-out pairs"] if args.styles else []
-    head = ["", f"{args.names} names of the pairs", "other names", "sentences", *held_out, "processor time a picture"]
-    table(head, rows())
+    table(["", *distillation.sets, "processor time a picture"], rows())
 
 
 def main():

@@ -19,7 +19,6 @@ measured is kept in the log: a second run goes on where the first was stopped.
 
 import argparse
 import json
-import random
 import statistics
 import sys
 from pathlib import Path
@@ -180,31 +179,24 @@ class Sentences:
     """Draws sentences, each with a seed of its own, and judges the pictures."""
 
     def __init__(self, args):
-        from emoji_model.captions import BENCHMARK
-        from emoji_model.data import load_icons
-        from emoji_model.scoring import nearest
+        from emoji_model import data, prompt_sets
 
         args.work_dir.mkdir(parents=True, exist_ok=True)
-        self.names, self.icons = load_icons(args.work_dir)
-        self.nearest = nearest
-        meanings = json.loads(BENCHMARK.read_text())
-        self.meanings = {text: meanings[text] for text in random.Random(0).sample(list(meanings), args.sentences)}
+        icons = data.load(args.work_dir)
+        self.asked = prompt_sets.sentences(icons, args.sentences)
         self.pipe = PaellaPipeline.from_pretrained(args.model)
         self.pipe.set_progress_bar_config(disable=True)
-        rows = {text: [self.names.index(name) for name in names] for text, names in self.meanings.items()}
-        self.rewards = {
-            "clip": (ClipReward(self.pipe), args.clip_temperature),
-            "judge": (JudgeReward({text: self.icons[row] for text, row in rows.items()}), 1.0),
-        }
+        wanted = {text: icons.images(0, rows) for text, rows in zip(self.asked.prompts, self.asked.objects)}
+        self.rewards = {"clip": (ClipReward(self.pipe), args.clip_temperature), "judge": (JudgeReward(wanted), 1.0)}
         self.steps = args.steps
 
     def draw(self, seed: int, **call):
-        generators = [torch.Generator().manual_seed(1000 * seed + index) for index in range(len(self.meanings))]
+        generators = [torch.Generator().manual_seed(1000 * seed + index) for index in range(len(self.asked.prompts))]
         options = {"num_inference_steps": self.steps, "output_type": "pt", "particle_batch_size": 16}
         if "reward" not in call:
             generators = [one for g in generators for one in self.several(g, call["num_images_per_prompt"])]
             del options["particle_batch_size"]
-        return self.pipe(list(self.meanings), generator=generators, **options, **call)
+        return self.pipe(self.asked.prompts, generator=generators, **options, **call)
 
     @staticmethod
     def several(generator: torch.Generator, count: int) -> list[torch.Generator]:
@@ -212,9 +204,7 @@ class Sentences:
 
     def right(self, images: torch.Tensor, copies: int = 1) -> torch.Tensor:
         """Whether each picture is, `(num_sentences, copies)`."""
-        texts = [text for text in self.meanings for _ in range(copies)]
-        found = self.nearest(images, self.icons)
-        return torch.tensor([self.names[row] in self.meanings[text] for row, text in zip(found, texts)]).view(-1, copies)
+        return torch.stack([self.asked.measure(part)[0].bool() for part in images.unflatten(0, (-1, copies)).unbind(1)], 1)
 
     def plain(self, seed: int) -> list[dict]:
         """Pictures without steering; and the best of the first n, by each reward."""
@@ -222,7 +212,7 @@ class Sentences:
         images = self.draw(seed, num_images_per_prompt=copies).images
         right = self.right(images, copies)
         records = [{"way": "plain", "reward": "", "particles": 1, "right": right[:, 0].tolist()}]
-        texts = [text for text in self.meanings for _ in range(copies)]
+        texts = [text for text in self.asked.prompts for _ in range(copies)]
         for name, (reward, _) in self.rewards.items():
             values = torch.as_tensor(reward(images, texts)).view(-1, copies)
             for count in PARTICLES:

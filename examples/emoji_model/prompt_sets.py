@@ -44,11 +44,15 @@ class PromptSet:
         return right, psnr
 
 
+def names_of(icons: Icons, rows: list[int]) -> PromptSet:
+    """Flat icons by their names."""
+    return PromptSet(icons, [icons.names[row] for row in rows], [0] * len(rows), [[row] for row in rows])
+
+
 def names(icons: Icons, cells: torch.BoolTensor, count: int) -> PromptSet:
     """Flat icons that were trained on, by their names; drawn once and for all."""
     known = cells[0].nonzero().flatten().tolist()
-    rows = random.Random(0).sample(known, min(count, len(known)))
-    return PromptSet(icons, [icons.names[row] for row in rows], [0] * len(rows), [[row] for row in rows])
+    return names_of(icons, random.Random(0).sample(known, min(count, len(known))))
 
 
 def new_styles(icons: Icons, cells: torch.BoolTensor, count: int) -> PromptSet:
