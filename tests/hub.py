@@ -33,6 +33,7 @@ class LocalHub:
         self.endpoint = f"http://127.0.0.1:{self.server.server_address[1]}"
         self.requests: list[str] = []
         self.ranges: list[str] = []
+        self.agents: list[str] = []  # who has fetched files
         self.faults: list[dict] = []
         self.objects: dict[str, bytes] = {}  # uploaded LFS files by hash
         self.commits: list[dict] = []
@@ -71,7 +72,7 @@ class LocalHub:
         self.faults.append({"request": request, "status": status, "times": times, "cut": cut, "headers": headers or {}})
 
     def clear(self):
-        for things in (self.requests, self.ranges, self.faults, self.objects, self.commits, self.created):
+        for things in (self.requests, self.ranges, self.agents, self.faults, self.objects, self.commits, self.created):
             things.clear()
         shutil.rmtree(self.root)
         self.root.mkdir()
@@ -235,6 +236,8 @@ class Handler(BaseHTTPRequestHandler):
             return
         content, status, headers = path.read_bytes(), 200, {}
         self.hub.ranges.append(self.headers.get("Range", ""))
+        if self.command == "GET":
+            self.hub.agents.append(self.headers.get("User-Agent", ""))
         if wanted := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
             first, last = int(wanted[1]), int(wanted[2] or len(content) - 1)
             headers["Content-Range"] = f"bytes {first}-{last}/{len(content)}"

@@ -186,8 +186,10 @@ def _train(script: str, options: list[str], environment: dict, log: str, moment:
     faulthandler.enable(descriptor)
     multiprocessing.set_start_method("fork", force=True)  # data readers are then started as by a trainer of its own
     import torch
+    from huggingface_hub import constants
 
     torch.set_num_threads(1)
+    constants.HF_HUB_USER_AGENT_ORIGIN = f"process-{environment.get('RANK', 0)}"
     if moment is not None:
         _die_at(moment)
     module = importlib.import_module(script)

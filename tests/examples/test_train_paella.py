@@ -1,4 +1,5 @@
 import re
+import shutil
 import signal
 from pathlib import Path
 
@@ -174,6 +175,14 @@ def test_two_processes_train_as_one_with_twice_the_batch(options, tmp_path, pret
         # but for sums in another order; a key's bias, whose true gradient is zero, goes where rounding and AdamW take it
         tolerance = 1e-4 if name.endswith("to_k.bias") else 1e-6
         torch.testing.assert_close(weight, expected[name], atol=tolerance, rtol=0, msg=lambda text: f"{name}: {text}")  # noqa: B023
+
+
+def test_a_node_downloads_the_pretrained_parts_once(options, hub, pretrained, tmp_path):
+    """Its second process finds all files in the cache, as it waits for the first."""
+    shutil.copytree(pretrained, hub.root / "me" / "shared-by-a-node")
+    options = [*options, "--pretrained", "me/shared-by-a-node", "--max-steps", 1, "--output-dir", tmp_path / "out"]
+    Launch("train_paella", options, processes=2).finish()
+    assert len(hub.agents) > 10 and all("process-0" in agent for agent in hub.agents), hub.agents
 
 
 def test_clear_errors(options, tmp_path):
