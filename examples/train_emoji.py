@@ -36,7 +36,7 @@ def parse_args(args=None):
     parser.add_argument("--held-out", type=Path, default=data.HELD_OUT, help=held_out)
     parser.add_argument("--held-out-count", type=int, default=300, help="how many are drawn, at least")
     parser.add_argument("--vqgan-steps", type=int, default=5000)
-    parser.add_argument("--text-steps", type=int, default=2000)
+    parser.add_argument("--text-steps", type=int, default=3500)
     parser.add_argument("--image-steps", type=int, default=4500)
     parser.add_argument("--prior-steps", type=int, default=3000)
     parser.add_argument("--unet-steps", type=int, default=16_000)

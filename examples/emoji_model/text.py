@@ -24,6 +24,7 @@ from .fit import adamw, autocast, fit, seed
 
 CLIP_DIM, STYLE_CHANNELS = 256, 32
 SMALL = 16  # pixels a side
+BYTES = 6  # of a caption whose ByT5 states are trained in a step: ByT5 learns slowly, and these cost next to nothing
 MAX_TOKENS = 96  # of ByT5 with the end of text, and of CLIP with the start, too
 TOKENIZE = {"padding": "longest", "max_length": MAX_TOKENS, "truncation": True, "return_tensors": "pt"}
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -97,11 +98,12 @@ class TextEncoders(nn.Module):
         return tuple(24 * F.normalize(part, dim=1) @ F.normalize(vectors, dim=1).T for part, vectors in pairs)
 
     def forward(self, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Embeddings `(n, 256)` of captions by CLIP, and by ByT5's states."""
+        """Embeddings of captions by CLIP, `(n, 256)`, and by ByT5's states of some bytes of each, `(n * BYTES, 256)`."""
         states, mask = self.byt5_states(captions)
         # every byte's output shall carry the whole caption, so that attention to any of them serves the U-Net
-        position = (torch.rand(len(captions)) * mask.sum(1)).long()
-        return self.clip_embeds(captions), self.byt5_head(states[torch.arange(len(captions)), position])
+        positions = (torch.rand(len(captions), BYTES) * mask.sum(1, keepdim=True)).long()
+        picked = states[torch.arange(len(captions))[:, None], positions]
+        return self.clip_embeds(captions), self.byt5_head(picked.flatten(0, 1))
 
 
 def small_pictures(icons: Icons) -> torch.Tensor:
@@ -144,13 +146,16 @@ def train(
 
     def loss(step: int, rng: random.Random) -> torch.Tensor:
         styles, rows = draw_cells(cells, batch_size)
-        texts = [captions.draw([row], style, rng, name_share=0.3) for style, row in zip(styles, rows)]
+        name_share = 0.8 if step < steps // 2 else 0.3
+        texts = [captions.draw([row], style, rng, name_share=name_share) for style, row in zip(styles, rows)]
         with autocast():
             embeds = encoders(texts)
         targets, total = (torch.tensor(rows), torch.tensor(styles)), 0.0
-        for embed in embeds:
-            total += sum(F.cross_entropy(s, target) for s, target in zip(encoders.similarities(embed), targets))
-            total += 5 * F.mse_loss(encoders.picture(embed.float()), small[styles, rows])
+        for embed, copies in zip(embeds, (1, BYTES)):
+            objects, own_styles = (target.repeat_interleave(copies) for target in targets)
+            of_objects, of_styles = encoders.similarities(embed)
+            total += F.cross_entropy(of_objects, objects) + F.cross_entropy(of_styles, own_styles)
+            total += 5 * F.mse_loss(encoders.picture(embed.float()), small[own_styles, objects])
         return total / 2
 
     @torch.no_grad()
@@ -158,11 +163,14 @@ def train(
         found = []
         for style in range(len(STYLES)):
             texts = captions.names if style == 0 else [captions.in_style(name, style) for name in captions.names]
-            embeds = torch.cat([encoders.clip_embeds(texts[i : i + 256]) for i in range(0, len(texts), 256)])
-            objects, styles = encoders.similarities(embeds)
-            right = (objects.argmax(1) == torch.arange(len(texts))) & (styles.argmax(1) == style)
-            found.append(f"{STYLES[style]} {right.float().mean():.1%}")
-        return f"names whose object and style the CLIP text encoder tells: {', '.join(found)}"
+            parts = zip(*(encoders(texts[i : i + 256]) for i in range(0, len(texts), 256)))
+            shares = []
+            for embeds, copies in zip(map(torch.cat, parts), (1, BYTES)):
+                objects, styles = (similarities.argmax(1) for similarities in encoders.similarities(embeds))
+                right = (objects == torch.arange(len(texts)).repeat_interleave(copies)) & (styles == style)
+                shares.append(f"{right.float().mean():.1%}")
+            found.append(f"{STYLES[style]} {' and '.join(shares)}")
+        return f"names whose object and style CLIP and ByT5 tell: {', '.join(found)}"
 
     fit("text", encoders, adamw(encoders, 2e-3), loss, steps, work_dir, 100, None, None, report)
     return encoders

@@ -1,6 +1,7 @@
 """
-Stage 5: the U-Net, with the published loss. Each row of a batch has some of the three conditionings, so that each alone
-works; one step in seven is on larger canvases with one to three icons.
+Stage 5: the U-Net, with the published loss. For half of the steps, pictures of one object have their names alone: what they
+look like is so learned several times sooner. Then each row of a batch has some of the three conditionings, so that each
+alone works. One step in seven is on larger canvases with one to three icons.
 """
 
 import random
@@ -65,6 +66,7 @@ class Conditioner:
     """
     Draws captions and image embeddings for rows, and makes of them what the U-Net takes. Captions of one object are drawn
     and encoded once, `count` of each object in each style and without one: else they would take a quarter of each step.
+    The first of them is its plain name.
     """
 
     def __init__(
@@ -74,10 +76,15 @@ class Conditioner:
         seed("captions")
         rng, objects = random.Random("captions"), range(len(captions.names))
         styles = [(style, None) for style in range(len(STYLES))] + [(0, False)]
-        texts = [self.draw([row], *style, rng) for style in styles for row in objects for _ in range(count)]
+        texts = [text for style in styles for row in objects for text in self.captions_of(row, *style, rng)]
         parts = zip(*(self.encode(texts[i : i + 256]) for i in range(0, len(texts), 256)))
         self.encoded = [torch.cat(part).unflatten(0, (len(styles), len(objects), count)) for part in parts]
         self.empty = self.encode([""])
+
+    def captions_of(self, row: int, style: int, styled: bool | None, rng: random.Random) -> list[str]:
+        name = self.captions.names[row]
+        first = self.captions.in_style(name, style) if style else name
+        return [first, *(self.draw([row], style, styled, rng) for _ in range(self.count - 1))]
 
     def draw(self, row: list[int], style: int, styled: bool | None, rng: random.Random) -> str:
         """Names and sentences are as frequent."""
@@ -95,10 +102,16 @@ class Conditioner:
         missing = TEXT_LENGTH - pick.shape[1]
         return [F.pad(states, (0, 0, 0, missing)).half(), F.pad(mask, (0, missing)).bool(), clip.float()]
 
-    def __call__(self, styles: list[int], rows: list[list[int]], rng: random.Random) -> dict[str, torch.Tensor]:
-        """For pictures of one object each, or of several each. A row with a picture may leave the style to it."""
+    def __call__(
+        self, styles: list[int], rows: list[list[int]], rng: random.Random, plain: bool = False
+    ) -> dict[str, torch.Tensor]:
+        """
+        For pictures of one object each, or of several each. A row with a picture may leave the style to it. With `plain`,
+        all rows of one object have its name alone.
+        """
         single = len(rows[0]) == 1
-        kinds = rng.choices(list(KINDS), KINDS.values(), k=len(rows))
+        plain = plain and single
+        kinds = ["both"] * len(rows) if plain else rng.choices(list(KINDS), KINDS.values(), k=len(rows))
         kinds = kinds if single else ["both" if kind in WITH_IMAGE else kind for kind in kinds]
         images, first = torch.zeros(len(rows), CLIP_DIM), [row[0] for row in rows]
         for i, (style, kind) in enumerate(zip(styles, kinds)):
@@ -110,7 +123,7 @@ class Conditioner:
         if single:
             unstyled = [kind == "transfer" or (kind == "all" and rng.random() < 0.5) for kind in kinds]
             sets = [len(STYLES) if without else style for style, without in zip(styles, unstyled)]
-            which = torch.randint(self.count, (len(rows),))
+            which = torch.randint(1 if plain else self.count, (len(rows),))
             states, mask, clip = (part[sets, first, which] for part in self.encoded)
         else:
             states, mask, clip = self.encode([self.draw(row, style, None, rng) for row, style in zip(rows, styles)])
@@ -202,7 +215,7 @@ def train(
         noised, mask = corrupt(clean, timestep, unet.config.num_vq_embeddings)
         if known is not None:
             noised, mask = torch.where(known, clean, noised), mask * ~known
-        conditioning = conditioner(styles, rows, rng)
+        conditioning = conditioner(styles, rows, rng, plain=step < steps // 2)
         with autocast():
             logits = forward(noised, timestep, **conditioning).sample
         return paella_loss(logits, clean, mask, timestep, label_smoothing=0.0)

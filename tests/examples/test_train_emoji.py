@@ -310,6 +310,9 @@ def test_rows_have_the_conditionings_of_their_kind(kind, some_captions, tmp_path
         all_states, all_masks, all_clip = (part[2, 3] for part in conditioner.encoded)
         drawn = (all_clip == clip[3]).all(1).nonzero()[0, 0]
         assert torch.equal(states[3].half(), all_states[drawn]) and torch.equal(parts[0][3], all_masks[drawn])
+    plain = conditioner([2] * 12, [[i] for i in range(12)], random.Random(0), plain=True)["clip_text_embeds"]
+    named = encoders.clip_embeds([some_captions.in_style(name, 2) for name in some_captions.names[:12]])
+    torch.testing.assert_close(plain, named, atol=1e-4, rtol=1e-4)  # the batch is padded otherwise
     several = conditioner([0] * 4, [[1, 2]] * 4, random.Random(0))["encoder_attention_mask"]
     assert not several[:, -unet.CLIP_LENGTH :].any()  # no picture is of several objects
 
