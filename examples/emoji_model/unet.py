@@ -50,7 +50,7 @@ def make_unet(codes: int) -> PaellaUNet:
         dropout=0.0,
         self_attention=False,  # all attention goes to the prompt, which is so learned sooner
     )
-    # the published start has tiny logits, made for a million steps: enlarging them took most of so short a training
+    # the published start, for a million steps, has tiny logits: enlarging them takes several hundred steps
     unet.head.weight.data *= 8
     # and at first, beside a constant, noise tokens count little
     nn.init.normal_(unet.proj_in.bias, std=0.05)
