@@ -1,6 +1,6 @@
 """
 Stage 5: the U-Net, with the published loss. For half of the steps, pictures of one object have their names alone: what they
-look like is so learned several times sooner. Then each row of a batch has some of the three conditionings, so that each
+look like is so learned sooner. Then each row of a batch has some of the three conditionings, so that each
 alone works. One step in seven is on larger canvases with one to three icons.
 """
 
