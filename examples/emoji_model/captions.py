@@ -188,6 +188,11 @@ class Captions:
             return f"{phrase} {caption}"
         return f"{caption}, {phrase}" if kind < 0.7 else f"{caption} {phrase}"
 
+    @staticmethod
+    def named(name: str, style: int) -> str:
+        """The plainest caption of an object in a style: its name, which alone means flat."""
+        return Captions.in_style(name, style) if style else name
+
     def several(self, rows: list[int], plain: bool, rng: random.Random) -> str:
         things = [self.names[row] if plain else with_article(self.names[row]) for row in rows]
         templates = ["{x} and {y}", "{x} and {y} and {z}"] if plain else [SEVERAL[2], SEVERAL[3]]

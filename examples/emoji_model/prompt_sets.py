@@ -59,7 +59,7 @@ def new_styles(icons: Icons, cells: torch.BoolTensor, count: int) -> PromptSet:
     """Objects in the style in which they were held out of training."""
     pairs = (~cells).nonzero().tolist()
     pairs = random.Random(0).sample(pairs, min(count, len(pairs)))
-    prompts = [Captions.in_style(icons.names[row], style) if style else icons.names[row] for style, row in pairs]
+    prompts = [Captions.named(icons.names[row], style) for style, row in pairs]
     return PromptSet(icons, prompts, [style for style, _ in pairs], [[row] for _, row in pairs])
 
 
@@ -71,12 +71,13 @@ def sentences(icons: Icons, count: int) -> PromptSet:
     return PromptSet(icons, prompts, [0] * len(prompts), objects)
 
 
-SETS = ("names", "new styles", "sentences")
-
-
 def load(work_dir: Path, count: int = 200) -> dict[str, PromptSet]:
     """The three sets, of at most `count` prompts each; the icons are in `work_dir`, or go there."""
     work_dir.mkdir(parents=True, exist_ok=True)
     icons = data.load(work_dir)
     cells = data.training_cells(icons, data.HELD_OUT)
-    return dict(zip(SETS, (names(icons, cells, count), new_styles(icons, cells, count), sentences(icons, count))))
+    return {
+        "names": names(icons, cells, count),
+        "new styles": new_styles(icons, cells, count),
+        "sentences": sentences(icons, count),
+    }

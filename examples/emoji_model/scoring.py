@@ -134,8 +134,7 @@ class Scorer:
             rows = (~self.cells[index]).nonzero().flatten().tolist()[: self.limit]
             if not rows:
                 continue
-            prompts = [self.captions.in_style(self.icons.names[row], index) for row in rows]
-            prompts = [self.icons.names[row] for row in rows] if index == 0 else prompts
+            prompts = [self.captions.named(self.icons.names[row], index) for row in rows]
             pictures, images = draw(self.pipe, prompts), self.icons.images(index)
             copied = self.icons.images(1 if index == 0 else 0, rows)
             result[style] = {

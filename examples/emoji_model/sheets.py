@@ -31,8 +31,7 @@ def styles(
     """Objects by styles, one row for each style; pictures in a style that the model never saw of the object are framed."""
     pictures = []
     for style in range(len(STYLES)):
-        prompts = [icons.names[row] for row in objects]
-        prompts = prompts if style == 0 else [captions.in_style(prompt, style) for prompt in prompts]
+        prompts = [captions.named(icons.names[row], style) for row in objects]
         for row, picture in zip(objects, pipe(prompts, generator=seeds(len(objects))).images):
             framed = Image.new("RGB", (SIZE + 8, SIZE + 8), "white")
             framed.paste(picture, (4, 4))

@@ -162,7 +162,7 @@ def train(
     def report() -> str:
         found = []
         for style in range(len(STYLES)):
-            texts = captions.names if style == 0 else [captions.in_style(name, style) for name in captions.names]
+            texts = [captions.named(name, style) for name in captions.names]
             parts = zip(*(encoders(texts[i : i + 256]) for i in range(0, len(texts), 256)))
             shares = []
             for embeds, copies in zip(map(torch.cat, parts), (1, BYTES)):

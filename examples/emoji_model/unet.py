@@ -82,8 +82,7 @@ class Conditioner:
         self.empty = self.encode([""])
 
     def captions_of(self, row: int, style: int, styled: bool | None, rng: random.Random) -> list[str]:
-        name = self.captions.names[row]
-        first = self.captions.in_style(name, style) if style else name
+        first = self.captions.named(self.captions.names[row], style)
         return [first, *(self.draw([row], style, styled, rng) for _ in range(self.count - 1))]
 
     def draw(self, row: list[int], style: int, styled: bool | None, rng: random.Random) -> str:
