@@ -53,6 +53,7 @@ def options(method: str, args) -> list:
         own = ["--instance-prompt", "an icon of a qxz", "--rank", 32, "--batch-size", 4, "--learning-rate", 2e-3]
         return [*own, "--warmup-steps", 5, "--max-steps", args.dreambooth_steps]
     own = ["--placeholder-token", "<qxz>", "--initializer-token", "icon", "--num-vectors", args.vectors]
+    own += ["--initializer-scale", args.initializer_scale]
     own += ["--batch-size", 4, "--learning-rate", args.inversion_rate, "--warmup-steps", 5]
     return [*own, "--clip-text-dropout", 0, "--max-steps", args.inversion_steps]
 
@@ -92,9 +93,10 @@ def main():
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--icons", nargs="+", default=ICONS)
     parser.add_argument("--dreambooth-steps", type=int, default=80)
-    parser.add_argument("--inversion-steps", type=int, default=400)
-    parser.add_argument("--inversion-rate", type=float, default=0.05)
-    parser.add_argument("--vectors", type=int, default=8)
+    parser.add_argument("--inversion-steps", type=int, default=200)
+    parser.add_argument("--inversion-rate", type=float, default=0.15)
+    parser.add_argument("--vectors", type=int, default=16)
+    parser.add_argument("--initializer-scale", type=float, default=200.0)
     parser.add_argument("--sheet", type=Path, help="write the icons, and below each its pictures, there")
     args = parser.parse_args()
 

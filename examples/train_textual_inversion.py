@@ -36,10 +36,19 @@ def parse_args(args=None):
         default=4,
         help="vectors of the word, 4 unless given; ByT5 has one for each byte of other words",
     )
+    add(
+        "--initializer-scale",
+        type=float,
+        default=1.0,
+        help="how many times as large as the known word's the vectors are at first; larger ones pass through the text "
+        "encoders less changed, and can mean what no sentence means",
+    )
     add("--learnable-property", choices=list(TEMPLATES), default="object", help="whether the word is an object or a style")
     args = parser.parse_args(args)
     if args.num_vectors < 1:
         parser.error(f"--num-vectors must be at least 1, got {args.num_vectors}")
+    if not 0 < args.initializer_scale < float("inf"):
+        parser.error(f"--initializer-scale must be a number above 0, got {args.initializer_scale}")
     return args
 
 
@@ -47,7 +56,8 @@ def main(args):
     run = TrainingRun(args)
     run.load_data()
     frozen = InversionParts(run)
-    learned = LearnedTokens(frozen.pipe, args.placeholder_token, args.initializer_token, args.num_vectors)
+    word = (args.placeholder_token, args.initializer_token, args.num_vectors, args.initializer_scale)
+    learned = LearnedTokens(frozen.pipe, *word)
     frozen.leave_captions_of(learned, TEMPLATES[args.learnable_property])
     vectors = run.prepare("learned_embeds", learned, learned.write, learned.read, shard=False)
 

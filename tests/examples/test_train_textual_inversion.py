@@ -1,3 +1,4 @@
+import copy
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -70,6 +71,22 @@ def test_it_learns(options, tmp_path, pretrained):
     assert losses[1] < losses[0]
 
 
+def test_large_vectors_pass_through_the_encoders_unchanged(pipe):
+    """So the states of the new word can be what no other word's are."""
+    states = {}
+    for scale in (1.0, 1e4):
+        copied = copy.deepcopy(pipe)
+        word = LearnedTokens(copied, "<new>", "red", 3, scale)
+        unit = word.units["text_encoder"]
+        assert word.vectors["text_encoder"].square().mean().sqrt().log2().abs() <= 0.5 + 1e-3  # the unit grows with them
+        ids = torch.tensor([copied.tokenizer.convert_tokens_to_ids(["<new>", "<new>_1", "<new>_2"])])
+        with torch.no_grad():
+            found = copied.text_encoder(ids).last_hidden_state[0]
+        norm = copied.text_encoder.encoder.final_layer_norm
+        states[scale] = (found - norm(word.vectors["text_encoder"].detach() * unit)).abs().max().item()
+    assert states[1e4] < 1e-3 < states[1.0]
+
+
 def test_resumed_it_ends_as_if_not_interrupted(options, tmp_path):
     options += ["--max-steps", "4"]
     expected = train(options, tmp_path / "whole", "--save-every", 2)
@@ -104,7 +121,10 @@ def test_clear_errors(options, tmp_path, pipe):
     with pytest.raises(ValueError, match="--initializer-token '' has no tokens of `tokenizer`: give a word"):
         LearnedTokens(pipe, "<zebra>", "")
     train(options, tmp_path / "out", "--max-steps", 1)
-    with pytest.raises(ValueError, match="was saved with --placeholder-token <horse>, but now it is <zebra>"):
-        train(options, tmp_path / "out", "--max-steps", 2, "--resume", "latest", "--placeholder-token", "<zebra>")
-    with pytest.raises(SystemExit):
-        train(options, tmp_path, "--num-vectors", 0)
+    changes = {"placeholder-token": "<zebra>", "initializer-token": "blue", "num-vectors": 3, "initializer-scale": 2.0}
+    for name, value in changes.items():
+        with pytest.raises(ValueError, match=f"was saved with --{name} .*, but now it is {value}: its states do not fit"):
+            train(options, tmp_path / "out", "--max-steps", 2, "--resume", "latest", f"--{name}", value)
+    for wrong in (("--num-vectors", 0), ("--initializer-scale", 0), ("--initializer-scale", "nan")):
+        with pytest.raises(SystemExit):
+            train(options, tmp_path, *wrong)

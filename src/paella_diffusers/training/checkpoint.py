@@ -47,6 +47,9 @@ FIXED = [
     "train_text_encoder",
     "decoder_only",
     "placeholder_token",
+    "initializer_token",
+    "num_vectors",
+    "initializer_scale",
 ]  # checkpoints of others do not fit
 POSITION = [
     "data",

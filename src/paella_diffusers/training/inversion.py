@@ -52,12 +52,14 @@ class LearnedTokens(CaptionedUNet):
         token (`str`): The token's name, such as `"<horse>"`.
         initializer (`str`): The word whose vectors the token's are at first.
         num_vectors (`int`, defaults to 1): Number of vectors. ByT5 has one for each byte of a word.
+        scale (`float`, defaults to 1.0): How many times as large as the initializer's the vectors are at first. The encoders
+            normalise what their layers read and add to it what these compute: the larger a vector, the less it is changed.
 
     Raises:
         ValueError: If a tokenizer knows the token already, or the initializer has no tokens.
     """
 
-    def __init__(self, pipe: PaellaPipeline, token: str, initializer: str, num_vectors: int = 1):
+    def __init__(self, pipe: PaellaPipeline, token: str, initializer: str, num_vectors: int = 1, scale: float = 1.0):
         super().__init__(pipe)
         self.token = token
         pipe.unet.requires_grad_(False)
@@ -75,7 +77,7 @@ class LearnedTokens(CaptionedUNet):
             if tokenizer.add_tokens(tokens) != num_vectors:
                 raise ValueError(f"`{TOKENIZERS[name]}` knows {token} already: take another --placeholder-token.")
             weight = encoder.get_input_embeddings().weight
-            rows = weight[[start[i % len(start)] for i in range(num_vectors)]].detach().float().clone()
+            rows = weight[[start[i % len(start)] for i in range(num_vectors)]].detach().float() * scale
             self.units[name] = 2.0 ** round(math.log2(rows.square().mean().sqrt().clamp_min(1e-6)))
             vectors[name] = nn.Parameter(rows / self.units[name])
             rows = NewRows(tokenizer.convert_tokens_to_ids(tokens), vectors[name], self.units[name])
