@@ -37,6 +37,7 @@ CARD = """---
 {% for sample in samples %}![{{ sample.prompt }}]({{ sample.path }}) “{{ sample.prompt }}”, seed {{ sample.seed }}
 
 {% endfor %}{% endif %}"""
+EMBEDDED = Path(__file__).resolve().parents[1] / "pretrained" / "emoji"  # `paella_diffusers.EMOJI_MODEL`
 MARK = "\n<!-- made by paella-diffusers ({}): once edited, this card is kept as it is -->\n"
 
 
@@ -71,8 +72,11 @@ def model_card(
     is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", str(origin)) and not Path(origin).exists()
     what = f"A `{class_name}`"
     usage = f'from paella_diffusers import {class_name}\n\n{class_name}.from_pretrained("{repo_id}")'
-    base = origin if is_hub_id else "BASE_MODEL"
-    load_base = f'from paella_diffusers import PaellaPipeline\n\npipe = PaellaPipeline.from_pretrained("{base}")\n'
+    if origin and Path(origin).resolve() == EMBEDDED:
+        imports, base = "EMOJI_MODEL, PaellaPipeline", "EMOJI_MODEL)"
+    else:
+        imports, base = "PaellaPipeline", f'"{origin}")' if is_hub_id else '"BASE_MODEL")  # put its Hub id or folder here'
+    load_base = f"from paella_diffusers import {imports}\n\npipe = PaellaPipeline.from_pretrained({base}\n"
     kind = []
     if is_lora:
         what, kind = "A LoRA adapter", ["lora"]

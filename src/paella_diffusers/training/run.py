@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -303,15 +304,17 @@ class TrainingRun:
             args.max_steps = steps_of_epochs(args, count, len(self.stream.rows), self.resumed)
         if isinstance(self.stream, ShardStream) and self.accelerator.is_main_process:
             self._say_how_shards_are_shared(count * max(args.num_workers, 1))
-        self.loader = StatefulDataLoader(
-            self.stream,
-            args.batch_size,
-            num_workers=args.num_workers,
-            collate_fn=collate,
-            pin_memory=self.accelerator.device.type == "cuda",
-            generator=torch.Generator(),  # of its own: a resumed run shall not draw from the one that is continued
-            worker_init_fn=_leave_process_group,
-        )
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "'set_vital' is deprecated")  # torchdata calls it, and no user can help it
+            self.loader = StatefulDataLoader(
+                self.stream,
+                args.batch_size,
+                num_workers=args.num_workers,
+                collate_fn=collate,
+                pin_memory=self.accelerator.device.type == "cuda",
+                generator=torch.Generator(),  # of its own: a resumed run shall not draw from the one that is continued
+                worker_init_fn=_leave_process_group,
+            )
 
     def _say_how_shards_are_shared(self, readers: int):
         shards = len(self.stream.shards)
