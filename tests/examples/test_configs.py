@@ -15,6 +15,7 @@ from paella_diffusers import PaellaPipeline
 SRUN = f"""#!{sys.executable}
 # srun: as many tasks as there are, on nodes with two; one that fails ends all
 import os, subprocess, sys, time
+assert "--kill-on-bad-exit=1" in sys.argv
 count = int(os.environ["SLURM_NTASKS"])
 command = sys.argv[sys.argv.index("bash"):]
 numbers = [{{"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i % 2), "SLURM_NODEID": str(i // 2)}} for i in range(count)]
@@ -101,7 +102,13 @@ def test_the_released_case(slurm, tmp_path):
         assert task[4] == "examples/train_paella.py"
         args = train_paella.parse_args(task[5:])
         assert args.data == "a folder/{0..9}.tar" and len(args.prompts) == 2 and args.resume == "latest"
-        assert args.batch_size == 8
+        assert args.batch_size == 8 and args.gradient_checkpointing and args.mixed_precision == "bf16"
+
+
+def test_slurm_warns_before_the_limit_and_keeps_the_log():
+    lines = (EXAMPLES / "configs" / "train_paella.sbatch").read_text().splitlines()
+    options = {line.removeprefix("#SBATCH ") for line in lines if line.startswith("#SBATCH ")}
+    assert {"--signal=USR1@600", "--requeue", "--open-mode=append", "--time=24:00:00"} <= options
 
 
 def test_it_gives_up_when_nothing_moves(slurm, tmp_path):

@@ -15,6 +15,8 @@ def test_it_trains_and_publishes(pictures, pretrained, tmp_path):
     before = PaellaPrior.from_pretrained(pretrained, subfolder="prior").state_dict()
     assert any(not torch.equal(before[name], weight) for name, weight in pipe.prior.state_dict().items())
     assert pipe("red", num_inference_steps=2, prior_num_inference_steps=2, use_prior=True).images
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| data | pictures |" in card and "| ema decay | 0.999 |" in card and str(tmp_path) not in card
 
 
 def test_it_learns(pictures, pretrained, tmp_path):

@@ -33,6 +33,19 @@ def test_all_losses(options, tmp_path, classifier):
     vqgan = train(options, tmp_path / "out", "--max-steps", 6, "--sample-every", 6)
     assert vqgan.config.num_vq_embeddings == 32
     assert Image.open(tmp_path / "out" / "samples" / "00000006.png").size == (4 * 32, 2 * 32)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| data | pictures |" in card and "| max steps | 6 |" in card and str(tmp_path) not in card
+
+
+def test_push_to_hub(options, tmp_path, hub):
+    repo = hub.repo("me/vqgan")
+    vqgan = train(options, tmp_path / "out", "--max-steps", 1, "--push-to-hub", "--hub-model-id", "me/vqgan")
+    uploaded = {str(path.relative_to(repo)) for path in repo.rglob("*") if path.is_file()} - {".gitattributes"}
+    assert {"README.md", "config.json", "diffusion_pytorch_model.safetensors"} <= uploaded
+    assert not [name for name in uploaded if "checkpoints" in name or "training_args" in name or "logs" in name]
+    weights = VQModel.from_pretrained("me/vqgan").state_dict()
+    assert all(torch.equal(weights[name], tensor) for name, tensor in vqgan.state_dict().items())
+    assert "| data | pictures |" in (repo / "README.md").read_text()
 
 
 def test_computed_tokens_are_refused(pairs, tmp_path):

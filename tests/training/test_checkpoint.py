@@ -1,3 +1,4 @@
+import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -34,6 +35,21 @@ def test_files_that_cannot_be_deleted_do_not_end_a_run(folder, monkeypatch):
     checkpoint.discard(folder / "00000002")
     assert [path.name for path in checkpoint.find_checkpoints(folder)] == ["00000004"]
     checkpoint._new_folder(folder / "00000006")
+
+
+def test_all_files_are_on_the_disk_before_a_checkpoint_has_its_name(tmp_path, monkeypatch):
+    unfinished, log = tmp_path / ".00000002-unfinished", []
+    sync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda file: log.append(os.readlink(f"/proc/self/fd/{file}")) or sync(file))
+    monkeypatch.setattr(os, "replace", lambda *names: log.append(str(names[1])) or replace(*names))
+    (unfinished / "unet").mkdir(parents=True)
+    files = [unfinished / "state.pt", unfinished / "unet" / "weights.safetensors"]
+    for path in files:
+        path.write_bytes(b"content")
+    checkpoint.complete(unfinished, tmp_path / "00000002")
+    named = log.index(str(tmp_path / "00000002"))
+    assert {*map(str, files), str(unfinished / "files.json"), str(unfinished), str(unfinished / "unet")} <= {*log[:named]}
+    assert str(tmp_path) in log[named:]  # and the name, too
 
 
 def test_only_the_process_that_writes_copies_weights_and_optimizer_states():

@@ -4,6 +4,7 @@ import re
 from types import SimpleNamespace
 
 import pytest
+import torch
 import train_paella
 from accelerate import DistributedType
 from golden_step import golden_step
@@ -24,6 +25,36 @@ def test_golden_step_in_two_processes(golden_a):
     loss, norm = map(float, re.search(r"golden (\S+) (\S+)", output).groups())
     assert loss == pytest.approx(golden_a.paella_io["train_loss"].item(), rel=1e-5)
     assert norm == pytest.approx(golden_a.paella_io["train_grad_norm"].item(), rel=1e-5)
+
+
+def test_readers_that_share_shards_are_said_at_the_start(tmp_path, pretrained, caplog):
+    for number in range(3):
+        (tmp_path / f"{number}.tar").touch()
+    options = ["--data", str(tmp_path), "--pretrained", pretrained, "--report-to", "none"]
+    for workers, message in [
+        (4, "4 readers (processes × workers) share 3 shards: every shard is read 2 times in an epoch. Write 4 shards or"),
+        (2, "3 shards cannot be dealt out evenly to 2 readers: when as many samples were used as there are, 17% of them"),
+        (3, None),
+    ]:
+        caplog.clear()
+        more = ["--num-workers", str(workers), "--output-dir", str(tmp_path / str(workers))]
+        start = run.TrainingRun(train_paella.parse_args([*options, *more]))
+        start.load_data()
+        start.release()
+        assert message in caplog.text if message else "readers" not in caplog.text
+
+
+def test_arguments_reach_what_they_are_of(tmp_path, pretrained, monkeypatch):
+    monkeypatch.setattr(torch.backends.cuda, "matmul", SimpleNamespace(allow_tf32=False))
+    options = ["--data", "nowhere", "--pretrained", pretrained, "--output-dir", str(tmp_path / "out"), "--report-to", "none"]
+    options += ["--learning-rate", "1e-4", "--scale-lr", "--batch-size", "4", "--gradient-accumulation-steps", "2"]
+    options += ["--adam-epsilon", "1e-7", "--adam-beta1", "0.8", "--allow-tf32"]
+    start = run.TrainingRun(train_paella.parse_args(options))
+    start.release()
+    expected = dict(lr=pytest.approx(8e-4), betas=(0.8, 0.999), eps=1e-7, weight_decay=0.01)
+    assert start.optimizer_options() == expected and torch.backends.cuda.matmul.allow_tf32
+    # which the memory table of docs/training.md counts on
+    assert start.accelerator.ddp_handler.gradient_as_bucket_view
 
 
 @pytest.mark.parametrize("option", [["--optimizer", "prodigy"], ["--adam-8bit"]])

@@ -48,8 +48,8 @@ def train_unet(run: TrainingRun, unet: Trained, frozen: "FrozenParts", levels: S
         noised, mask = corrupt(tokens, timestep, num_tokens, generator, run.part, batch.get("noise"))
         with accelerator.autocast():
             logits = unet.model(noised, timestep, **conditioning).sample
-        smoothing, weights = args.label_smoothing, (args.clean_weight, batch.get("weight"))
-        loss = paella_loss(logits, tokens, mask, timestep, smoothing, *weights)
+        smoothing, clean_weight, weights = args.label_smoothing, args.clean_weight, batch.get("weight")
+        loss = paella_loss(logits, tokens, mask, timestep, smoothing, clean_weight, weights)
 
         accelerator.backward(loss)
         if accelerator.sync_gradients:  # this is the last of the step's --gradient-accumulation-steps passes
