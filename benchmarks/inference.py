@@ -4,6 +4,7 @@ How long does a sampling step take at full size, where does the time go, and how
     python benchmarks/inference.py [--published CLONE] [--dtypes float32 bfloat16] [--optimize] [--sizes 256 512 1024]
     python benchmarks/inference.py --parts [--dtypes float32 bfloat16]
     python benchmarks/inference.py --costs [--dtypes float32 bfloat16] [--sizes 256 320]
+    python benchmarks/inference.py --by-size sizes.png --sizes 256 512 1024 2048 [--dtypes float32]
 
 `PaellaPipeline`'s loop with a U-Net of the published size and random weights, guidance 8. `--small` is for a try, and
 `--layers 1 3 1` has the published width and a sixth of the depth.
@@ -16,11 +17,14 @@ How long does a sampling step take at full size, where does the time go, and how
 * `--parts`: an eager step by torch's operators.
 * `--costs`: `pipe.optimize()`, `compile_repeated_blocks` and neither, each in processes of its own with an empty cache of
   compiled code: the first call, later ones in turns, a second size, memory.
+* `--by-size PICTURE`: each size in a process of its own, so that its peak of memory is its own, and a plot of time and
+  memory a token.
 * `--cpu-time`: processor time of all threads, and of compilers, in place of time. With one thread, other programs then
   matter little.
 
 The ceiling is the machine's rate of a large matrix product in the same dtype, measured before and after each run, and the
-share of it is the FLOPs of two passes ÷ ceiling ÷ time of a step. The peak of the memory is the whole process's.
+share of it is the FLOPs of two passes ÷ ceiling ÷ time of a step. The peak of the memory and the pages that came in, as new
+or as cleared ones, are the whole process's.
 """
 
 import argparse
@@ -30,6 +34,7 @@ import copy
 import functools
 import importlib.util
 import itertools
+import math
 import os
 import resource
 import statistics
@@ -59,6 +64,11 @@ def processor_time() -> float:
 
 
 clock = time.perf_counter
+
+
+def page_faults() -> int:
+    """Of this process so far, without reading from disk."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 
 def ceiling(dtype: torch.dtype, size: int = 4096) -> float:
@@ -248,6 +258,28 @@ def costs(args):
                 print(f"| {dtype} | {way} | {seconds} | {memory:.2f} GiB |", flush=True)
 
 
+def by_size(args):
+    """A step's time and memory by size, in a table and, a token, in a plot."""
+    print("| dtype | pixels | tokens | step | a token | memory before | peak | growth, a token |\n" + "|---" * 8 + "|")
+    drawn = {}
+    for dtype, size in itertools.product(args.dtypes, args.sizes):
+        command = [sys.executable, __file__, "--worker", "eager", *same_model(args, dtype)]
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        ask(process, 64)  # to warm up
+        before = ask(process, "memory")
+        seconds, memory, tokens = ask(process, size), ask(process, "memory"), (size // 4) ** 2
+        process.communicate()
+        growth = (memory - before) * 2**20 / tokens
+        drawn.setdefault(dtype, []).append((size, seconds / tokens * 1e3, growth))
+        print(
+            f"| {dtype} | {size} | {tokens:,} | {seconds:.2f} s | {seconds / tokens * 1e3:.2f} ms | {before:.2f} GiB | "
+            f"{memory:.2f} GiB | {growth:.0f} KiB |",
+            flush=True,
+        )
+    if args.by_size.suffix:
+        plot_sizes(args.by_size, drawn)
+
+
 class Parts(TorchDispatchMode):
     """Time of torch's operators, and FLOPs of those that are products."""
 
@@ -377,7 +409,29 @@ def plot(path: Path, steps: dict[str, float]):
     figure.savefig(path, dpi=110)
 
 
-def main():
+def plot_sizes(path: Path, drawn: dict[str, list[tuple[int, float, float]]]):
+    """Milliseconds and KiB a token, by dtype and size."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, both = plt.subplots(1, 2, figsize=(8, 3), layout="constrained")
+    for axes, title, column in zip(both, ("milliseconds a step, a token", "KiB of memory, a token"), (1, 2)):
+        for dtype, rows in drawn.items():
+            axes.plot([row[0] for row in rows], [row[column] for row in rows], "o-", label=dtype)
+        sizes = sorted({row[0] for rows in drawn.values() for row in rows})
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(sizes, [str(size) for size in sizes])
+        axes.set_ylim(bottom=0)
+        axes.set_title(title, fontsize="medium")
+        axes.set_xlabel("pixels a side")
+        axes.spines[["top", "right"]].set_visible(False)
+    both[0].legend(frameon=False)
+    figure.savefig(path, dpi=110)
+
+
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--published", type=Path, help="a clone of the published code, to run beside ours")
     parser.add_argument("--previous", type=Path, metavar="CHECKOUT", help="another checkout of this repository")
@@ -391,7 +445,9 @@ def main():
     parser.add_argument("--optimize", action="store_true", help="ours with `pipe.optimize()` too")
     parser.add_argument("--int8", action="store_true", help="ours with int8 linears too; needs torchao")
     parser.add_argument("--parts", action="store_true", help="a step by operators")
+    parser.add_argument("--no-ceiling", action="store_true", help="save its time")
     parser.add_argument("--costs", action="store_true", help="of compiling")
+    parser.add_argument("--by-size", type=Path, metavar="PICTURE", help="time and memory a token; `.` for no plot")
     parser.add_argument("--plot", type=Path, metavar="PICTURE", help="bars of the first size and batch")
     parser.add_argument("--layers", type=int, nargs=3, default=[6, 16, 6], help="of the U-Net's levels")
     parser.add_argument("--cpu-time", action="store_true", help="where other programs run")
@@ -399,7 +455,69 @@ def main():
     args = parser.parse_args()
     if args.compare and not args.published:
         parser.error("--compare is with --published")
+    return args
 
+
+def turns(ways: dict, args, dtype: torch.dtype, size: int, batch_size: int) -> tuple[dict, dict, dict]:
+    """Of each way: step, of it in the U-Net, and ceiling in each turn; peak of memory in GiB; page faults a step."""
+    runs, memory, faults = {name: [] for name in ways}, {}, {}
+    for repeat in range(args.repeats + 1):  # the first is to warm up
+        for name, way in ways.items():
+            before = math.nan if args.no_ceiling else ceiling(dtype)
+            peak()
+            known = page_faults()
+            times = way.run(args.steps, batch_size, size)
+            memory[name], faults[name] = peak() / 2**30, (page_faults() - known) / args.steps
+            if repeat:  # the ceiling is as the machine's neighbours let it
+                runs[name].append((*times, (before + (math.nan if args.no_ceiling else ceiling(dtype))) / 2))
+    return runs, memory, faults
+
+
+def compare(unet: PaellaUNet, args) -> dict[str, float]:
+    """A step of each loop, by dtype, size and batch: a table. Returns the steps of the first size and batch, by name."""
+    published = Published(args.published, unet) if args.published else None
+    ours = {"ours": Ours(unet)}
+    if args.optimize:
+        ours["ours, optimized"] = Ours(unet, CompiledCalls(unet))
+    if args.compare:
+        for name, counts in published.differences(12, 256, ours).items():
+            print(f"Tokens in which each step of {name} differs from the published one, of 4,096: {counts}\n", flush=True)
+    print(
+        "| dtype | pixels | batch | loop | step | of it not U-Net | × published | × it in float32 | share of ceiling | "
+        "peak memory | page faults a step |"
+    )
+    print("|---" * 11 + "|")
+    drawn, yardstick = {}, {}  # the published loop's step in float32, by size and batch
+    for dtype in args.dtypes:
+        unet.to(getattr(torch, dtype))
+        ways = ours | (quantized(unet, args.optimize) if args.int8 else {})
+        if published:
+            published.to(unet.dtype)
+            ways = {"published": published} | ways
+        top = 0.0
+        for size, batch_size in itertools.product(args.sizes, args.batch_sizes):
+            runs, memory, faults = turns(ways, args, unet.dtype, size, batch_size)
+            steps = {name: statistics.median(step for step, *_ in times) for name, times in runs.items()}
+            if "published" in steps:
+                yardstick.setdefault((size, batch_size), steps["published"])
+            if (size, batch_size) == (args.sizes[0], args.batch_sizes[0]):
+                drawn |= {f"{name}, {dtype}": step for name, step in steps.items()}
+            flops = flops_of_step(unet.config, batch_size, size)
+            for name, times in runs.items():
+                rest = 1 - statistics.median(in_unet / step for step, in_unet, _ in times)
+                bases = steps.get("published"), yardstick.get((size, batch_size))
+                ratios = " | ".join(f"{base / steps[name]:.2f}" if base else "" for base in bases)
+                share = statistics.median(flops / around / step for step, _, around in times)
+                top = max(top, *(around for *_, around in times))
+                columns = f"{steps[name]:.2f} s | {rest:.1%} | {ratios} | {share:.2f}".replace("nan%", "").replace("nan", "")
+                columns += f" | {memory[name]:.2f} GiB | {faults[name]:,.0f}"
+                print(f"| {dtype} | {size} | {batch_size} | {name} | {columns} |", flush=True)
+        print("" if args.no_ceiling else f"\nCeiling in {dtype}: {top / 1e9:.0f} GFLOP/s\n")
+    return drawn
+
+
+def main():
+    args = arguments()
     if args.cpu_time:
         global clock
         clock = processor_time
@@ -412,73 +530,22 @@ def main():
     if args.costs:
         costs(args)
         return
+    if args.by_size:
+        by_size(args)
+        return
     torch.manual_seed(0)
     with init_empty_weights():
         unet = PaellaUNet(**SMALL if args.small else {"layers_per_block": tuple(args.layers)})
     random_weights(unet, torch.float32)
-    if args.worker:
-        with torch.inference_mode():
-            worker(unet.to(getattr(torch, args.dtypes[0])), args)
-        return
     if args.parts:
         with torch.no_grad():  # inference mode would not show what linears are made of
             parts(unet, args)
         return
-    published = Published(args.published, unet) if args.published else None
-    ours = {"ours": Ours(unet)}
-    if args.optimize:
-        ours["ours, optimized"] = Ours(unet, CompiledCalls(unet))
-
     with torch.inference_mode():
-        if args.compare:
-            for name, counts in published.differences(12, 256, ours).items():
-                print(
-                    f"Tokens in which each step of {name} differs from the published one, of 4,096: {counts}\n", flush=True
-                )
-        print(
-            "| dtype | pixels | batch | loop | step | of it not U-Net | × published | × it in float32 | share of ceiling | "
-            "peak memory |"
-        )
-        print("|---" * 10 + "|")
-        drawn, yardstick = {}, {}  # the published loop's step in float32, by size and batch
-        for dtype in args.dtypes:
-            unet.to(getattr(torch, dtype))
-            ways = ours | (quantized(unet, args.optimize) if args.int8 else {})
-            if published:
-                published.to(unet.dtype)
-                ways = {"published": published} | ways
-            top = 0.0
-            for size in args.sizes:
-                for batch_size in args.batch_sizes:
-                    runs, memory = {name: [] for name in ways}, {}
-                    for repeat in range(args.repeats + 1):  # in turns, and the first is to warm up
-                        for name, way in ways.items():
-                            before = ceiling(unet.dtype)
-                            peak()
-                            times = way.run(args.steps, batch_size, size)
-                            memory[name] = peak() / 2**30
-                            around = (before + ceiling(unet.dtype)) / 2  # as the machine's neighbours let it
-                            if repeat:
-                                runs[name].append((*times, around))
-                                top = max(top, around)
-                    steps = {name: statistics.median(step for step, *_ in times) for name, times in runs.items()}
-                    if "published" in steps:
-                        yardstick.setdefault((size, batch_size), steps["published"])
-                    if (size, batch_size) == (args.sizes[0], args.batch_sizes[0]):
-                        drawn |= {f"{name}, {dtype}": step for name, step in steps.items()}
-                    flops = flops_of_step(unet.config, batch_size, size)
-                    for name, times in runs.items():
-                        rest = 1 - statistics.median(in_unet / step for step, in_unet, _ in times)
-                        ratios = [f"{base / steps[name]:.2f}" if base else "" for base in (
-                            steps.get("published"), yardstick.get((size, batch_size))
-                        )]  # fmt: skip
-                        share = statistics.median(flops / around / step for step, _, around in times)
-                        print(
-                            f"| {dtype} | {size} | {batch_size} | {name} | {steps[name]:.2f} s | {rest:.1%} | "
-                            f"{' | '.join(ratios)} | {share:.2f} | {memory[name]:.2f} GiB |",
-                            flush=True,
-                        )
-            print(f"\nCeiling in {dtype}: {top / 1e9:.0f} GFLOP/s\n")
+        if args.worker:
+            worker(unet.to(getattr(torch, args.dtypes[0])), args)
+            return
+        drawn = compare(unet, args)
     if args.plot:
         plot(args.plot, drawn)
 

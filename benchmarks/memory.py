@@ -72,19 +72,12 @@ def random_weights(model: torch.nn.Module, dtype: torch.dtype, distinct_layers: 
     return model.to(dtype).eval()
 
 
-def make(folder: Path):
-    """The converted folder and the published U-Net."""
+def save_pipeline(folder: Path, dtype: torch.dtype):
+    """A pipeline's folder with random weights; only one model's at a time are in memory."""
     from diffusers import DDPMWuerstchenScheduler
     from transformers import ByT5Tokenizer
 
-    if (folder / "done").exists():
-        return
-    folder.mkdir(parents=True, exist_ok=True)
     models = published_models()
-    random_weights(models["unet"], torch.float32)
-    torch.save(models["unet"].to_original_state_dict(), folder / "paella_v3.pt")
-    for name, model in models.items():
-        model.to(torch.bfloat16) if name == "unet" else random_weights(model, torch.bfloat16)
     pipe = PaellaPipeline(
         **models,
         scheduler=PaellaScheduler(),
@@ -92,7 +85,23 @@ def make(folder: Path):
         tokenizer_2=ByT5Tokenizer(),  # any: its tokens are in the vocabulary
         prior_scheduler=DDPMWuerstchenScheduler(),
     )
-    pipe.save_pretrained(folder / "pipeline")
+    for name, component in pipe.components.items():
+        if name in models:
+            random_weights(component, dtype).save_pretrained(folder / name)
+            component.to("meta")
+        elif hasattr(component, "save_pretrained"):
+            component.save_pretrained(folder / name)
+    pipe.save_config(folder)
+
+
+def make(folder: Path):
+    """The converted folder and the published U-Net."""
+    if (folder / "done").exists():
+        return
+    save_pipeline(folder / "pipeline", torch.bfloat16)
+    with init_empty_weights():
+        unet = PaellaUNet()
+    torch.save(random_weights(unet, torch.float32).to_original_state_dict(), folder / "paella_v3.pt")
     (folder / "done").touch()
 
 

@@ -25,14 +25,12 @@ from paella_diffusers.models.unet_paella import GlobalResponseNorm
 def linear(dtype: torch.dtype, rows: int, channels: int, outputs: int, int8: bool):
     layer = torch.nn.Linear(channels, outputs).to(dtype)
     x, weight, bias = torch.randn(rows, channels).to(dtype), layer.weight, layer.bias
-    packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows)
     pixels = x.view(1, rows, 1, channels).permute(0, 3, 1, 2)
-    ways = {
-        "as it is": lambda: layer(x),
-        "weights packed": lambda: torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], ""),
-        "by oneDNN": lambda: torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], ""),
-        "1 × 1 convolution": lambda: F.conv2d(pixels, weight[:, :, None, None], bias),
-    }
+    ways = {"as it is": lambda: layer(x), "1 × 1 convolution": lambda: F.conv2d(pixels, weight[:, :, None, None], bias)}
+    if dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows)
+        ways["weights packed"] = lambda: torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+        ways["by oneDNN"] = lambda: torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     if int8:
         from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
 

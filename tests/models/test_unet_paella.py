@@ -339,8 +339,9 @@ def test_chunked_attention_is_attention(masked, length, key_length):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_memory_of_attention_is_linear(dtype):
+def test_memory_of_attention_is_linear(dtype, monkeypatch):
     """Of four times as many tokens: all scores at once would take 16 times as much."""
+    monkeypatch.setattr("paella_diffusers.models.attention.HAS_FAST_BFLOAT16", True)
     attention = tiny_unet().up_blocks[0].layers[2].attention
     mask = torch.ones(1, 4096, dtype=torch.bool)
 
@@ -364,7 +365,8 @@ def test_compiled_chunked_attention():
 
 
 def test_bfloat16_attends_in_chunks(monkeypatch):
-    """Unless a gradient is wanted, or another backend."""
+    """Unless a gradient is wanted, or another backend, or the processor is slow at it."""
+    monkeypatch.setattr("paella_diffusers.models.attention.HAS_FAST_BFLOAT16", True)
     unet, call = tiny_unet().to(torch.bfloat16), inputs()
     call = {name: value.bfloat16() if value.is_floating_point() else value for name, value in call.items()}
     calls = []
@@ -377,6 +379,11 @@ def test_bfloat16_attends_in_chunks(monkeypatch):
     calls.clear()
     unet(**call)
     unet.set_attention_backend("native")
+    with torch.no_grad():
+        torch.testing.assert_close(unet(**call).sample, ours, atol=0.1, rtol=0.1)
+    assert not calls
+    unet.reset_attention_backend()
+    monkeypatch.setattr("paella_diffusers.models.attention.HAS_FAST_BFLOAT16", False)
     with torch.no_grad():
         torch.testing.assert_close(unet(**call).sample, ours, atol=0.1, rtol=0.1)
     assert not calls
