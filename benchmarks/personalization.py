@@ -93,7 +93,7 @@ def main():
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--icons", nargs="+", default=ICONS)
     parser.add_argument("--dreambooth-steps", type=int, default=80)
-    parser.add_argument("--inversion-steps", type=int, default=400)
+    parser.add_argument("--inversion-steps", type=int, default=600)
     parser.add_argument("--inversion-rate", type=float, default=0.15)
     parser.add_argument("--vectors", type=int, default=32)
     parser.add_argument("--initializer-scale", type=float, default=200.0)
