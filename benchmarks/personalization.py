@@ -104,18 +104,19 @@ def main():
     args.work_dir.mkdir(parents=True, exist_ok=True)
     old, new = load_icons(args.work_dir), load_new(args.work_dir)
     learned = dict(zip(*new))
-    images = torch.cat([old[1], torch.stack([learned[name] for name in args.icons])])
+    known = list(dict.fromkeys([*ICONS, *args.icons]))  # a part of the icons is judged among all
+    images = torch.cat([old[1], torch.stack([learned[name] for name in known])])
     rows = [[learned[name] for name in args.icons]]
     for method in args.methods:
         print(f"\n| {method} | right of {len(PROMPTS)} | RMS error | minutes |\n|---|---|---|---|", flush=True)
         pictures, icons_right = [], 0
-        for number, name in enumerate(args.icons):
+        for name in args.icons:
             start = time.time()
             pipe = learn(method, name, learned[name], args)
             minutes = (time.time() - start) / 60
             prompts = [prompt.format(METHODS[method][1]) for prompt in PROMPTS]
             pictures.append(draw(pipe, prompts, use_prior=False))
-            right = sum(index == len(old[0]) + number for index in nearest(pictures[-1], images))
+            right = sum(index == len(old[0]) + known.index(name) for index in nearest(pictures[-1], images))
             error = (pictures[-1] - learned[name]).square().mean().sqrt().item()
             icons_right += right == len(prompts)
             print(f"| {name} | {right} | {error:.3f} | {minutes:.1f} |", flush=True)
