@@ -4,7 +4,7 @@ How long does a sampling step take at full size, where does the time go, and how
     python benchmarks/inference.py [--published CLONE] [--dtypes float32 bfloat16] [--optimize] [--sizes 256 512 1024]
     python benchmarks/inference.py --parts [--dtypes float32 bfloat16]
     python benchmarks/inference.py --costs [--dtypes float32 bfloat16] [--sizes 256 320]
-    python benchmarks/inference.py --by-size sizes.png --sizes 256 512 1024 2048 [--dtypes float32]
+    python benchmarks/inference.py --by-size --sizes 256 512 1024 2048 [--dtypes float32] [--plot sizes.png]
 
 `PaellaPipeline`'s loop with a U-Net of the published size and random weights, guidance 8. `--small` is for a try, and
 `--layers 1 3 1` has the published width and a sixth of the depth.
@@ -17,8 +17,8 @@ How long does a sampling step take at full size, where does the time go, and how
 * `--parts`: an eager step by torch's operators.
 * `--costs`: `pipe.optimize()`, `compile_repeated_blocks` and neither, each in processes of its own with an empty cache of
   compiled code: the first call, later ones in turns, a second size, memory.
-* `--by-size PICTURE`: each size in a process of its own, so that its peak of memory is its own, and a plot of time and
-  memory a token.
+* `--by-size`: each size in a process of its own, so that its peak of memory is its own; `--plot` is of time and memory a
+  token.
 * `--cpu-time`: processor time of all threads, and of compilers, in place of time. With one thread, other programs then
   matter little.
 
@@ -276,8 +276,8 @@ def by_size(args):
             f"{memory:.2f} GiB | {growth:.0f} KiB |",
             flush=True,
         )
-    if args.by_size.suffix:
-        plot_sizes(args.by_size, drawn)
+    if args.plot:
+        plot_sizes(args.plot, drawn)
 
 
 class Parts(TorchDispatchMode):
@@ -447,8 +447,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--parts", action="store_true", help="a step by operators")
     parser.add_argument("--no-ceiling", action="store_true", help="save its time")
     parser.add_argument("--costs", action="store_true", help="of compiling")
-    parser.add_argument("--by-size", type=Path, metavar="PICTURE", help="time and memory a token; `.` for no plot")
-    parser.add_argument("--plot", type=Path, metavar="PICTURE", help="bars of the first size and batch")
+    parser.add_argument("--by-size", action="store_true", help="time and memory a token")
+    parser.add_argument("--plot", type=Path, metavar="PICTURE", help="bars of the first size and batch; by size: curves")
     parser.add_argument("--layers", type=int, nargs=3, default=[6, 16, 6], help="of the U-Net's levels")
     parser.add_argument("--cpu-time", action="store_true", help="where other programs run")
     parser.add_argument("--small", action="store_true", help="a small U-Net, to see that it runs")

@@ -56,8 +56,9 @@ def main(args):
     run = TrainingRun(args)
     run.load_data()
     frozen = InversionParts(run)
-    word = (args.placeholder_token, args.initializer_token, args.num_vectors, args.initializer_scale)
-    learned = LearnedTokens(frozen.pipe, *word)
+    learned = LearnedTokens(
+        frozen.pipe, args.placeholder_token, args.initializer_token, args.num_vectors, args.initializer_scale
+    )
     frozen.leave_captions_of(learned, TEMPLATES[args.learnable_property])
     vectors = run.prepare("learned_embeds", learned, learned.write, learned.read, shard=False)
 

@@ -2,22 +2,14 @@
 
 import pytest
 import torch
+from conftest import TINY_UNET
 
 from benchmarks import training as benchmark
 from paella_diffusers import PaellaUNet
 from paella_diffusers.training import unet
 
-SIZES = dict(
-    sample_size=16,
-    num_vq_embeddings=512,
-    token_embed_dim=32,
-    text_embed_dim=16,
-    clip_embed_dim=12,
-    cross_attention_dim=64,
-    block_out_channels=(32, 64),
-    layers_per_block=(1, 2),
-    block_types=("CT", "CTA"),
-    num_attention_heads=(-1, 2),
+SIZES = TINY_UNET | dict(
+    sample_size=16, num_vq_embeddings=512, token_embed_dim=32, cross_attention_dim=64, block_out_channels=(32, 64)
 )
 
 

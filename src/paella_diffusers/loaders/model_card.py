@@ -7,6 +7,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from .. import EMOJI_MODEL
 from ..about import pip_install
 
 CARD = """---
@@ -37,7 +38,6 @@ CARD = """---
 {% for sample in samples %}![{{ sample.prompt }}]({{ sample.path }}) “{{ sample.prompt }}”, seed {{ sample.seed }}
 
 {% endfor %}{% endif %}"""
-EMBEDDED = Path(__file__).resolve().parents[1] / "pretrained" / "emoji"  # `paella_diffusers.EMOJI_MODEL`
 MARK = "\n<!-- made by paella-diffusers ({}): once edited, this card is kept as it is -->\n"
 
 
@@ -72,7 +72,7 @@ def model_card(
     is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", str(origin)) and not Path(origin).exists()
     what = f"A `{class_name}`"
     usage = f'from paella_diffusers import {class_name}\n\n{class_name}.from_pretrained("{repo_id}")'
-    if origin and Path(origin).resolve() == EMBEDDED:
+    if origin and Path(origin).resolve() == Path(EMOJI_MODEL).resolve():
         imports, base = "EMOJI_MODEL, PaellaPipeline", "EMOJI_MODEL)"
     else:
         imports, base = "PaellaPipeline", f'"{origin}")' if is_hub_id else '"BASE_MODEL")  # put its Hub id or folder here'
