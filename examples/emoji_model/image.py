@@ -1,8 +1,7 @@
 """
 Stages 3 and 4: CLIP's image encoder, and the prior. The image encoder is trained against the text encoder, which stays as it
-is ("locked tuning" the other way round, https://huggingface.co/papers/2111.07991): a picture's embedding is to be nearest to
-the name of its object among all names, and to its style among all styles, and like the text's but for the scale, which is
-one as that of the prior's noise.
+is ("locked tuning" the other way round, https://huggingface.co/papers/2111.07991): a picture's embedding is to be the target
+of its object and style, as that of a caption is.
 """
 
 import random
@@ -19,7 +18,7 @@ from paella_diffusers.schedulers.scheduling_ddim_wuerstchen import DDIMWuerstche
 from .captions import Captions
 from .data import SIZE, STYLES, Icons
 from .fit import adamw, autocast, fit, seed
-from .text import CLIP_DIM, STYLE_CHANNELS, TextEncoders, draw_cells
+from .text import CLIP_DIM, DISTANCE_WEIGHT, TextEncoders, draw_cells, loss_to_targets, similarities
 
 
 def processor() -> CLIPImageProcessor:
@@ -33,18 +32,9 @@ def normalise(images: torch.Tensor) -> torch.Tensor:
 
 
 def embed(encoder: CLIPVisionModelWithProjection, images: torch.Tensor) -> torch.Tensor:
-    """CLIP embeddings `(n, 256)`, float32, of images `(n, 3, 64, 64)` in [0, 1]."""
+    """CLIP embeddings `(n, 128)`, float32, of images `(n, 3, 64, 64)` in [0, 1]."""
     with autocast():
         return encoder(normalise(images)).image_embeds.float()
-
-
-@torch.no_grad()
-def name_embeds(encoders: TextEncoders, captions: Captions) -> torch.Tensor:
-    """CLIP text embeddings of all names in all styles, `(3, num_objects, 256)`."""
-    texts = [captions.names, *([captions.in_style(name, style) for name in captions.names] for style in (1, 2))]
-    return torch.stack(
-        [torch.cat([encoders.clip_embeds(part[i : i + 256]).float() for i in range(0, len(part), 256)]) for part in texts]
-    )
 
 
 def move(images: torch.Tensor, rng: random.Random) -> torch.Tensor:
@@ -77,8 +67,7 @@ def whiten_patches(encoder: CLIPVisionModelWithProjection, images: torch.Tensor)
 
 
 def train_encoder(
-    icons: Icons, captions: Captions, encoders: TextEncoders, cells: torch.BoolTensor, steps: int, work_dir: Path,
-    batch_size: int = 96,
+    icons: Icons, encoders: TextEncoders, cells: torch.BoolTensor, steps: int, work_dir: Path, batch_size: int = 96
 ) -> CLIPVisionModelWithProjection:  # fmt: skip
     seed("image")
     config = CLIPVisionConfig(
@@ -87,27 +76,20 @@ def train_encoder(
     )  # fmt: skip
     encoder = CLIPVisionModelWithProjection(config)
     whiten_patches(encoder, icons.pixels[cells][::3].float() / 255)
-    text = name_embeds(encoders, captions)
-    scale = text.std()
-    objects, _ = text[0].split([CLIP_DIM - STYLE_CHANNELS, STYLE_CHANNELS], dim=1)
-    styles = text[..., -STYLE_CHANNELS:].mean(1)
-
-    def similarities(image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        parts = zip(image.split([CLIP_DIM - STYLE_CHANNELS, STYLE_CHANNELS], dim=1), (objects, styles))
-        return tuple(20 * F.normalize(part, dim=1) @ F.normalize(vectors, dim=1).T for part, vectors in parts)
+    targets = encoders.targets().detach()
 
     def loss(step: int, rng: random.Random) -> torch.Tensor:
         style, row = map(torch.tensor, draw_cells(cells, batch_size))
-        image = embed(encoder, move(icons.images(style, row), rng))
-        losses = [F.cross_entropy(s, target) for s, target in zip(similarities(image), (row, style))]
-        return sum(losses) + 4 * F.mse_loss(image, text[style, row] / scale)
+        return loss_to_targets(embed(encoder, move(icons.images(style, row), rng)), targets, style, row, DISTANCE_WEIGHT)
 
     @torch.no_grad()
     def report() -> str:
         found = []
         for style in range(len(STYLES)):
-            images = torch.cat([embed(encoder, icons.images(style, part)) for part in torch.arange(len(text[0])).split(256)])
-            right = (similarities(images)[0].argmax(1) == torch.arange(len(images))).float()
+            images = torch.cat(
+                [embed(encoder, icons.images(style, part)) for part in torch.arange(len(icons.names)).split(256)]
+            )
+            right = (similarities(images, targets)[0].argmax(1) == torch.arange(len(images))).float()
             held_out = right[~cells[style]].mean() if not cells[style].all() else torch.tensor(torch.nan)
             found.append(f"{STYLES[style]} {right[cells[style]].mean():.1%} (held out {held_out:.1%})")
         return f"pictures whose object is the nearest name: {', '.join(found)}"
@@ -118,7 +100,7 @@ def train_encoder(
 
 @torch.no_grad()
 def image_embeds(icons: Icons, encoder: CLIPVisionModelWithProjection) -> torch.Tensor:
-    """CLIP embeddings of all pictures, `(3, num_objects, 256)`."""
+    """CLIP embeddings of all pictures, `(3, num_objects, 128)`."""
     rows = torch.arange(len(icons.names)).split(256)
     return torch.stack(
         [torch.cat([embed(encoder, icons.images(style, part)) for part in rows]) for style in range(len(STYLES))]
@@ -131,7 +113,7 @@ def train_prior(
 ) -> PaellaPrior:  # fmt: skip
     """The prior: from the CLIP embedding of a caption to that of a picture. One row in ten is trained without the text."""
     seed("prior")
-    prior = PaellaPrior(embedding_dim=CLIP_DIM, hidden_dim=CLIP_DIM, num_layers=2)
+    prior = PaellaPrior(embedding_dim=CLIP_DIM, hidden_dim=2 * CLIP_DIM, num_layers=2)
     scheduler = DDIMWuerstchenScheduler()
 
     def loss(step: int, rng: random.Random) -> torch.Tensor:

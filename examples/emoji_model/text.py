@@ -1,9 +1,13 @@
 """
 Stage 2: the two text encoders, a ByT5 and a CLIP in small. Both learn to tell, from a caption, the object among all objects
-and the style among three. The last `STYLE_CHANNELS` of an embedding are about the style, the others about the object, and so
-the same in every style: a style that was learned from some objects can be asked of others. Objects that look alike have
-embeddings that are alike, which is what an image encoder can learn: a linear layer is to tell the small picture from them.
-It is a great help to the U-Net, too, which else has to learn by heart what each embedding means.
+and the style among three. Each object in each style has one vector, its target, which is learned with them. In the second
+half all captions of it are drawn to it, in CLIP's embedding and in ByT5's state of every byte. So all that the U-Net gets
+for one picture looks the same to it, and it learns pictures several times as quickly. From the start this would keep ByT5
+from learning.
+
+The last `STYLE_CHANNELS` of a target are about the style, the others about the object, and so the same in every style: a
+style that was learned from some objects can be asked of others. The targets of objects that look alike begin alike, which is
+what an image encoder can learn.
 """
 
 import json
@@ -22,8 +26,9 @@ from .captions import Captions
 from .data import SIZE, STYLES, Icons
 from .fit import adamw, autocast, fit, seed
 
-CLIP_DIM, STYLE_CHANNELS = 256, 32
+CLIP_DIM, STYLE_CHANNELS = 128, 32  # ByT5 has as many channels, since its states have the same targets
 SMALL = 16  # pixels a side
+DISTANCE_WEIGHT = 4.0  # of the squared distance to the target, at last
 BYTES = 6  # of a caption whose ByT5 states are trained in a step: ByT5 learns slowly, and these cost next to nothing
 MAX_TOKENS = 96  # of ByT5 with the end of text, and of CLIP with the start, too
 TOKENIZE = {"padding": "longest", "max_length": MAX_TOKENS, "truncation": True, "return_tensors": "pt"}
@@ -54,10 +59,10 @@ def train_tokenizer(captions: Captions, folder: Path, size: int = 2048, count: i
 
 class TextEncoders(nn.Module):
     """
-    The text encoders, and what they are trained with: a vector for each object and each style.
+    The text encoders, and what they are trained to say.
 
     Args:
-        objects (`torch.Tensor` of shape `(num_objects, 224)`): What the vectors of the objects begin as.
+        objects (`torch.Tensor` of shape `(num_objects, 96)`): What the vectors of the objects begin as.
         clip_tokenizer ([`CLIPTokenizer`]): Of the CLIP text encoder; ByT5's has the bytes.
     """
 
@@ -65,7 +70,7 @@ class TextEncoders(nn.Module):
         super().__init__()
         self.byt5_tokenizer, self.clip_tokenizer = ByT5Tokenizer(extra_ids=0), clip_tokenizer
         byt5 = T5Config(
-            vocab_size=384, d_model=128, d_kv=32, d_ff=384, num_layers=2, num_heads=4, feed_forward_proj="gated-gelu",
+            vocab_size=384, d_model=CLIP_DIM, d_kv=16, d_ff=512, num_layers=2, num_heads=8, feed_forward_proj="relu",
             dropout_rate=0.0, pad_token_id=0, eos_token_id=1, tie_word_embeddings=False, is_decoder=False, use_cache=False,
         )  # fmt: skip
         clip = CLIPTextConfig(
@@ -75,12 +80,14 @@ class TextEncoders(nn.Module):
             eos_token_id=clip_tokenizer.eos_token_id,
         )  # fmt: skip
         self.byt5 = T5EncoderModel(byt5)
+        self.byt5.shared.weight.data *= 0.1  # else a byte's state tells little but the byte itself
+        bias = self.byt5.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight.data
+        for head, bucket in enumerate((1, 2, 3, 17, 18)):  # one to three bytes before, one and two after
+            bias[bucket, head] = 5.0
         # for such short sequences plain attention has the faster backward pass
         self.clip = CLIPTextModelWithProjection._from_config(clip, attn_implementation="eager")
-        self.byt5_head = nn.Linear(128, CLIP_DIM)
         self.objects = nn.Parameter(objects)
         self.styles = nn.Parameter(torch.randn(len(STYLES), STYLE_CHANNELS))
-        self.picture = nn.Linear(CLIP_DIM, 3 * SMALL**2)
 
     def byt5_states(self, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """ByT5 sequences `(n, length, 128)` and their mask `(n, length)`."""
@@ -88,40 +95,48 @@ class TextEncoders(nn.Module):
         return self.byt5(inputs.input_ids, attention_mask=inputs.attention_mask).last_hidden_state, inputs.attention_mask
 
     def clip_embeds(self, captions: list[str]) -> torch.Tensor:
-        """CLIP text embeddings `(n, 256)`."""
+        """CLIP text embeddings `(n, 128)`."""
         return self.clip(self.clip_tokenizer(captions, **TOKENIZE).input_ids).text_embeds
 
-    def similarities(self, embeds: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Scaled cosine similarities of embeddings `(n, 256)` to all objects and to all styles."""
-        about = embeds.float().split([CLIP_DIM - STYLE_CHANNELS, STYLE_CHANNELS], dim=1)
-        pairs = zip(about, (self.objects, self.styles))
-        return tuple(24 * F.normalize(part, dim=1) @ F.normalize(vectors, dim=1).T for part, vectors in pairs)
-
-    def forward(self, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Embeddings of captions by CLIP, `(n, 256)`, and by ByT5's states of some bytes of each, `(n * BYTES, 256)`."""
+    def byt5_picks(self, captions: list[str]) -> torch.Tensor:
+        """ByT5's states of `BYTES` random bytes of each caption, `(n * BYTES, 128)`."""
         states, mask = self.byt5_states(captions)
         # every byte's output shall carry the whole caption, so that attention to any of them serves the U-Net
         positions = (torch.rand(len(captions), BYTES) * mask.sum(1, keepdim=True)).long()
-        picked = states[torch.arange(len(captions))[:, None], positions]
-        return self.clip_embeds(captions), self.byt5_head(picked.flatten(0, 1))
+        return states[torch.arange(len(captions))[:, None], positions].flatten(0, 1)
+
+    def targets(self) -> torch.Tensor:
+        """What all captions and pictures of an object in a style shall have as their embedding: `(3, num_objects, 128)`."""
+        objects, styles = (F.normalize(part, dim=1) * part.shape[1] ** 0.5 for part in (self.objects, self.styles))
+        return torch.cat([objects.expand(len(styles), -1, -1), styles[:, None].expand(-1, len(objects), -1)], dim=2)
 
 
-def small_pictures(icons: Icons) -> torch.Tensor:
-    """All pictures of `SMALL` pixels a side, flat: `(3, num_objects, 3 · SMALL²)` in [0, 1]."""
-    small = F.avg_pool2d(icons.pixels.flatten(0, 1).float() / 255, SIZE // SMALL)
-    return small.unflatten(0, icons.pixels.shape[:2]).flatten(2)
+def similarities(embeds: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scaled cosine similarities of embeddings `(n, 128)` to all objects and to all styles of `(3, num_objects, 128)`."""
+    about = embeds.float().split([CLIP_DIM - STYLE_CHANNELS, STYLE_CHANNELS], dim=1)
+    pairs = zip(about, (targets[0, :, :-STYLE_CHANNELS], targets[:, 0, -STYLE_CHANNELS:]))
+    return tuple(24 * F.normalize(part, dim=1) @ F.normalize(vectors, dim=1).T for part, vectors in pairs)
 
 
-def looks(icons: Icons, cells: torch.BoolTensor) -> torch.Tensor:
+def loss_to_targets(
+    embeds: torch.Tensor, targets: torch.Tensor, styles: torch.Tensor, objects: torch.Tensor, distance_weight: float
+) -> torch.Tensor:
+    """Embeddings shall be nearer to the targets of their styles and objects than to others, and like these."""
+    of_objects, of_styles = similarities(embeds, targets)
+    distance = F.mse_loss(embeds.float(), targets[styles, objects].detach())
+    return F.cross_entropy(of_objects, objects) + F.cross_entropy(of_styles, styles) + distance_weight * distance
+
+
+def looks(icons: Icons, cells: torch.BoolTensor, size: int = CLIP_DIM - STYLE_CHANNELS) -> torch.Tensor:
     """
-    A vector of unit length for each object, `(num_objects, 224)`: the whitened principal components of its small pictures
+    A vector of unit length for each object, `(num_objects, size)`: the whitened principal components of its small pictures
     in all styles that are trained on, and some noise to tell twins apart.
     """
-    small = small_pictures(icons)
+    small = F.avg_pool2d(icons.pixels.flatten(0, 1).float() / 255, SIZE // SMALL)
+    small = small.unflatten(0, icons.pixels.shape[:2]).flatten(2)
     weights = cells[..., None].float()
     small = (small - (small * weights).sum(1, keepdim=True) / weights.sum(1, keepdim=True)) * weights
     u, s, _ = torch.linalg.svd(torch.cat(list(small), dim=1), full_matrices=False)
-    size = CLIP_DIM - STYLE_CHANNELS
     u, s = u[:, :size], s[:size]
     components = F.normalize(u * s / (s.square() + 0.1 * s.square().mean()).sqrt(), dim=1)
     components = F.pad(components, (0, size - components.shape[1]))  # there may be fewer objects than channels
@@ -141,32 +156,33 @@ def train(
     tokenizer = train_tokenizer(captions, work_dir / "tokenizer")
     seed("text")
     encoders = TextEncoders(looks(icons, cells), tokenizer)
-    small = small_pictures(icons)
-    small = (small - small[cells].mean(0)) / small[cells].std(0).square().mean().sqrt()
 
     def loss(step: int, rng: random.Random) -> torch.Tensor:
         styles, rows = draw_cells(cells, batch_size)
-        name_share = 0.8 if step < steps // 2 else 0.3
-        texts = [captions.draw([row], style, rng, name_share=name_share) for style, row in zip(styles, rows)]
+        begun = step / steps
+        name_share = 0.8 if begun < 0.5 else 0.3
+        drawn = [(captions.draw([row], style, rng, name_share), style, row) for style, row in zip(styles, rows)]
+        texts, styles, rows = zip(*sorted(drawn, key=lambda caption: len(caption[0])))
+        short = batch_size * 3 // 4 if begun < 0.5 else batch_size  # for ByT5 is slow, and the slower the longer they are
         with autocast():
-            embeds = encoders(texts)
-        targets, total = (torch.tensor(rows), torch.tensor(styles)), 0.0
-        for embed, copies in zip(embeds, (1, BYTES)):
-            objects, own_styles = (target.repeat_interleave(copies) for target in targets)
-            of_objects, of_styles = encoders.similarities(embed)
-            total += F.cross_entropy(of_objects, objects) + F.cross_entropy(of_styles, own_styles)
-            total += 5 * F.mse_loss(encoders.picture(embed.float()), small[own_styles, objects])
-        return total / 2
+            embeds = encoders.clip_embeds(texts), encoders.byt5_picks(texts[:short])
+        targets, weight = encoders.targets(), DISTANCE_WEIGHT * min(1, max(0, 5 * (begun - 0.5)))
+        styles, rows = torch.tensor(styles), torch.tensor(rows)
+        picked = (part[:short].repeat_interleave(BYTES) for part in (styles, rows))
+        return loss_to_targets(embeds[0], targets, styles, rows, weight) + loss_to_targets(
+            embeds[1], targets, *picked, weight
+        )
 
     @torch.no_grad()
     def report() -> str:
         found = []
         for style in range(len(STYLES)):
             texts = [captions.named(name, style) for name in captions.names]
-            parts = zip(*(encoders(texts[i : i + 256]) for i in range(0, len(texts), 256)))
+            encode = encoders.clip_embeds, encoders.byt5_picks
+            parts = (torch.cat([one(texts[i : i + 256]) for i in range(0, len(texts), 256)]) for one in encode)
             shares = []
-            for embeds, copies in zip(map(torch.cat, parts), (1, BYTES)):
-                objects, styles = (similarities.argmax(1) for similarities in encoders.similarities(embeds))
+            for embeds, copies in zip(parts, (1, BYTES)):
+                objects, styles = (part.argmax(1) for part in similarities(embeds, encoders.targets()))
                 right = (objects == torch.arange(len(texts)).repeat_interleave(copies)) & (styles == style)
                 shares.append(f"{right.float().mean():.1%}")
             found.append(f"{STYLES[style]} {' and '.join(shares)}")

@@ -21,7 +21,7 @@ from .text import CLIP_DIM, TextEncoders, draw_cells
 
 TOKENS = SIZE // 4  # a side
 TEXT_LENGTH = 6  # ByT5 states that a row is trained with
-CLIP_LENGTH = 2  # conditioning tokens of a CLIP embedding
+CLIP_LENGTH = 1  # conditioning token of a CLIP embedding
 STYLE_SHARES = (0.4, 0.3, 0.3)
 CANVAS_SHARE = 0.15  # of the steps
 # height, width, icons
@@ -39,7 +39,7 @@ def make_unet(codes: int) -> PaellaUNet:
         num_vq_embeddings=codes,
         token_embed_dim=128,
         patch_size=4,  # so every position is near an edge, and knows by it where it is when all tokens are noise
-        text_embed_dim=128,
+        text_embed_dim=CLIP_DIM,
         clip_embed_dim=CLIP_DIM,
         clip_seq_len=CLIP_LENGTH,
         cross_attention_dim=192,
@@ -196,10 +196,10 @@ def train(
 ) -> PaellaUNet:  # fmt: skip
     seed("unet")
     unet = make_unet(vqgan.config.num_vq_embeddings)
-    # a CLIP text embedding and that of its picture are alike but for the scale: so both begin with the same projection
-    scale = conditioner.encoders.clip_embeds(conditioner.captions.names[:256]).std()
-    unet.clip_image_proj.load_state_dict(unet.clip_text_proj.state_dict())
-    unet.clip_image_proj.weight.data *= scale
+    # all conditionings of a picture have the same target: so they begin with the same projection
+    for projection in (unet.text_proj, unet.clip_image_proj):
+        projection.load_state_dict(unet.clip_text_proj.state_dict())
+    unet.set_attention_backend("_native_math")  # of so few keys, a third less time than torch's own
     tokens = torch.stack([encode(vqgan, icons.images(style)) for style in range(len(STYLES))])
     forward = torch.compile(unet) if compiled else unet
 

@@ -287,6 +287,22 @@ def test_vectors_of_objects_that_look_alike_begin_alike():
     torch.testing.assert_close(text.looks(make_icons(pictures, [""] * 40), cells), vectors)
 
 
+def test_targets_have_a_part_for_the_object_and_one_for_the_style(some_captions, tmp_path):
+    """So that a style learned from some objects can be asked of others; and a target itself is without loss."""
+    tokenizer = text.train_tokenizer(some_captions, tmp_path / "tokenizer", size=600, count=500)
+    targets = text.TextEncoders(torch.randn(21, text.CLIP_DIM - text.STYLE_CHANNELS), tokenizer).targets().detach()
+    objects, styles = targets.split([text.CLIP_DIM - text.STYLE_CHANNELS, text.STYLE_CHANNELS], dim=2)
+    assert torch.equal(objects[0], objects[2]) and torch.equal(styles[:, 0], styles[:, 20])
+    torch.testing.assert_close(objects.square().mean(2), torch.ones(3, 21))
+    torch.testing.assert_close(styles.square().mean(2), torch.ones(3, 21))
+    style, row = torch.tensor([0, 2]), torch.tensor([5, 7])
+    right = text.loss_to_targets(targets[style, row], targets, style, row, 4.0)
+    assert right < text.loss_to_targets(targets[style.flip(0), row], targets, style, row, 4.0) - 1
+    assert right < text.loss_to_targets(targets[style, row.flip(0)], targets, style, row, 4.0) - 1
+    longer = 2 * targets[style, row]  # as near by its direction
+    torch.testing.assert_close(text.loss_to_targets(longer, targets, style, row, 4.0), right + 4)
+
+
 @pytest.mark.parametrize("kind", list(unet.KINDS))
 def test_rows_have_the_conditionings_of_their_kind(kind, some_captions, tmp_path, monkeypatch):
     """What a row is trained without is the encoders' "", or masked."""
