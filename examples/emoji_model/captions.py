@@ -177,6 +177,10 @@ class Captions:
             if len(caption.encode()) <= MAX_BYTES[len(rows)] and not self.leaks(caption):
                 return caption
 
+    def together(self, rows: list[int]) -> bool:
+        """Whether a caption may name these objects side by side: their names may be the words of a benchmark sentence."""
+        return not self.leaks(" ".join(self.names[row] for row in rows))
+
     @staticmethod
     def in_style(caption: str, style: int, rng: random.Random | None = None) -> str:
         """The caption with a phrase that asks for the style: a random one, or the first unless there is an `rng`."""

@@ -1,7 +1,7 @@
 """
-Stage 5: the U-Net, with the published loss. For half of the steps, pictures of one object have their names alone: what they
-look like is so learned sooner. Then each row of a batch has some of the three conditionings, so that each
-alone works. One step in seven is on larger canvases with one to three icons.
+Stage 5: the U-Net, with the published loss. For two thirds of the steps, pictures of one object have their names alone: what
+they look like is so learned sooner. Then each row of a batch has some of the three conditionings, so that each alone works.
+One step in seven is on larger canvases with one to three icons.
 """
 
 import random
@@ -163,11 +163,11 @@ def paste(images: torch.Tensor, height: int, width: int, offset: tuple[int, int]
 
 
 def draw_canvas(
-    icons: Icons, vqgan: VQModel, cells: torch.BoolTensor, short: torch.BoolTensor, batch_size: int, rng: random.Random
+    icons: Icons, vqgan: VQModel, cells: torch.BoolTensor, captions: Captions, batch_size: int, rng: random.Random
 ):
     """
     A batch on a larger canvas, with as many tokens in all as one of `batch_size` icons; objects of which several are on a
-    canvas have `short` names.
+    canvas have short names, which a caption may have together.
 
     Returns:
         Styles, lists of objects, tokens `(n, height, width)`, and `(height, width)` booleans: what is known, as in
@@ -175,9 +175,14 @@ def draw_canvas(
     """
     height, width, count = rng.choice(CANVASES)
     size = max(1, batch_size * TOKENS**2 // (height * width))
-    cells = cells if count == 1 else cells & short
+    cells = cells if count == 1 else cells & captions.short
     styles, first = draw_cells(cells, size, STYLE_SHARES)
-    rows = [[row, *rng.choices(cells[style].nonzero().flatten().tolist(), k=count - 1)] for style, row in zip(styles, first)]
+    others = [part.nonzero().flatten().tolist() for part in cells]
+    rows = []
+    for style, row in zip(styles, first):
+        rows.append([row, *rng.choices(others[style], k=count - 1)])
+        while count > 1 and not captions.together(rows[-1]):
+            rows[-1] = rng.choices(others[style], k=count)
     images = torch.stack([icons.images(style, torch.tensor(row)) for style, row in zip(styles, rows)])
     known, offset = torch.zeros(height, width, dtype=torch.bool), None
     if rng.random() < 0.3:
@@ -206,7 +211,7 @@ def train(
     def loss(step: int, rng: random.Random) -> torch.Tensor:
         known = None
         if rng.random() < CANVAS_SHARE:
-            styles, rows, clean, known = draw_canvas(icons, vqgan, cells, conditioner.captions.short, batch_size, rng)
+            styles, rows, clean, known = draw_canvas(icons, vqgan, cells, conditioner.captions, batch_size, rng)
         else:
             styles, rows = draw_cells(cells, batch_size, STYLE_SHARES)
             clean, rows = tokens[styles, rows], [[row] for row in rows]
@@ -214,7 +219,7 @@ def train(
         noised, mask = corrupt(clean, timestep, unet.config.num_vq_embeddings)
         if known is not None:
             noised, mask = torch.where(known, clean, noised), mask * ~known
-        conditioning = conditioner(styles, rows, rng, plain=step < steps // 2)
+        conditioning = conditioner(styles, rows, rng, plain=step < steps * 2 // 3)
         with autocast():
             logits = forward(noised, timestep, **conditioning).sample
         return paella_loss(logits, clean, mask, timestep, label_smoothing=0.0)

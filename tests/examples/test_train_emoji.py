@@ -337,15 +337,19 @@ def test_canvases_have_their_objects_and_what_is_known(monkeypatch):
     """Tokens are those of the canvas; one icon of which all is known may lie anywhere."""
     icons = make_icons(torch.rand(3, 5, 3, 64, 64), list("abcde"))
     model = VQModel(bottleneck_blocks=1, embed_dim=8, num_vq_embeddings=16, scale_factor=1.0).eval()
-    cells, short = torch.ones(3, 5, dtype=torch.bool), torch.tensor([True, True, True, False, False])
+    cells, long = torch.ones(3, 5, dtype=torch.bool), "a name too long for a pair"
+    words = captions.Captions(["rocket", "ship", "moon", long, long + "s"], [[]] * 5, [[]] * 5, sentences=["rocket ship"])
+    assert not words.together([0, 1]) and words.together([1, 0])
     for seed in range(20):
         rng = random.Random(seed)
-        styles, rows, tokens, known = unet.draw_canvas(icons, model, cells, short, 8, rng)
+        styles, rows, tokens, known = unet.draw_canvas(icons, model, cells, words, 8, rng)
         height, width = tokens.shape[1:]
         assert known.shape == (height, width) and (height, width, len(rows[0])) in unet.CANVASES
         assert len(tokens) == len(rows) == len(styles) == max(1, 8 * 256 // (height * width))
         if len(rows[0]) > 1:
             assert all(index < 3 for row in rows for index in row)
+            # of a benchmark sentence's words: no caption could be drawn of them
+            assert not any(0 in row and 1 in row[row.index(0) :] for row in rows)
         elif known.any():
             assert known.sum() == 256
         if not known.any():
