@@ -85,10 +85,7 @@ def train_encoder(
     @torch.no_grad()
     def report() -> str:
         found = []
-        for style in range(len(STYLES)):
-            images = torch.cat(
-                [embed(encoder, icons.images(style, part)) for part in torch.arange(len(icons.names)).split(256)]
-            )
+        for style, images in enumerate(image_embeds(icons, encoder)):
             right = (similarities(images, targets)[0].argmax(1) == torch.arange(len(images))).float()
             held_out = right[~cells[style]].mean() if not cells[style].all() else torch.tensor(torch.nan)
             found.append(f"{STYLES[style]} {right[cells[style]].mean():.1%} (held out {held_out:.1%})")

@@ -1,9 +1,8 @@
 """
 Stage 2: the two text encoders, a ByT5 and a CLIP in small. Both learn to tell, from a caption, the object among all objects
 and the style among three. Each object in each style has one vector, its target, which is learned with them. In the second
-half all captions of it are drawn to it, in CLIP's embedding and in ByT5's state of every byte. So all that the U-Net gets
-for one picture looks the same to it, and it learns pictures several times as quickly. From the start this would keep ByT5
-from learning.
+half all captions of it are drawn to it, in CLIP's embedding and in ByT5's state of every byte. What the U-Net
+gets for one picture is so the more alike, which it learns the sooner. From the start this would keep ByT5 from learning.
 
 The last `STYLE_CHANNELS` of a target are about the style, the others about the object, and so the same in every style: a
 style that was learned from some objects can be asked of others. The targets of objects that look alike begin alike, which is
@@ -127,9 +126,9 @@ def loss_to_targets(
     return F.cross_entropy(of_objects, objects) + F.cross_entropy(of_styles, styles) + distance_weight * distance
 
 
-def looks(icons: Icons, cells: torch.BoolTensor, size: int = CLIP_DIM - STYLE_CHANNELS) -> torch.Tensor:
+def looks(icons: Icons, cells: torch.BoolTensor) -> torch.Tensor:
     """
-    A vector of unit length for each object, `(num_objects, size)`: the whitened principal components of its small pictures
+    A vector of unit length for each object, `(num_objects, 96)`: the whitened principal components of its small pictures
     in all styles that are trained on, and some noise to tell twins apart.
     """
     small = F.avg_pool2d(icons.pixels.flatten(0, 1).float() / 255, SIZE // SMALL)
@@ -137,6 +136,7 @@ def looks(icons: Icons, cells: torch.BoolTensor, size: int = CLIP_DIM - STYLE_CH
     weights = cells[..., None].float()
     small = (small - (small * weights).sum(1, keepdim=True) / weights.sum(1, keepdim=True)) * weights
     u, s, _ = torch.linalg.svd(torch.cat(list(small), dim=1), full_matrices=False)
+    size = CLIP_DIM - STYLE_CHANNELS
     u, s = u[:, :size], s[:size]
     components = F.normalize(u * s / (s.square() + 0.1 * s.square().mean()).sqrt(), dim=1)
     components = F.pad(components, (0, size - components.shape[1]))  # there may be fewer objects than channels
